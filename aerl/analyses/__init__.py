@@ -1,0 +1,33 @@
+"""Analyses look at a finished evaluation: a function of an AnalysisContext to Results, and figures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from aerl.results import ResultLog
+
+
+@dataclass(frozen=True)
+class AnalysisContext:
+    """What every analysis is given. The rows of `images`, `labels` and `outcomes` are the same samples.
+
+    `model` maps (B, C, H, W) float32 in [0, 1] to logits; `images` are uint8 (n, C, H, W), `labels` int64.
+    `outcomes` holds the arrays of outcomes.npz: `label`, `clean_pred` and, for each attack `a`, `a_pred`,
+    `a_l2`, `a_linf`. `adversarial[a]` are the adversarial examples of the first samples, float32 in [0, 1]
+    (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go into the folder `figures`, numbers into `log`.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    outcomes: Mapping[str, npt.NDArray[np.generic]]
+    adversarial: Mapping[str, Tensor]
+    attacks: Mapping[str, Mapping[str, Any]]
+    figures: Path
+    log: ResultLog

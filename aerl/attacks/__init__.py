@@ -1,0 +1,23 @@
+"""Attacks: `attack(model, x, y, *, generator) -> x_adv`, in [0, 1] and within eps of x.
+
+In each of them the model is in eval mode with frozen parameters and computes in float32, all of it restored
+afterwards, and the global random state is neither used nor changed.
+"""
+
+from aerl.attacks.autoattack import AutoAttack
+from aerl.attacks.modes import attacking, collect_warnings, evaluating, frozen, warn
+from aerl.attacks.pgd import pgd
+from aerl.attacks.random import BatchGenerator, Noise, SampleGenerator
+
+__all__ = [
+    "AutoAttack",
+    "BatchGenerator",
+    "Noise",
+    "SampleGenerator",
+    "attacking",
+    "collect_warnings",
+    "evaluating",
+    "frozen",
+    "pgd",
+    "warn",
+]

@@ -1,0 +1,49 @@
+"""What an attack climbs: functions of logits (B, K) and labels (B,), one value each, to be maximised."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aerl.types import UserError
+
+
+def ce(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy -log p_y (Madry et al. 2018, section 2).
+
+    Its gradient has a factor 1 - p_y, which is zero in float32 once logit y leads by about 17 (the other
+    terms vanish at 104): a confident network then looks robust because nothing moves.
+    """
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y), cross-entropy without its saturation.
+
+    Cross-entropy is softplus of this, so both rank points alike and their gradients have the same
+    direction in exact arithmetic; but this one's gradient does not vanish however confident the network.
+    """
+    return _others(logits, y).logsumexp(1) - _own(logits, y)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """max_{k != y} z_k - z_y, positive where misclassified (Carlini & Wagner 2017, section V)."""
+    return _others(logits, y).amax(1) - _own(logits, y)
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce & Hein 2020, section 4): the margin over z_(1) - z_(3).
+
+    Invariant to shift and scale of the logits. Needs three classes or more.
+    """
+    if logits.shape[1] < 3:
+        raise UserError(f"loss=dlr needs 3 classes or more, the model has {logits.shape[1]}: use margin")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def _own(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def _others(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.scatter(1, y[:, None], -torch.inf)

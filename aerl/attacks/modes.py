@@ -1,0 +1,130 @@
+"""What an attack does to the world around it, undone afterwards: model state, precision, warnings."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+_log = logging.getLogger("aerl.attacks")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; on leaving, give every submodule its own training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            # Not .train(training), which recurses, and which frozen layers override.
+            module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient; on leaving, restore each parameter's own setting."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 as float32: no autocast, no TF32, no bfloat16 inside matrix products.
+
+    The precision of products lives in two places since torch 2.9: the old switches (`allow_tf32`,
+    `set_float32_matmul_precision`) and the new `fp32_precision` strings. Parts of torch refuse to run
+    while the two disagree, so both are set, and both restored.
+    """
+    backends: Any = torch.backends
+    owners: list[Any] = [
+        backends.cuda.matmul,
+        getattr(backends.cudnn, "conv", None),
+        getattr(backends.cudnn, "rnn", None),
+        getattr(backends.mkldnn, "matmul", None),
+        getattr(backends.mkldnn, "conv", None),
+    ]
+    modern = [(owner, owner.fp32_precision) for owner in owners if hasattr(owner, "fp32_precision")]
+    with ExitStack() as stack, warnings.catch_warnings():
+        # torch 2.9 calls the old switches deprecated; they are used only to keep both in step.
+        warnings.filterwarnings("ignore", message=".*TF32 behavior.*")
+        matmul = _legacy(torch.get_float32_matmul_precision, default="highest")
+        cudnn = _legacy(lambda: backends.cudnn.allow_tf32, default=True)
+        try:
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+            for owner, _ in modern:
+                owner.fp32_precision = "ieee"
+            for device in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            backends.cudnn.allow_tf32 = cudnn
+            for owner, precision in modern:
+                owner.fp32_precision = precision
+
+
+def _legacy(read: Any, default: Any) -> Any:
+    """The old switch's value, or torch's default where the user has set the new one to something else."""
+    try:
+        return read()
+    except RuntimeError:
+        return default
+
+
+@contextmanager
+def attacking(model: nn.Module) -> Iterator[None]:
+    """The state every attack runs in: eval mode, frozen parameters, full precision, gradients on.
+
+    Works inside an outer `no_grad`, `inference_mode` or autocast. All of it is restored on leaving,
+    also by an exception.
+    """
+    with (
+        evaluating(model),
+        frozen(model),
+        full_precision(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+_collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Yield a list that receives what the attacks inside have to say about their own result, each once.
+
+    An attack that suspects its number (a randomised model, probabilities for logits, ...) calls `warn`.
+    Outside this context such a message only reaches the logger `aerl.attacks`.
+    """
+    messages: list[str] = []
+    token = _collected.set(messages)
+    try:
+        yield messages
+    finally:
+        _collected.reset(token)
+
+
+def warn(message: str) -> None:
+    """Say something about an attack's result: to the log, and to the nearest `collect_warnings`, once."""
+    messages = _collected.get()
+    if messages is None:
+        _log.warning(message)
+    elif message not in messages:
+        messages.append(message)
+        _log.warning(message)

@@ -1,0 +1,139 @@
+"""Projected gradient descent, and its one-step form FGSM."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from aerl.attacks import losses
+from aerl.attacks.modes import attacking
+from aerl.attacks.projections import ascent_direction, clip, random_in_ball
+from aerl.attacks.random import Noise
+from aerl.types import Count, NonNegative, Norm, UserError
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    generator: Noise,
+    norm: Norm = "L2",
+    eps: NonNegative,
+    steps: Count = 100,
+    step_size: NonNegative | None = None,
+    restarts: Count = 1,
+    random_start: bool = True,
+    loss: Literal["log_odds", "ce", "margin", "dlr"] = "log_odds",
+    targeted: bool = False,
+    drop_fooled: bool = True,
+    keep: Literal["worst", "last"] = "worst",
+) -> Tensor:
+    """PGD (Madry et al. 2018, section 2.1): climb a loss in steps of fixed length, staying in the ball.
+
+    `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Returns
+    images like `x`, each within `eps` of it in `norm` and within [0, 1]. All lengths are in units of the
+    images' range. What `generator` gives a sample decides its starting points.
+
+    step_size: length of a step; none means eps / 10.
+    restarts: runs from new starting points, each with the samples that are not fooled yet.
+    random_start: start uniformly in the ball, not at x. One step from x is FGSM (Goodfellow et al. 2015,
+        section 4).
+    loss: a function of `aerl.attacks.losses`. `log_odds` climbs in cross-entropy's own direction, but
+        does not stall on a saturated softmax as `ce` itself does.
+    targeted: MultiTargeted (Gowal et al. 2019, section 3): restart r aims at the r-th most likely wrong
+        class of the clean image, and any misclassification counts. With `loss="margin"` the surrogate is
+        the paper's, z_target - z_y.
+    drop_fooled: a sample leaves at its first misclassified iterate, or unperturbed if it is wrong to
+        begin with, and the batch goes on without it: cheaper, and the same samples are fooled.
+    keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
+        "last" returns the last iterate.
+
+    Raises UserError for images outside [0, 1], for logits that are not finite or do not depend on the
+    images, and for settings that do not go together or with the number of classes.
+    """
+    if restarts > 1 and not (random_start or targeted):
+        raise UserError(f"restarts={restarts} repeats one run: set random_start=true or targeted=true")
+    if len(x) == 0 or eps == 0:
+        return x.clone()
+    low, high = (bound.item() for bound in x.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
+    length = eps / 10 if step_size is None else step_size
+    objective = getattr(losses, loss)
+
+    with attacking(model), torch.no_grad():
+        # Cloned, as gradients cannot flow through the tensors that an outer inference_mode makes.
+        x, y = x.clone(), y.clone()
+        kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+        highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
+        sound = torch.ones((), dtype=torch.bool, device=x.device)
+        targets = y[:, None].expand(-1, restarts)
+        if targeted or (drop_fooled and random_start):
+            clean = model(x)
+            sound &= clean.isfinite().all()
+            fooled = (clean.argmax(1) != y) & drop_fooled
+            targets = _wrong_classes(clean, y, restarts) if targeted else targets
+
+        for restart in range(restarts):
+            # The samples under attack; all tensors of the loop below have one row for each of them.
+            index = (~fooled).nonzero().squeeze(1)
+            if len(index) == 0:
+                break
+            origin, label, aim = x[index], y[index], targets[index, restart]
+            best, best_loss, hit = kept[index], highest[index], fooled[index]
+            point = origin
+            if random_start:
+                point = clip(origin, random_in_ball(origin, norm, eps, generator[index]), norm, eps)
+
+            # One forward judges an iterate and gives its gradient. The last iterate is only judged, or, where
+            # nothing depends on the verdict, not even that: a training step cannot afford another forward.
+            judged = keep == "worst" or drop_fooled or restart < restarts - 1
+            for step in range(steps + judged):
+                climbing = step < steps
+                with torch.set_grad_enabled(climbing):
+                    point = point.detach().requires_grad_(climbing)
+                    logits = model(point)
+                    value = -objective(logits, aim) if targeted else objective(logits, aim)
+                    gradient = _input_gradient(value, point) if climbing else point
+                point, logits, value = point.detach(), logits.detach(), value.detach()
+                sound &= logits.isfinite().all()
+                wrong = logits.argmax(1) != label
+
+                if keep == "last":
+                    best, hit = point, wrong
+                else:
+                    better = torch.where(wrong == hit, value > best_loss, wrong)
+                    best = torch.where(better[:, None, None, None], point, best)
+                    best_loss = torch.where(better, value, best_loss)
+                    hit = hit | wrong
+                # Counting who stays is the step's one wait for the device.
+                if drop_fooled and len(stay := (~wrong).nonzero().squeeze(1)) < len(index):
+                    kept[index], highest[index], fooled[index] = best, best_loss, hit
+                    if len(stay) == 0:
+                        break
+                    rows = (index, origin, label, aim, best, best_loss, hit, point, gradient)
+                    index, origin, label, aim, best, best_loss, hit, point, gradient = (t[stay] for t in rows)
+                if climbing:
+                    delta = (point - origin).add_(ascent_direction(gradient, norm), alpha=length)
+                    point = clip(origin, delta, norm, eps)
+            kept[index], highest[index], fooled[index] = best if judged else point, best_loss, hit
+
+        if not (sound & kept.isfinite().all()):
+            raise UserError("the model returned NaN or infinite logits or gradients: no attack can judge it")
+    return kept
+
+
+def _input_gradient(value: Tensor, point: Tensor) -> Tensor:
+    if not value.requires_grad:
+        raise UserError("the model's logits do not depend differentiably on the image: no gradient to follow")
+    return torch.autograd.grad(value.sum(), point)[0]
+
+
+def _wrong_classes(logits: Tensor, y: Tensor, count: int) -> Tensor:
+    """The `count` most likely classes other than y, most likely first: (B, count)."""
+    if count >= (classes := logits.shape[1]):
+        raise UserError(
+            f"restarts={count} with targeted=true: {classes} classes leave at most {classes - 1} targets"
+        )
+    return logits.scatter(1, y[:, None], -torch.inf).topk(count, 1).indices

@@ -1,0 +1,163 @@
+"""From a checked configuration to the objects of a run. Nothing is written here but the dataset cache."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aerl import checkpoint, hardware
+from aerl.config import Config, bind
+from aerl.data import DataSplits, augment, prepare
+from aerl.hardware import Hardware, seed_from
+from aerl.models import Classifier
+from aerl.train import Adversary, Recipe
+from aerl.types import UserError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of. `recipe` is None where nothing is trained."""
+
+    hardware: Hardware
+    data: DataSplits
+    model: Classifier
+    recipe: Recipe | None
+    attacks: Mapping[str, Callable[..., Any]]
+    analyses: Mapping[str, Callable[..., Any]]
+
+
+def build(config: Config) -> Parts:
+    """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
+    attacks = {name: attack(spec, f"attack.{name}") for name, spec in config.attack.items()}
+    analyses = {name: bind(spec, f"analysis.{name}", later=["context"]) for name, spec in config.analysis.items()}
+    recipe = build_recipe(config)
+    if recipe is None and config.checkpoint is None:
+        raise UserError("checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file")
+    weights = checkpoint.find(config.checkpoint) if config.checkpoint is not None else None
+    machine = hardware.set_up(**config.hardware.model_dump())
+    data = build_data(config)
+    model = build_model(config, data)
+    if weights is not None:
+        carries_normalization = checkpoint.load_weights(model, weights)
+        if not carries_normalization and config.model.mean is None:
+            raise UserError(
+                f"checkpoint={weights}: holds weights without their normalisation; state what the model was trained "
+                "with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
+            )
+    if recipe is not None:
+        _optimizer(recipe, model)
+    return Parts(machine, data, machine.place(model), recipe, attacks, analyses)
+
+
+def attack(spec: Mapping[str, Any], key: str) -> Callable[..., Any]:
+    """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
+    bound = bind(spec, key, later=["model", "x", "y", "generator"])
+    return bound() if inspect.isclass(bound.func) else bound
+
+
+def build_recipe(config: Config) -> Recipe | None:
+    trainer = config.trainer
+    if trainer is None:
+        return None
+    act = bind(trainer.act, "trainer.act", later=["logits", "labels", "generator"])
+    adversary = trainer.adversary
+    if adversary is None and trainer.select == "val_adversarial_accuracy":
+        raise UserError(
+            "trainer.select=val_adversarial_accuracy: needs a trainer.adversary; val_accuracy would do without one"
+        )
+    if adversary is not None and trainer.select == "val_adversarial_accuracy":
+        if adversary.start_epoch >= trainer.epochs:
+            raise UserError(
+                f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
+                f"{trainer.epochs} epochs, so trainer.select=val_adversarial_accuracy has nothing to measure"
+            )
+    return Recipe(
+        epochs=trainer.epochs,
+        batch_size=trainer.batch_size,
+        optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
+        act=act() if inspect.isclass(act.func) else act,
+        schedule=trainer.schedule.kind,
+        warmup=trainer.schedule.warmup,
+        clip=trainer.clip,
+        probability_floor=trainer.probability_floor,
+        adversary=None
+        if adversary is None
+        else Adversary(
+            attack(adversary.attack, "trainer.adversary.attack"), adversary.weight, adversary.start_epoch
+        ),
+        select=trainer.select,
+        augment=partial(augment, **config.dataset.augmentation.model_dump()),
+    )
+
+
+def build_data(config: Config) -> DataSplits:
+    dataset = config.dataset
+    data_dir = Path(config.data_dir).expanduser()
+    return prepare(
+        bind(dataset.source, "dataset.source", given={"data_dir": data_dir}),
+        identity=dataset.source,
+        data_dir=data_dir,
+        name=dataset.name,
+        size=dataset.size,
+        channels=dataset.channels,
+        val_fraction=dataset.val_fraction,
+        split_seed=dataset.split_seed,
+    )
+
+
+def build_model(config: Config, data: DataSplits) -> Classifier:
+    """The network, initialised from the run's seed, behind its normalisation; tried on two images."""
+    channels, height, width = data.image_shape
+    sizes = {"num_classes": data.num_classes, "channels": channels, "size": (height, width)}
+    torch.manual_seed(seed_from(config.seed, "weights"))
+    net = bind(config.model.net, "model.net", given=sizes)()
+    if not isinstance(net, nn.Module):
+        raise UserError(f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module")
+    mean, std = (
+        _per_channel(stated, own, channels, key)
+        for stated, own, key in ((config.model.mean, data.mean, "mean"), (config.model.std, data.std, "std"))
+    )
+    model = Classifier(net, mean, std)
+    _try(model, config.model.name, data)
+    return model
+
+
+def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: int, key: str) -> list[float]:
+    values = list(own) if stated is None else stated
+    if len(values) not in (1, channels):
+        raise UserError(f"model.{key}={values}: the images have {channels} channels; give one value for each")
+    # A channel that never varies has no scale of its own.
+    return [value or 1.0 for value in values] if key == "std" else values
+
+
+def _try(model: Classifier, name: str, data: DataSplits) -> None:
+    shape = "x".join(map(str, data.image_shape))
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, *data.image_shape))
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"model={name}: does not take {shape} images ({reason}); dataset.size= resizes them, "
+            "model.net.resize=224 lets torchvision's networks do so themselves"
+        ) from error
+    finally:
+        model.train(was_training)
+    if logits.shape != (2, data.num_classes):
+        raise UserError(
+            f"model={name}: gives outputs of shape {tuple(logits.shape[1:])}, the dataset has {data.num_classes} classes"
+        )
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> None:
+    """Build one in vain: torch checks its own settings, and only here can that be said before training."""
+    try:
+        recipe.optimizer(model.parameters())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"trainer.optimizer: {error}") from error

@@ -1,0 +1,390 @@
+"""The schema: every key, its type, its bounds; and every error about them in one line.
+
+YAML files compose freely. What comes out is checked here, twice and before anything is computed or
+written: the fixed sections against the classes below, and each `_target_` against the signature of what
+it names. A new attack, model or dataset is therefore checked without being listed anywhere.
+"""
+
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, quotient
+
+
+def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(spec.get("_target_"), str):
+        raise ValueError("needs a _target_: the dotted name of a function or class")
+    return {name: quotient(value) for name, value in spec.items()}
+
+
+Target = Annotated[dict[str, Any], AfterValidator(_names_its_target)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Augmentation(Section):
+    hflip: Probability
+    vflip: Probability
+    translate: Probability
+
+
+class Dataset(Section):
+    name: str
+    epochs: Count
+    path: str | None
+    size: Count | None
+    channels: Literal[1, 3] | None
+    val_fraction: Annotated[Positive, Field(lt=1)]
+    split_seed: Index
+    augmentation: Augmentation
+    source: Target
+
+
+class Model(Section):
+    name: str
+    mean: list[float] | None
+    std: list[Positive] | None
+    net: Target
+
+
+class Schedule(Section):
+    kind: Literal["constant", "linear", "cosine"]
+    warmup: Probability
+
+
+class Adversary(Section):
+    start_epoch: Index
+    weight: NonNegative
+    attack: Target
+
+
+class Trainer(Section):
+    name: str
+    epochs: Count
+    batch_size: Count
+    optimizer: Target
+    schedule: Schedule
+    clip: Positive | None
+    act: Target
+    probability_floor: Probability
+    adversary: Adversary | None
+    select: Literal["val_accuracy", "val_loss", "val_adversarial_accuracy", "last"]
+
+
+class Evaluation(Section):
+    samples: Count | None
+    batch_size: Count | None
+
+
+class Hardware(Section):
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["fp32", "bf16"]
+    tf32: bool
+    channels_last: bool
+    compile: bool
+    threads: Count | None
+    deterministic: bool
+
+
+class Logger(Section):
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+
+
+class Config(Section):
+    seed: Index
+    norm: Norm
+    eps: NonNegative
+    checkpoint: str | None
+    runs_dir: str
+    data_dir: str
+    name: str | None
+    overwrite: bool
+    prepare_data_only: bool
+    dataset: Dataset
+    model: Model
+    trainer: Trainer | None
+    attack: dict[str, Target]
+    analysis: dict[str, Target]
+    evaluation: Evaluation
+    hardware: Hardware
+    logger: Logger
+
+    @property
+    def trainer_name(self) -> str:
+        return "none" if self.trainer is None else self.trainer.name
+
+
+def read(cfg: DictConfig) -> Config:
+    """The composed YAML as a checked Config; UserError names the first key that is wrong."""
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_omegaconf_line(error)) from error
+    try:
+        return Config.model_validate(container)
+    except ValidationError as error:
+        raise UserError(_pydantic_line(error)) from error
+
+
+# Keys that change where a run is kept or how fast it goes, never its numbers.
+_NOT_IDENTITY = ("runs_dir", "data_dir", "name", "overwrite", "prepare_data_only", "logger")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that determines a run's numbers."""
+    kept = config.model_dump(exclude=set(_NOT_IDENTITY))
+    kept["evaluation"].pop("batch_size")
+    return kept
+
+
+def config_hash(config: Config) -> str:
+    """Equal for two configurations if and only if they mean the same run."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_GROUPS_OF_THE_PATH = ("dataset", "model", "trainer", "seed")
+
+
+def run_name(config: Config, overrides: Collection[str]) -> str:
+    """Where under `runs_dir` a run is kept: dataset/model/trainer/what else was overridden/seed.
+
+    Named by identity, not by the clock, so that the same command finds its own folder again.
+    """
+    if config.name is not None:
+        return config.name
+    kept = []
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        section = key.partition(".")[0]
+        if key in _GROUPS_OF_THE_PATH or section in _NOT_IDENTITY:
+            continue
+        kept.append(f"{key}={value}")
+    words = re.sub(r"[^\w.=,+-]+", "_", ",".join(kept)).strip("_,") or "default"
+    if len(words) > 120:  # file systems end at 255 bytes
+        words = f"{words[:100]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{words}/seed{config.seed}"
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, node
+
+
+def difference(config: Config, folder: Path) -> str:
+    """The first keys in which the configuration kept in a run folder differs from this one, for a reader."""
+    try:
+        kept = dict(_leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return "its config.yaml cannot be read"
+    here = dict(_leaves(identity(config)))
+    keys = [*here, *(key for key in kept if key not in here)]
+    there = {key: value for key, value in kept.items() if key.partition(".")[0] not in _NOT_IDENTITY}
+    differing = [key for key in keys if (key in here or key in there) and here.get(key) != there.get(key)]
+    differing = [key for key in differing if key != "evaluation.batch_size"]
+    told = [f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in differing[:2]]
+    return "; ".join([*told, f"{len(differing) - 2} more"] if len(differing) > 2 else told)
+
+
+def bind(
+    spec: Mapping[str, Any], key: str, *, given: Mapping[str, Any] | None = None, later: Collection[str] = ()
+) -> functools.partial[Any]:
+    """What `spec["_target_"]` names, with the other keys bound to its parameters.
+
+    The values are checked against the annotations of its signature. `given` are values that aerl knows,
+    bound where the signature takes them; `later` names the parameters that the caller will pass. Raises
+    UserError for a target that cannot be imported, a key it does not take, a value of the wrong type or
+    out of range, and a parameter that is nowhere given.
+    """
+    target = _locate(spec["_target_"], key)
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    except (NameError, TypeError):  # a library whose annotations exist for type checkers only
+        hints = {}
+    reserved = {*(given or {}), *later}
+    settings = {name: value for name, value in spec.items() if name != "_target_"}
+    for name, value in settings.items():
+        if name in reserved or not (name in parameters or takes_any):
+            known = [p for p in parameters if p not in reserved]
+            raise UserError(f"{key}.{name}={_short(value)}: no such key; {_suggest(name, known)}")
+        if name in hints:
+            settings[name] = _checked(value, hints[name], f"{key}.{name}")
+    settings |= {name: value for name, value in (given or {}).items() if name in parameters}
+    for name, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variadic and name not in {*settings, *later}:
+            raise UserError(f"{key}.{name}: missing; {spec['_target_']} needs it")
+    return functools.partial(target, **settings)
+
+
+def _locate(name: str, key: str) -> Callable[..., Any]:
+    from hydra.utils import get_object
+
+    try:
+        target = get_object(name)
+    except Exception as error:  # importing a user's module can raise anything
+        raise UserError(f"{key}._target_={name}: cannot be imported: {_first_line(error)}") from error
+    if not callable(target):
+        raise UserError(f"{key}._target_={name}: is a {type(target).__name__}, not a function or class")
+    return target  # type: ignore[no-any-return]
+
+
+def _checked(value: Any, hint: Any, key: str) -> Any:
+    try:
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            return hint.model_validate(value)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(_pydantic_line(error, key)) from error
+
+
+def _suggest(word: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    listing = ", ".join(sorted(known)) or "none"
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {listing}"
+
+
+def _pydantic_line(error: ValidationError, prefix: str = "") -> str:
+    """The first of pydantic's complaints as `key=value: what would be right`."""
+    first, *others = error.errors()
+    words = [str(word) for word in first["loc"] if not str(word).startswith(("function-", "constrained-"))]
+    key = ".".join(word for word in [prefix, *words] if word)
+    more = f" (and {len(others)} more)" if others and not prefix else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}={_short(first['input'])}: no such key; {_suggest(words[-1], _siblings(words))}{more}"
+    if first["type"] == "missing":
+        return f"{key}: missing{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key}={_short(first['input'])}: {message}{more}"
+
+
+def _siblings(words: list[str]) -> list[str]:
+    section: Any = Config
+    for word in words[:-1]:
+        hint = section.model_fields[word].annotation
+        section = next((t for t in getattr(hint, "__args__", [hint]) if hasattr(t, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _omegaconf_line(error: OmegaConfBaseException) -> str:
+    key = error.full_key
+    if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in str(error):
+        return f"{key}: must be given, for example {key}=..."
+    message = str(error.msg or error).splitlines()[0]
+    return f"{key}: {message}" if key else message
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for a fault of aerl's own."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return _omegaconf_line(error)
+    if not isinstance(error, HydraException):
+        return None
+    text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: is not an override; expected key=value, in quotes if it has spaces or brackets"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={option}: no such option; {_suggest(option, error.options)}"
+    if match := re.search(r"Could not load '(?:.*/)?(\w+)/([^/']+)'", text):  # one option of a list
+        options = [path.stem for path in Path(os.environ["AERL_ROOT"], "conf", match[1]).glob("*.yaml")]
+        return f"{match[1]}={match[2]}: no such option; {_suggest(match[2], options)}"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values; -m runs each of them, [a,b] makes them a list"
+    cause = error.__cause__
+    if not isinstance(cause, OmegaConfBaseException):
+        return text
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_override(match[1], cause)
+    return f"{text} {_omegaconf_line(cause)}".strip()
+
+
+def _unknown_override(key: str, cause: OmegaConfBaseException) -> str:
+    parent, leaf = cause.parent_node, str(cause.key)
+    known = [str(name) for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else []
+    if not known:
+        return f"{key}: no such key; {key.rpartition('.')[0]} is null here"
+    return f"{key}: no such key; {_suggest(leaf, known)}"
+
+
+def adopt(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
+    """With trainer=none and the checkpoint of a run: that run's dataset and model, unless chosen here.
+
+    Only names of our own config groups and plain values are taken from the run folder. What its files
+    name as code to import is compared with ours and refused where it differs.
+    """
+    if cfg.trainer is not None or cfg.checkpoint is None:
+        return cfg
+    folder = Path(cfg.checkpoint).expanduser()
+    if folder.is_file():
+        folder = folder.parent.parent
+    chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    groups = [group for group in ("dataset", "model") if group not in chosen]
+    if not groups or not (folder / "config.yaml").is_file() or not (folder / "summary.json").is_file():
+        return cfg
+    try:
+        options = json.loads((folder / "summary.json").read_text())["choices"]
+        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        wanted = [f"{group}={options[group]}" for group in groups]
+        values = {group: dict(_leaves(saved[group])) for group in groups}  # type: ignore[index, call-overload]
+        if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in wanted):
+            raise ValueError(f"{wanted} is no choice of options")
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(
+            f"checkpoint={cfg.checkpoint}: its config.yaml or summary.json is damaged ({_first_line(error)}); "
+            "state dataset= and model= on the command line"
+        ) from error
+    adopted = compose("config", overrides=[*wanted, *overrides])
+    for group in groups:
+        for key, value in values[group].items():
+            path = f"{group}.{key}"
+            here = OmegaConf.select(adopted, path, default=None)
+            if path in chosen or value == here:
+                continue
+            if key.rpartition(".")[2] == "_target_" or "${" in str(value):
+                raise UserError(
+                    f"checkpoint={cfg.checkpoint}: its config.yaml says {path}={_short(value)}, which is not taken "
+                    f"from a run folder; state {group}= on the command line"
+                )
+            OmegaConf.update(adopted, path, value, force_add=False)
+    return adopted
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

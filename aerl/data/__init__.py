@@ -1,0 +1,9 @@
+"""Datasets: opened by a source, prepared once, and handed out in batches."""
+
+from aerl.data.augmentation import augment
+from aerl.data.batches import Batches, to_unit
+from aerl.data.cache import prepare
+from aerl.data.sources import Source, Table
+from aerl.data.splits import DataSplits, Split
+
+__all__ = ["Batches", "DataSplits", "Source", "Split", "Table", "augment", "prepare", "to_unit"]

@@ -1,0 +1,116 @@
+"""The closing table of a run, from its summary.json alone: a finished run is shown again in no time."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aerl.results import eps_text
+
+_STATUS = {"finished": "green", "failed": "bold red"}
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Clean accuracy, every attack and the worst case; what was not measured is shown as a dash."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("attack", overflow="fold", min_width=10)
+    table.add_column("norm", no_wrap=True)
+    for name in ("eps", "accuracy", "95 % interval", "n", "time"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_row(*_cells("clean", {}, summary.get("clean_accuracy")))
+    for name, attack in (summary.get("attacks") or {}).items():
+        table.add_row(*_cells(name, attack, attack.get("robust_accuracy")))
+    if worst := summary.get("worst_case_accuracy"):
+        table.add_section()
+        table.add_row(*_cells("worst case", {}, worst), style="bold")
+    return table
+
+
+def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what a run found and where its files are, on standard output unless told otherwise.
+
+    `folder` is the run folder, `wandb.path` may be relative to it. No line of paths or commands is
+    wrapped, so that each can be copied as it stands.
+    """
+    if console is None:
+        console = Console()
+        # A narrower window wraps the rows; rich would leave out their names instead.
+        console.width = max(console.width, 72)
+    status = str(summary.get("status", "unknown"))
+    console.print()
+    console.print(Text.assemble(_what(summary), ": ", (status, _STATUS.get(status, "yellow"))))
+    if error := summary.get("error"):
+        console.print(Text(str(error), style="red"), soft_wrap=True)
+    console.print()
+    console.print(results_table(summary))
+    console.print()
+    for label, text in _notes(summary):
+        console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True)
+
+
+def _what(summary: Mapping[str, Any]) -> str:
+    parts = [str(summary[key]) for key in ("dataset", "model", "trainer") if summary.get(key) is not None]
+    if summary.get("seed") is not None:
+        parts.append(f"seed {summary['seed']}")
+    return ", ".join(parts) or str(summary.get("run_id", "run"))
+
+
+def _cells(name: str, attack: Mapping[str, Any], accuracy: Mapping[str, Any] | None) -> list[Text]:
+    """One row; Text and not str, so that a name with square brackets is not read as markup."""
+    accuracy = accuracy or {}
+    value, low, high, n = (accuracy.get(key) for key in ("value", "low", "high", "n"))
+    cells = [
+        name,
+        str(attack.get("norm") or ""),
+        eps_text(attack["eps"]) if attack.get("eps") is not None else "",
+        "-" if value is None else f"{100 * value:.1f} %",
+        "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %",
+        "-" if n is None else f"{n:d}",
+        _duration(attack["seconds"]) if attack.get("seconds") is not None else "",
+    ]
+    return [Text(cell) for cell in cells]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines below the table: label and text."""
+    for name, attack in (summary.get("attacks") or {}).items():
+        for warning in attack.get("warnings") or ():
+            yield "warning", f"{name}: {warning}"
+    masking = summary.get("masking")
+    if verdict := masking.get("verdict") if isinstance(masking, Mapping) else masking:
+        yield "verdict", str(verdict)
+    if spent := _spent(summary):
+        yield "time", spent
+    folder = summary.get("folder")
+    if folder is not None:
+        yield "files", str(folder)
+    wandb = summary.get("wandb") or {}
+    if wandb.get("url"):
+        yield "W&B", str(wandb["url"])
+    if wandb.get("path") and wandb.get("mode") != "online":
+        state = "offline" if wandb.get("mode") == "offline" else "incomplete"
+        yield "W&B", f"{state}; to upload: wandb sync {shlex.quote(str(Path(folder or '') / wandb['path']))}"
+
+
+def _spent(summary: Mapping[str, Any]) -> str:
+    seconds = summary.get("seconds") or {}
+    parts = []
+    if seconds.get("train") is not None:
+        epochs = f" ({summary['epochs']} epochs)" if summary.get("epochs") else ""
+        parts.append(f"training {_duration(seconds['train'])}{epochs}")
+    if seconds.get("attack") is not None:
+        parts.append(f"attacks {_duration(seconds['attack'])}")
+    return ", ".join(parts)

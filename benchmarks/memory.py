@@ -1,0 +1,26 @@
+"""Memory of CIFAR-10, measured in processes of their own: above an interpreter that has imported torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_SCRIPT = """
+import resource, sys, torch, pathlib
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from aerl.data import prepare
+from aerl.data.sources import cifar
+before = peak()
+data = prepare(
+    lambda: cifar(variant="cifar10", path=sys.argv[1] or None, root=sys.argv[2]),
+    identity={"path": sys.argv[1] or None, "variant": "cifar10"}, data_dir=pathlib.Path(sys.argv[2]),
+    name="cifar10", size=None, channels=None, val_fraction=0.1, split_seed=42,
+)
+data.train.images[::997].float().mean()
+print(peak() - before)
+"""
+
+
+def peak_megabytes(path: Path | None, data_dir: Path) -> float:
+    """Peak resident memory that loading CIFAR-10 adds, in MB: from `path`, or torchvision's download."""
+    command = [sys.executable, "-c", _SCRIPT, "" if path is None else str(path), str(data_dir)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

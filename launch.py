@@ -1,0 +1,49 @@
+"""Train, attack and judge an image classifier: `python launch.py --help` explains the command line."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+# Lets multirun_sweeps/ lie beside conf/ and be found from any working directory.
+os.environ.setdefault("AERL_ROOT", str(Path(__file__).resolve().parent))
+OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    from aerl.run import run
+
+    try:
+        return run(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode is RunMode.RUN:  # the other jobs of a multirun go on
+            fail(error)
+        raise
+
+
+def fail(error: Exception) -> NoReturn:
+    """End with one line, or with the traceback where the fault is aerl's own or the user asks for it."""
+    from aerl.config import explain
+
+    line = explain(error)
+    if line is None or wants_traceback:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing many lines of its own
+    try:
+        main()
+    except Exception as error:
+        fail(error)

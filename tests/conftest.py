@@ -1,0 +1,46 @@
+"""What every test shares: the repository's root, a quiet offline environment, and a way to run launch.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One cache of prepared digits for the whole session; nothing of the tester's own is read or written.
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "AERL_ROOT"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared datasets, shared by all tests."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
+    """`launch("trainer=rl", ...)` runs the real command line in an empty folder, offline and without a key."""
+
+    def run(*words: str, cwd: Path = tmp_path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
+        env |= {
+            "AERL_DATA": str(data_dir),
+            "HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "100",
+            **environment,
+        }
+        command = [sys.executable, str(ROOT / "launch.py"), *words]
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+
+    return run

@@ -1,0 +1,70 @@
+"""The policy loss and how actions are drawn, against what they must be in closed form."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from aerl.hardware import stream
+from aerl.objectives import EpsilonGreedy, Labels, policy_loss
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    return logits.requires_grad_(), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def test_acting_by_the_label_is_cross_entropy(batch):
+    logits, labels = batch
+    actions = Labels()(logits, labels, stream(0))
+    loss = policy_loss(logits, labels, actions).mean()
+    torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exploration", [0.0, 0.1, 1.0])
+def test_mean_policy_gradient_is_that_of_the_closed_form(batch, exploration):
+    """E[gradient] = gradient of (1-e)(1 - pi_y) + (e/K) CE, the oracle of the design."""
+    logits, labels = batch
+    act, generator = EpsilonGreedy(exploration), stream(3, "actions")
+    draws = 40_000
+    rewarded = sum(
+        (act(logits.detach().repeat(100, 1), labels.repeat(100), generator) == labels.repeat(100))
+        .view(100, -1)
+        .sum(0)
+        for _ in range(draws // 100)
+    )
+    # One CE gradient per sample, weighted by how often it was rewarded: what the loop sums up, drawn often.
+    (sampled,) = torch.autograd.grad(
+        (rewarded / draws * F.cross_entropy(logits, labels, reduction="none")).sum(), logits, retain_graph=True
+    )
+    pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    closed = (1 - exploration) * (1 - pi_y) + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
+    (expected,) = torch.autograd.grad(closed.sum(), logits)
+    # The standard error of a rate over 40,000 draws is at most 0.0025, and |dCE/dlogit| <= 1.
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=0.012)
+
+
+def test_coin_per_sample_explores_within_a_batch_and_per_batch_does_not():
+    """A policy that is sure of class 0: whatever else is drawn was exploration."""
+    logits = torch.full((2_000, 4), -1e4)
+    logits[:, 0] = 0
+    labels = torch.zeros(2_000, dtype=torch.int64)
+    generator = stream(0, "coin")
+    explored = (EpsilonGreedy(0.5)(logits, labels, generator) != 0).float().mean()
+    assert abs(explored - 0.5 * 3 / 4) < 0.05
+    shares = {
+        round((EpsilonGreedy(0.5, "batch")(logits, labels, generator) != 0).float().mean().item(), 1) for _ in range(20)
+    }
+    assert shares <= {0.0, 0.7, 0.8}
+    assert len(shares) > 1
+
+
+def test_probability_floor_takes_the_gradient_of_a_hopeless_sample_away():
+    logits = torch.tensor([[0.0, 30.0], [0.0, 1.0]], requires_grad=True)
+    labels = torch.tensor([0, 0])
+    (floored,) = torch.autograd.grad(policy_loss(logits, labels, labels, 1e-6).sum(), logits)
+    (plain,) = torch.autograd.grad(policy_loss(logits, labels, labels).sum(), logits)
+    assert floored[0].abs().max() == 0
+    assert plain[0].abs().max() > 0.99
+    torch.testing.assert_close(floored[1], plain[1])

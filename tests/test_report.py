@@ -1,0 +1,412 @@
+"""What a person sees: the closing table, the progress of a run, and the pictures."""
+
+import io
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from aerl.analyses import AnalysisContext
+from aerl.analyses.pictures import pictures
+from aerl.report import progress as progress_module
+from aerl.report.progress import progress
+from aerl.report.table import results_table, show
+from aerl.results import ResultLog, open_tracker, proportion, write_summary
+
+SUMMARY: dict[str, Any] = {
+    "status": "finished", "run_id": "digits-alicnn-sl-0", "folder": "outputs/digits-alicnn-sl/seed=0",
+    "dataset": "digits", "model": "alicnn", "trainer": "sl", "seed": 0, "config_hash": "ab12",
+    "samples": 360, "epochs": 20, "clean_accuracy": proportion(353, 360),
+    "attacks": {
+        "fgsm": {"norm": "Linf", "eps": 8 / 255, "seconds": 0.1, "robust_accuracy": proportion(120, 360)},
+        "pgd": {"norm": "L2", "eps": 1.0, "seconds": 132.4, "robust_accuracy": proportion(36, 360)},
+    },
+    "robust_accuracy": {"fgsm": 120 / 360, "pgd": 0.1}, "worst_case_accuracy": proportion(30, 360),
+    "masking": None, "test_split": "test", "seconds": {"train": 21.04, "attack": 132.5}, "error": None,
+    "wandb": {"mode": "offline", "path": "wandb/offline-run-1-x", "url": None},
+}  # fmt: skip
+
+
+def shown(summary: dict[str, Any], width: int = 80) -> str:
+    stream = io.StringIO()
+    show(summary, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def rows(text: str) -> list[list[str]]:
+    return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+
+
+# -------------------------------------------------------------------------------------------- the table
+
+
+def test_the_table_says_what_was_measured() -> None:
+    text = shown(SUMMARY)
+    assert "digits, alicnn, sl, seed 0: finished" in text
+    found = rows(text)
+    assert ["clean", "98.1 %", "96.0 to 99.1 %", "360"] in found
+    assert ["fgsm", "Linf", "8/255", "33.3 %", "28.7 to 38.4 %", "360", "0.1 s"] in found
+    assert ["pgd", "L2", "1", "10.0 %", "7.3 to 13.5 %", "360", "2 min 12 s"] in found
+    assert ["worst case", "8.3 %", "5.9 to 11.6 %", "360"] in found
+    assert ["time", "training 21.0 s (20 epochs), attacks 2 min 12 s"] in found
+    assert ["files", "outputs/digits-alicnn-sl/seed=0"] in found
+    assert "wandb sync outputs/digits-alicnn-sl/seed=0/wandb/offline-run-1-x\n" in text
+
+
+def test_it_fits_80_columns_and_has_no_escapes_in_a_file() -> None:
+    long = {"norm": "Linf", "eps": 1 / 300, "seconds": 7322, "robust_accuracy": proportion(10_000, 10_000)}
+    name = "pgd_margin_with_50_restarts_and[a]_very_long_name"
+    text = shown({**SUMMARY, "attacks": {**SUMMARY["attacks"], name: long}})
+    table = text[text.index("attack") : text.index("time  ")]
+    assert max(len(line) for line in text[: text.index("W&B")].splitlines()) <= 80
+    assert "\x1b" not in text
+    assert "…" not in text and "100.0 %" in table and "2 h 02 min" in table
+    pieces = [line.split()[0] for line in table.splitlines() if line.strip()]
+    assert name in "".join(pieces)  # folded, not cut, and not read as markup
+
+
+def test_a_path_longer_than_the_line_can_be_copied() -> None:
+    folder = "/scratch/" + "long/" * 30
+    text = shown({**SUMMARY, "folder": folder, "wandb": {**SUMMARY["wandb"], "path": "wandb/it's"}})
+    assert f"{folder}\n" in text
+    assert f"wandb sync '{folder}wandb/it'\"'\"'s'\n" in text
+
+
+def test_a_failed_run_is_shown_as_failed() -> None:
+    failed = {
+        "status": "failed", "run_id": "r", "folder": "outputs/r", "dataset": "digits", "trainer": "rl",
+        "seed": 0, "clean_accuracy": None, "attacks": {"pgd": {"norm": "L2", "eps": 0.5}},
+        "error": "training: the loss is NaN in epoch 3, step 17",
+    }  # fmt: skip
+    text = shown(failed)
+    assert "digits, rl, seed 0: failed" in text
+    assert "the loss is NaN in epoch 3, step 17" in text
+    assert ["pgd", "L2", "0.5", "-", "-", "-"] in rows(text)
+    assert "worst case" not in text
+    assert "run: running" in shown({"status": "running"})
+
+
+def test_warnings_verdict_and_where_wandb_has_it() -> None:
+    attacks = {"pgd": {**SUMMARY["attacks"]["pgd"], "warnings": ["zero gradients on 12 % of the samples"]}}
+    online = {"mode": "online", "path": "wandb/run-1-x", "url": "https://example.org/runs/x"}
+    found = rows(
+        shown(
+            {**SUMMARY, "attacks": attacks, "masking": {"verdict": "gradients are masked"}, "wandb": online}
+        )
+    )
+    assert ["warning", "pgd: zero gradients on 12 % of the samples"] in found
+    assert ["verdict", "gradients are masked"] in found
+    assert ["W&B", "https://example.org/runs/x"] in found
+    assert "wandb sync" not in shown({**SUMMARY, "wandb": online})
+    assert "incomplete; to upload: wandb sync" in shown(
+        {**SUMMARY, "wandb": {**online, "mode": "interrupted"}}
+    )
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    text = shown({**SUMMARY, "clean_accuracy": proportion(0, 0) | {"value": None}})
+    assert ["clean", "-", "0.0 to 100.0 %", "0"] in rows(text)
+    assert results_table({}).row_count == 1
+
+
+SHOW = """
+import sys
+from pathlib import Path
+from aerl.report.table import show
+from aerl.results import read_summary
+show(read_summary(Path(sys.argv[1])))
+print({"torch", "numpy", "wandb", "hydra"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+def test_a_finished_run_is_shown_again_in_no_time(tmp_path: Path) -> None:
+    write_summary(tmp_path, SUMMARY)
+    began = time.monotonic()
+    command = [sys.executable, "-c", SHOW, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert time.monotonic() - began < 3  # 0.3 s where nothing else runs
+    assert done.stderr.strip() == "set()"
+    assert "worst case" in done.stdout and "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(("variables", "colour"), [({"TERM": "xterm"}, True), ({"NO_COLOR": "1"}, False)])
+def test_colours_are_for_terminals_that_want_them(
+    tmp_path: Path, variables: dict[str, str], colour: bool
+) -> None:
+    write_summary(tmp_path, SUMMARY)
+    screen = on_a_terminal(SHOW, str(tmp_path), **variables)
+    assert ("\x1b[32mfinished" in screen) is colour
+    assert bool(re.search(r"\x1b\[3\d", screen)) is colour
+    assert "98.1 %" in screen
+
+
+def test_a_window_narrower_than_the_table_loses_nothing(tmp_path: Path) -> None:
+    write_summary(tmp_path, SUMMARY)
+    screen = on_a_terminal(SHOW, str(tmp_path), TERM="xterm", COLUMNS="40")
+    assert "…" not in screen and "worst case" in screen and "pgd" in screen
+
+
+def on_a_terminal(code: str, *arguments: str, stdout: int | None = None, **variables: str) -> str:
+    """What a program prints on a terminal of 80 columns: stderr, and stdout unless that goes elsewhere."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM")}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**kept, "TERM": "xterm", "COLUMNS": "80", **variables},
+        stdin=theirs, stdout=theirs if stdout is None else stdout, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    screen = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            screen += chunk
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(60) == 0, screen.decode()
+    return screen.decode()
+
+
+# ---------------------------------------------------------------------------------------- the progress
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress_module.time, "monotonic", lambda: self.now)
+
+
+def test_plain_lines_are_few_and_the_last_is_always_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with progress("train", 100_000, "images") as meter:
+        for epoch in range(100):  # of 0.3 s each: 30 s in all
+            for _ in range(10):
+                clock.now += 0.03
+                meter.update(100, epoch=f"{epoch + 1}/100", loss=1 / (epoch + 1), acc=epoch / 100)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and "\x1b" not in err
+    assert 3 <= len(lines) <= 4
+    assert lines[0] == "train: 33 %  3,333 images/s  epoch 34/100  loss 0.0294  acc 33.0 %"
+    assert (
+        lines[-1] == "train: 100,000 images in 30.0 s  3,333 images/s  epoch 100/100  loss 0.01  acc 99.0 %"
+    )
+
+
+def test_a_short_attack_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("pgd", 360, "samples") as meter:
+        meter.update(360, acc=0.1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"pgd: 360 samples in 0\.0 s  [\d,]+ samples/s  acc 10\.0 %", line)
+
+
+def test_what_a_resumed_run_had_done_is_counted_but_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with progress("train", 1000, "images", start=900) as meter:
+        clock.now += 10.0
+        meter.update(100)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 100 %  10 images/s",
+        "train: 1,000 images in 10.0 s  10 images/s",
+    ]
+
+
+def test_an_interrupted_work_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), progress("pgd", 360, "samples") as meter:
+        meter.update(40)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("pgd: stopped at 40 of 360 samples in 0.0 s")
+
+
+def test_a_tensor_is_read_only_when_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    class OnTheGpu:
+        reads = 0
+
+        def __float__(self) -> float:
+            self.reads += 1
+            return 0.5
+
+    loss = OnTheGpu()
+    with progress("train", 1000) as meter:
+        for _ in range(1000):
+            meter.update(1, loss=loss)
+    assert loss.reads == 1
+
+
+def test_an_update_costs_nothing_that_matters() -> None:
+    with progress("train", 100_000) as meter:
+        began = time.perf_counter()
+        for _ in range(100_000):
+            meter.update(1, loss=0.5, acc=0.9)
+        assert time.perf_counter() - began < 1.0  # 10 microseconds each; about 0.5 on an idle machine
+
+
+LIVE = """
+import logging, sys, time
+from aerl.report.progress import progress
+logging.basicConfig(format="[%(levelname)s] %(message)s", stream=sys.stderr)
+with progress("train", 4000, "images") as meter:
+    for epoch in range(4):
+        for _ in range(10):
+            time.sleep(0.03)
+            meter.update(100, epoch=f"{epoch + 1}/4", loss=0.08, acc=0.971)
+        if epoch == 1:
+            logging.getLogger("aerl").warning("something is odd")
+            print("to stdout")
+logging.getLogger("aerl").warning("after")
+"""
+
+
+def test_a_terminal_has_one_live_bar_that_becomes_one_line() -> None:
+    screen = on_a_terminal(LIVE)
+    assert re.search(r"train.*━.*images/s.*epoch 3/4.*acc 97\.1 %", screen)
+    assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1  # the cursor is given back
+    last = [line for line in plain(screen) if line]
+    assert re.fullmatch(
+        r"train: 4,000 images in \d\.\d s  [\d,]+ images/s  epoch 4/4  .*acc 97\.1 %", last[-2]
+    )
+    assert last[-1] == "[WARNING] after"
+    assert "[WARNING] something is odd" in last  # on a line of its own, above the bar
+    assert "to stdout" in last
+
+
+def plain(screen: str) -> list[str]:
+    """The lines of a screen, without escapes."""
+    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in re.split(r"\r?\n|\r", screen)]
+
+
+def test_what_is_printed_into_a_file_stays_there_while_the_bar_runs(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        screen = on_a_terminal(LIVE, stdout=file.fileno())
+    assert (tmp_path / "out").read_text() == "to stdout\n"
+    assert "to stdout" not in screen and "━" in screen
+
+
+def test_a_dumb_terminal_has_plain_lines() -> None:
+    screen = on_a_terminal(LIVE, TERM="dumb")
+    assert "\x1b" not in screen and "━" not in screen
+    assert "train: 4,000 images in" in screen
+
+
+def test_ci_colours_do_not_make_a_terminal() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIVE],
+        env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "\x1b" not in done.stderr and "train: 4,000 images" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------- the pictures
+
+
+class Brightest(torch.nn.Module):
+    """Says which column of the image is the brightest; in training mode nonsense."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = 20 * images.mean(dim=(1, 2))
+        return -logits if self.training else logits
+
+
+def context(folder: Path, channels: int = 1, kept: int = 6, attacks: int = 1) -> AnalysisContext:
+    """Ten images of a bright column each; attacks fool the model on the odd ones, the last is never right."""
+    labels = torch.arange(10) % 8
+    images = torch.zeros(10, channels, 8, 8, dtype=torch.uint8)
+    images[torch.arange(10), :, :, labels] = 200
+    adversarial = images.float() / 255
+    adversarial[torch.arange(1, 10, 2), :, :, 7] = 1.0
+    labels[9] = 5
+    model = Brightest()
+    clean = model.eval()(images.float() / 255).argmax(1).numpy()
+    after = model(adversarial).argmax(1).numpy()
+    model.train()
+    names = [f"attack{index}" for index in range(attacks)]
+    outcomes = {"label": labels.numpy(), "clean_pred": clean, **{f"{name}_pred": after for name in names}}
+    return AnalysisContext(
+        model=model, images=images, labels=labels, class_names=tuple(f"column {index}" for index in range(8)),
+        outcomes=outcomes, adversarial=dict.fromkeys(names, adversarial[:kept]),
+        attacks={name: {"norm": "Linf", "eps": 8 / 255} for name in names},
+        figures=folder / "figures", log=ResultLog(folder, {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("channels", "attacks", "samples"), [(1, 1, 8), (3, 2, 4), (2, 1, 1)])
+def test_pictures_are_drawn_for_any_number_of_channels(
+    tmp_path: Path, channels: int, attacks: int, samples: int
+) -> None:
+    given = context(tmp_path, channels=channels, attacks=attacks)
+    assert pictures(given, samples=samples) == []
+    image = Image.open(tmp_path / "figures" / "pictures.png")
+    columns = min(samples, 6)
+    assert image.size == pytest.approx((130 * (1.3 + 1.45 * columns), 130 * 6.1 * attacks), abs=2)
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # a right and a wrong answer, each framed
+        assert (np.abs(pixels - np.array(colour)).max(axis=1) < 3).sum() > 50
+    assert given.model.training  # as it was
+
+
+def test_the_fooled_come_first_and_the_always_wrong_last(tmp_path: Path) -> None:
+    from aerl.analyses.pictures import _block, _chosen
+
+    given = context(tmp_path, kept=10)
+    assert _chosen(given, "attack0", 10) == [1, 3, 5, 0, 2, 4, 6, 7, 8, 9]
+    assert _chosen(given, "attack0", 2) == [1, 3]
+    assert _chosen(context(tmp_path, kept=4), "attack0", 8) == [1, 3, 0, 2]
+    block = _block(given, "attack0", 2)
+    assert block.title == "attack0, Linf eps 8/255"
+    assert block.labels == [1, 3]
+    assert [(before, after) for (before, _), (after, _) in zip(block.before, block.after, strict=True)] == [
+        (1, 7), (3, 7),
+    ]  # fmt: skip
+    assert all(0.5 < confidence <= 1 for _, confidence in block.before + block.after)
+
+
+@pytest.mark.parametrize("kept", [0, None])
+def test_nothing_to_draw_is_said(tmp_path: Path, kept: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    given = context(tmp_path, kept=0) if kept == 0 else context(tmp_path, attacks=0)
+    with caplog.at_level(logging.WARNING, "aerl"):
+        assert pictures(given) == []
+    assert "nothing to draw" in caplog.text
+    assert not (tmp_path / "figures").exists()
+
+
+# ------------------------------------------------------------------------------------------ the options
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def test_the_analysis_files_name_what_there_is() -> None:
+    text = (CONF / "analysis" / "pictures.yaml").read_text()
+    assert text.startswith("# @package analysis.pictures\n")
+    options = yaml.safe_load(text)
+    assert options.pop("_target_") == f"{pictures.__module__}.{pictures.__name__}"
+    assert options == {
+        name: p.default for name, p in signature(pictures).parameters.items() if name in options
+    }
+    assert yaml.safe_load((CONF / "analysis" / "none.yaml").read_text()) == {}
+
+
+def test_the_logger_files_have_the_same_keys_and_fit_open_tracker() -> None:
+    wandb, none = (
+        yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text()) for name in ("wandb", "none")
+    )
+    assert wandb.keys() == none.keys() <= signature(open_tracker).parameters.keys()
+    assert (wandb["mode"], none["mode"]) == ("auto", "disabled")

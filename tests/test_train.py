@@ -1,0 +1,200 @@
+"""The training loop: what a step computes, that it learns, resumes to the bit, and stops on NaN."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from aerl import checkpoint
+from aerl.attacks import pgd
+from aerl.data import DataSplits, Split, augment
+from aerl.hardware import set_up, stream
+from aerl.models import Classifier
+from aerl.objectives import EpsilonGreedy, Labels
+from aerl.results import ResultLog, read_results
+from aerl.train import Adversary, Recipe, fit, learning_rate, train_step
+from aerl.types import UserError
+
+FGSM = partial(
+    pgd, norm="Linf", eps=0.05, steps=1, step_size=0.05, random_start=False, drop_fooled=False, keep="last"
+)
+
+
+@pytest.fixture(scope="module")
+def hardware():
+    return set_up(
+        device="cpu", precision="fp32", tf32=False, channels_last=True, compile=False, threads=None, deterministic=False
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSplits:
+    """Two classes that differ in which half of the image is bright."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 2
+        images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        images[labels == 0, :, :, :4] += 100
+        images[labels == 1, :, :, 4:] += 100
+        return Split(images, labels)
+
+    return DataSplits(split(200), split(60), split(60), ("left", "right"), (0.4,), (0.3,))
+
+
+def network(seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(144, 2)
+    )
+    return Classifier(net, (0.4,), (0.3,))
+
+
+def recipe(**changes) -> Recipe:
+    settings = {
+        "epochs": 4,
+        "batch_size": 32,
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "act": Labels(),
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "clip": 1.0,
+        "augment": partial(augment, hflip=0.0, vflip=0.5, translate=0.1),
+    }
+    return Recipe(**(settings | changes))
+
+
+def trained(folder, data, hardware, recipe, seed=0):
+    model = hardware.place(network(seed))
+    identity = {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"}
+    folder.mkdir(exist_ok=True, parents=True)
+    best = fit(model, data, recipe, hardware, seed=seed, folder=folder / "checkpoints", results=ResultLog(folder, identity))
+    return model, best
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_supervised_step_is_cross_entropy_and_an_adversary_adds_its_weighted_loss():
+    model = network().eval()  # without dropout and batch statistics the step is a plain formula
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 2
+    plain = train_step(model, x, y, Labels(), stream(0))
+    torch.testing.assert_close(plain.loss, F.cross_entropy(model(x), y))
+    adversary = Adversary(FGSM, weight=0.5, start_epoch=0)
+    both = train_step(model, x, y, Labels(), stream(0), adversary=adversary)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    x_adv = (x + 0.05 * gradient.sign()).clamp(0, 1).detach()
+    expected = F.cross_entropy(model(x_adv), y)
+    torch.testing.assert_close(both.adversarial_loss, expected)
+    torch.testing.assert_close(both.loss, plain.loss + 0.5 * expected)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_adversary_leaves_no_trace_on_the_model(mode):
+    model = network().train(mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 2
+    FGSM(model, x, y, generator=None)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training is mode and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("act", [Labels(), EpsilonGreedy(0.1)])
+@pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1.0, 2)])
+def test_every_cell_of_the_two_by_two_learns(tmp_path, data, hardware, act, adversary):
+    select = "val_adversarial_accuracy" if adversary else "val_accuracy"
+    model, best = trained(tmp_path, data, hardware, recipe(epochs=8, act=act, adversary=adversary, select=select))
+    results = read_results(tmp_path / "results.jsonl")
+    last = {(r.split, r.metric): r.value for r in results if r.step == 8}
+    assert last["val", "accuracy"] > 0.9
+    assert {"loss", "reward", "accuracy", "grad_norm", "lr", "images_per_second"} <= {m for s, m in last if s == "train"}
+    measured_under_attack = {r.step for r in results if r.metric == "adversarial_accuracy"}
+    assert measured_under_attack == ({3, 4, 5, 6, 7, 8} if adversary else set())
+    assert best >= (3 if adversary else 1)
+
+
+def test_reward_is_the_share_of_right_actions(tmp_path, data, hardware):
+    trained(tmp_path, data, hardware, recipe(epochs=1, act=EpsilonGreedy(1.0)))
+    reward = next(r.value for r in read_results(tmp_path / "results.jsonl") if r.metric == "reward")
+    assert 0.35 < reward < 0.65  # pure exploration among two classes
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(tmp_path, data, hardware):
+    settings = recipe(act=EpsilonGreedy(0.1))
+    first, again, other = (
+        trained(tmp_path / name, data, hardware, settings, seed)[0] for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+@pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1.0, 1)])
+def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(tmp_path, data, hardware, adversary, monkeypatch):
+    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    settings = recipe(act=EpsilonGreedy(0.1), adversary=adversary, epochs=4)
+    whole, best = trained(tmp_path / "whole", data, hardware, settings)
+
+    class Killed(Exception):
+        pass
+
+    def dies_in_the_third_epoch(images, generator, calls=iter(range(100))):  # noqa: B008
+        if next(calls) == 2 * 6 + 3:
+            raise Killed
+        return settings.augment(images, generator)
+
+    from dataclasses import replace
+
+    with pytest.raises(Killed):
+        trained(tmp_path / "cut", data, hardware, replace(settings, augment=dies_in_the_third_epoch))
+    assert checkpoint.load(tmp_path / "cut/checkpoints/last.pt")["epoch"] == 2
+    resumed, best_resumed = trained(tmp_path / "cut", data, hardware, settings)
+    assert equal(whole, resumed) and best == best_resumed
+    kept = [
+        [(r.metric, r.split, r.step, r.value) for r in read_results(tmp_path / name / "results.jsonl")
+         if r.metric != "images_per_second"]
+        for name in ("whole", "cut")
+    ]  # fmt: skip
+    assert kept[0] == kept[1]
+
+
+def test_nan_stops_training_names_the_place_and_keeps_the_checkpoint(tmp_path, data, hardware, monkeypatch):
+    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+
+    def breaks(images, generator, calls=iter(range(100))):  # noqa: B008
+        if next(calls) == 6 + 2:
+            model.net[0].weight.data.fill_(math.nan)
+        return images
+
+    model = hardware.place(network())
+    identity = {"run_id": "r", "seed": 0, "dataset": "d", "model": "m", "trainer": "t"}
+    with pytest.raises(UserError, match="epoch 2 of 4: the loss or gradient is not finite at step 3 of 6") as error:
+        fit(model, data, recipe(augment=breaks), hardware, seed=0, folder=tmp_path, results=ResultLog(tmp_path, identity))
+    assert "\n" not in str(error.value)
+    for name in ("last.pt", "best.pt"):
+        weights = checkpoint.load(tmp_path / name)["model"]
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_learning_rate_schedules():
+    factors = [learning_rate(step, 100, "linear", 0.1) for step in range(100)]
+    assert factors[0] == 0 and factors[5] == pytest.approx(0.5) and factors[10] == 1
+    assert factors[55] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 90)
+    cosine = [learning_rate(step, 100, "cosine", 0.0) for step in range(100)]
+    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
+    assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
+
+
+def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data):
+    hardware = set_up(
+        device="cpu", precision="bf16", tf32=False, channels_last=True, compile=False, threads=None, deterministic=False
+    )
+    trained(tmp_path, data, hardware, recipe(epochs=6))
+    accuracies = [r.value for r in read_results(tmp_path / "results.jsonl") if (r.split, r.metric) == ("val", "accuracy")]
+    assert accuracies[-1] > 0.9
+    with hardware.autocast():
+        assert network()(torch.rand(2, 1, 8, 8)).dtype == torch.float32
