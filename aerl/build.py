@@ -19,6 +19,10 @@ from aerl.train import Adversary, Recipe
 from aerl.types import UserError
 
 
+# What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
+_SIZES = ("num_classes", "channels", "size")
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything a run is made of. `recipe` is None where nothing is trained."""
@@ -35,6 +39,7 @@ def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
     attacks = {name: attack(spec, f"attack.{name}") for name, spec in config.attack.items()}
     analyses = {name: bind(spec, f"analysis.{name}", later=["context"]) for name, spec in config.analysis.items()}
+    bind(config.model.net, "model.net", given=dict.fromkeys(_SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
         raise UserError("checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file")
@@ -113,7 +118,7 @@ def build_data(config: Config) -> DataSplits:
 def build_model(config: Config, data: DataSplits) -> Classifier:
     """The network, initialised from the run's seed, behind its normalisation; tried on two images."""
     channels, height, width = data.image_shape
-    sizes = {"num_classes": data.num_classes, "channels": channels, "size": (height, width)}
+    sizes = dict(zip(_SIZES, (data.num_classes, channels, (height, width)), strict=True))
     torch.manual_seed(seed_from(config.seed, "weights"))
     net = bind(config.model.net, "model.net", given=sizes)()
     if not isinstance(net, nn.Module):

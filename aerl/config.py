@@ -8,6 +8,7 @@ it names. A new attack, model or dataset is therefore checked without being list
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -243,10 +244,9 @@ def bind(
 
 
 def _locate(name: str, key: str) -> Callable[..., Any]:
-    from hydra.utils import get_object
-
+    module, _, attribute = name.rpartition(".")
     try:
-        target = get_object(name)
+        target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module can raise anything
         raise UserError(f"{key}._target_={name}: cannot be imported: {_first_line(error)}") from error
     if not callable(target):

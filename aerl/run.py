@@ -34,8 +34,7 @@ def run(cfg: DictConfig) -> float | None:
 
     The same command is the same run: an unfinished one goes on, a finished one is shown again.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    _log_to_stderr()
     overrides = list(HydraConfig.get().overrides.task)
     config = schema.read(schema.adopt(cfg, overrides))
     folder = Path(config.runs_dir).expanduser() / schema.run_name(config, overrides)
@@ -61,6 +60,14 @@ def run(cfg: DictConfig) -> float | None:
         _analyse(parts, config, record, outcomes, split)
     show(record.summary)
     return _headline(record.summary)
+
+
+def _log_to_stderr() -> None:
+    """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def _headline(summary: Mapping[str, Any]) -> float | None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import launch as _launch  # registers the resolver and AERL_ROOT that conf/ needs, for tests that compose in-process
+
+assert _launch
 ROOT = Path(__file__).resolve().parent.parent
 
 # One cache of prepared digits for the whole session; nothing of the tester's own is read or written.
-for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "AERL_ROOT"):
+for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
     os.environ.pop(name, None)
 
 

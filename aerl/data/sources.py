@@ -154,8 +154,8 @@ def stratified_split(labels: Labels, fraction: float, seed: int, where: str) -> 
     except ValueError as error:
         classes, counts = np.unique(labels, return_counts=True)
         raise UserError(
-            f"{where}: cannot split {len(labels)} images so that each of {len(classes)} classes is on both "
-            f"sides; the rarest, label {classes[counts.argmin()]}, has {counts.min()}"
+            f"{where}: cannot split {len(labels)} images of {len(classes)} classes; each side needs at least "
+            f"{len(classes)} images and each class 2 (label {classes[counts.argmin()]} has {counts.min()})"
         ) from error
     return np.sort(stay), np.sort(go)
 
@@ -242,7 +242,7 @@ def _hold_out(table: Table, names: tuple[str, ...], where: str) -> Source:
 
 def _number(splits: Sequence[_Split], where: str) -> tuple[tuple[str, ...], list[Table]]:
     """The class names, and the splits with labels that count them. The first split is training."""
-    if all(isinstance(label, str) for label in splits[0].labels):
+    if splits[0].labels.dtype.kind in "OU" and all(isinstance(label, str) for label in splits[0].labels):
         names = tuple(sorted(set(splits[0].labels.tolist())))
         numbers = {name: number for number, name in enumerate(names)}
         foreign = [label for split in splits for label in split.labels.tolist() if label not in numbers]

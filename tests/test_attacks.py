@@ -1,0 +1,513 @@
+"""PGD on models whose optimum is known, what attacks do to the world around them, and their noise."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aerl.attacks import (
+    BatchGenerator,
+    SampleGenerator,
+    attacking,
+    collect_warnings,
+    evaluating,
+    frozen,
+    losses,
+    pgd,
+    warn,
+)
+from aerl.attacks.modes import full_precision
+from aerl.types import UserError
+
+NORMS = ["L2", "Linf"]
+EPS = {"L2": 0.15, "Linf": 0.02}  # small_net is fooled on some images, not on all
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only get in each other's way on networks this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_net(classes=4, dtype=torch.float32):
+    """A small convolutional network with batch normalisation and dropout, at random weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(8 * 9, classes),
+    ).to(dtype)
+
+
+def images(count=24, dtype=torch.float32, low=0.0, high=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return (low + (high - low) * torch.rand(count, 3, 6, 6, generator=generator)).to(dtype)
+
+
+@torch.no_grad()
+def predictions(model, x):
+    with evaluating(model):
+        return model(x).argmax(1)
+
+
+def attack(model, x, y, seed=0, **settings):
+    settings = {"eps": 0.3, "steps": 10} | settings
+    return pgd(model, x, y, generator=SampleGenerator.for_images(x, seed), **settings)
+
+
+def sizes(delta, norm):
+    return delta.flatten(1).double().norm(2 if norm == "L2" else torch.inf, dim=1)
+
+
+def wavy_net(classes=4):
+    """A network whose loss goes up and down along every direction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 32), Wave(), nn.Linear(32, classes))
+    with torch.no_grad():
+        model[1].weight *= 20
+    return model
+
+
+class Wave(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+class Linear(nn.Module):
+    """Logits W x, whose distance to the decision boundary between y and k is known in closed form."""
+
+    def __init__(self, classes):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        # Rows of unequal length: the second likeliest class is not always the nearest.
+        lengths = torch.linspace(1, 3, classes)[:, None]
+        self.weight = nn.Parameter(torch.randn(classes, 108, generator=generator) * lengths)
+
+    def forward(self, x):
+        return (x - 0.5).flatten(1) @ self.weight.T
+
+    @torch.no_grad()
+    def distances(self, x, y, norm):
+        """(B,) from each image to the nearest other class, infinite for y itself."""
+        logits = self(x).double()
+        gap = logits.gather(1, y[:, None]) - logits
+        difference = (self.weight[y][:, None] - self.weight[None]).double()
+        dual = difference.norm(2, dim=2) if norm == "L2" else difference.abs().sum(2)
+        return (gap / dual).scatter(1, y[:, None], torch.inf).amin(1)
+
+
+# --- what PGD finds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["log_odds", "ce", "margin"])
+def test_linear_model_gives_its_closed_form_robust_accuracy(norm, loss):
+    model, x = Linear(2), images(200, low=0.35, high=0.65)
+    y = predictions(model, x)
+    distance = model.distances(x, y, norm)
+    for share in (0.2, 0.5, 0.8):
+        eps = distance.quantile(share).item()
+        away = (distance / eps - 1).abs() > 0.005  # PGD comes that close to the boundary of the ball
+        assert eps < 0.3 and away.double().mean() > 0.9
+        fooled = predictions(model, attack(model, x, y, norm=norm, eps=eps, steps=100, loss=loss)) != y
+        assert torch.equal(fooled[away], (distance < eps)[away])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_targeted_attack_reaches_every_boundary_of_a_linear_model(norm):
+    model, x = Linear(4), images(200, low=0.35, high=0.65)
+    y = predictions(model, x)
+    distance = model.distances(x, y, norm)
+    eps = distance.median().item()
+    away = (distance / eps - 1).abs() > 0.005
+    settings = {"norm": norm, "eps": eps, "steps": 100, "targeted": True, "loss": "margin", "restarts": 3}
+    fooled = predictions(model, attack(model, x, y, **settings)) != y
+    assert torch.equal(fooled[away], (distance < eps)[away])
+    # One target alone is not enough for all of them.
+    assert (predictions(model, attack(model, x, y, **settings | {"restarts": 1})) != y).sum() < fooled.sum()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("settings", [{}, {"drop_fooled": False}, {"keep": "last", "drop_fooled": False}])
+def test_result_is_in_ball_and_box(norm, settings):
+    model, x = small_net(), images()
+    x[:8] = x[:8].round()  # corners of the box
+    y = predictions(model, x)
+    adversarial = attack(model, x, y, norm=norm, **settings)
+    assert adversarial.shape == x.shape and adversarial.dtype == x.dtype
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+    assert (sizes(adversarial - x, norm) <= 0.3 + 1e-6).all()
+    assert not torch.equal(adversarial, x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("drop_fooled", [True, False])
+def test_batch_size_and_order_change_nothing(norm, drop_fooled):
+    model, x = small_net(dtype=torch.float64), images(16, dtype=torch.float64)
+    y = predictions(model, x)
+    settings = {"norm": norm, "eps": EPS[norm], "steps": 8, "restarts": 2, "drop_fooled": drop_fooled}
+    whole = attack(model, x, y, **settings)
+    fooled = predictions(model, whole) != y
+    assert 0 < fooled.sum() < len(x)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    for batch in (1, 10):
+        parts = [attack(model, x[part], y[part], **settings) for part in order.split(batch)]
+        again = torch.empty_like(whole).index_copy_(0, order, torch.cat(parts))
+        assert torch.equal(predictions(model, again) != y, fooled)
+        torch.testing.assert_close(again, whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("random_start", [True, False])
+def test_dropping_fooled_samples_changes_no_outcome(norm, random_start):
+    model, x = small_net(dtype=torch.float64), images(16, dtype=torch.float64)
+    y = predictions(model, x)
+    settings = {"norm": norm, "eps": EPS[norm], "steps": 10, "random_start": random_start}
+    dropped = attack(model, x, y, drop_fooled=True, **settings)
+    full = attack(model, x, y, drop_fooled=False, **settings)
+    fooled = predictions(model, dropped) != y
+    assert 0 < fooled.sum() < len(x)
+    assert torch.equal(predictions(model, full) != y, fooled)
+    torch.testing.assert_close(dropped[~fooled], full[~fooled], rtol=0, atol=1e-9)
+
+
+def test_the_worst_iterate_is_at_least_as_bad_as_the_last():
+    model, x = wavy_net(), images(64)
+    y = predictions(model, x)
+    settings = {"eps": 0.5, "steps": 7, "step_size": 0.5, "drop_fooled": False}
+    value, fooled = {}, {}
+    for keep in ("worst", "last"):
+        adversarial = attack(model, x, y, keep=keep, **settings)
+        with torch.no_grad(), evaluating(model):
+            logits = model(adversarial)
+        value[keep], fooled[keep] = losses.log_odds(logits, y), logits.argmax(1) != y
+    assert (fooled["worst"] | ~fooled["last"]).all()
+    same = fooled["worst"] == fooled["last"]
+    assert (value["worst"] >= value["last"] - 1e-5)[same].all()
+    assert (value["worst"] > value["last"] + 1e-3).any()
+
+
+def test_restarts_never_lose_a_sample():
+    model, x = wavy_net(), images(64)
+    y = predictions(model, x)
+    previous = torch.zeros_like(y, dtype=torch.bool)
+    counts = []
+    for restarts in (1, 2, 6):
+        fooled = predictions(model, attack(model, x, y, eps=0.03, steps=2, restarts=restarts)) != y
+        assert (fooled | ~previous).all()
+        previous = fooled
+        counts.append(int(fooled.sum()))
+    assert counts[0] < counts[-1] < len(x)
+
+
+def test_misclassified_samples_come_back_unchanged():
+    model, x = small_net(), images()
+    y = predictions(model, x)
+    y[::2] = (y[::2] + 1) % 4
+    adversarial = attack(model, x, y)
+    assert torch.equal(adversarial[::2], x[::2])
+    assert (predictions(model, adversarial)[1::2] != y[1::2]).any()
+
+
+def test_zero_eps_and_an_empty_batch_return_the_images():
+    model, x = small_net(), images()
+    y = predictions(model, x)
+    assert torch.equal(attack(model, x, y, eps=0), x)
+    assert attack(model, x[:0], y[:0]).shape == (0, 3, 6, 6)
+
+
+def test_one_step_from_the_image_is_fgsm():
+    model, x = small_net(), images()
+    y = predictions(model, x)
+    settings = {"steps": 1, "eps": 0.02, "step_size": 0.02, "random_start": False, "norm": "Linf"}
+    for loss in ("ce", "log_odds"):
+        result = attack(model, x, y, loss=loss, drop_fooled=False, keep="last", **settings)
+        with evaluating(model):
+            point = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), y), point)
+        torch.testing.assert_close(result, (x + 0.02 * gradient.sign()).clamp(0, 1))
+
+
+class Counting(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.batches = inner, []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return self.inner(x)
+
+
+def test_forwards_are_not_wasted():
+    model, x = Counting(small_net()), images()
+    y = predictions(model, x)
+
+    def batches(**settings):
+        model.batches.clear()
+        attack(model, x, y, eps=0.05, **settings)
+        return list(model.batches)
+
+    assert batches(steps=5, drop_fooled=False) == [24] * 6
+    # In training nothing depends on the last iterate's outcome: one forward for one gradient.
+    assert batches(steps=1, drop_fooled=False, keep="last", random_start=False) == [24]
+    shrinking = batches(steps=20)
+    assert shrinking == sorted(shrinking, reverse=True) and shrinking[-1] < 24
+
+
+# --- gradients that vanish --------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self, inner, scale):
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["log_odds", "margin", "dlr"])
+@pytest.mark.parametrize("scale", [1e-25, 1e6])
+def test_the_scale_of_the_logits_is_no_defence(norm, loss, scale):
+    model, x = small_net(), images(64)
+    y = predictions(model, x)
+    settings = {"norm": norm, "eps": EPS[norm], "steps": 20, "loss": loss}
+    plain = (predictions(model, attack(model, x, y, **settings)) != y).sum()
+    scaled = (predictions(model, attack(Scaled(model, scale), x, y, **settings)) != y).sum()
+    assert 10 < plain < 64
+    assert scaled >= plain - 2
+
+
+def test_literal_cross_entropy_survives_tiny_gradients_but_not_saturation():
+    """What log_odds is for. At x30 the squares of ce's gradients underflow, at x1e6 they themselves do."""
+    model, x = small_net(), images(64)
+    y = predictions(model, x)
+    settings = {"eps": 0.15, "steps": 40, "random_start": False, "loss": "ce"}
+    assert (predictions(model, attack(Scaled(model, 30), x, y, **settings)) != y).sum() > 10
+    stuck = attack(Scaled(model, 1e6), x, y, **settings)
+    assert (sizes(stuck - x, "L2") == 0).double().mean() > 0.8
+
+
+def test_losses():
+    torch.manual_seed(0)
+    logits, y = torch.randn(50, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (50,))
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    other = torch.stack([row[torch.arange(5) != label].max() for row, label in zip(logits, y, strict=True)])
+    ordered = logits.sort(1, descending=True).values
+    torch.testing.assert_close(losses.ce(logits, y), F.cross_entropy(logits, y, reduction="none"))
+    torch.testing.assert_close(losses.margin(logits, y), other - own)
+    torch.testing.assert_close(losses.dlr(logits, y), (other - own) / (ordered[:, 0] - ordered[:, 2]))
+    torch.testing.assert_close(F.softplus(losses.log_odds(logits, y)), losses.ce(logits, y))
+    a, b = (torch.autograd.grad(f(logits, y).sum(), logits)[0] for f in (losses.ce, losses.log_odds))
+    torch.testing.assert_close(F.normalize(a), F.normalize(b))
+    with pytest.raises(UserError, match="dlr needs 3 classes"):
+        losses.dlr(logits[:, :2], y % 2)
+
+
+# --- the world around an attack ---------------------------------------------------------------------
+
+
+def state_of(model):
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+
+
+def partly_trained(model):
+    """Training mode with one layer in eval mode, one parameter frozen, and gradients waiting."""
+    model.train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    return model
+
+
+def test_an_attack_leaves_no_trace():
+    model, x = partly_trained(small_net()), images()
+    y = predictions(model, x)
+    before, rng = state_of(model), torch.get_rng_state()
+    attack(model, x, y)
+    after = state_of(model)
+    assert before[:2] == after[:2]
+    torch.testing.assert_close(before[2:], after[2:], rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert not x.requires_grad and x.grad is None
+
+
+def test_modes_are_restored_after_an_exception():
+    model = partly_trained(small_net())
+    before = state_of(model)
+    for mode in (evaluating, frozen, attacking):
+        with pytest.raises(KeyError), mode(model):
+            if mode is not frozen:
+                assert not any(module.training for module in model.modules())
+            if mode is not evaluating:
+                assert not any(parameter.requires_grad for parameter in model.parameters())
+            raise KeyError
+        assert state_of(model)[:2] == before[:2]
+
+
+def test_an_outer_autocast_no_grad_or_inference_mode_changes_nothing():
+    model, x = small_net(), images()
+    y = predictions(model, x)
+    expected = attack(model, x, y)
+    for outer in (torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), torch.inference_mode()):
+        with outer:
+            assert torch.equal(attack(model, x.clone(), y.clone()), expected)
+    with torch.inference_mode():
+        assert torch.is_inference_mode_enabled()
+        attack(model, x, y)
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_computed_in_full_precision(precision):
+    def switches():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    try:
+        torch.set_float32_matmul_precision(precision)
+        before = switches()
+        with warnings.catch_warnings(), full_precision():
+            warnings.simplefilter("error")
+            assert switches() == ("highest", False)
+        assert switches() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_new_precision_switches_are_set_and_restored():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch is older than 2.9")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with full_precision():
+            assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_layout_is_kept():
+    model, x = small_net(), images().to(memory_format=torch.channels_last)
+    y = predictions(model, x)
+    for settings in ({}, {"drop_fooled": False}, {"norm": "Linf", "restarts": 2}):
+        result = attack(model, x, y, **settings)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(result, attack(model, x.contiguous(), y, **settings), rtol=0, atol=1e-4)
+    strided = images(48)[::2]
+    assert torch.equal(attack(model, strided, y), attack(model, strided.contiguous(), y))
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+class Broken(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (small_net(), {"targeted": True, "restarts": 4}, "restarts=4.*4 classes leave at most 3"),
+        (small_net(), {"restarts": 2, "random_start": False}, "restarts=2"),
+        (small_net(2), {"loss": "dlr", "drop_fooled": False}, "dlr needs 3 classes"),
+        (Broken(lambda x: x.flatten(1)[:, :4] / 0), {}, "NaN or infinite logits"),
+        (Broken(lambda x: x.flatten(1)[:, :4].detach()), {"drop_fooled": False}, "do not depend"),
+        (Broken(lambda x: (x - x).flatten(1)[:, :4].sqrt()), {"drop_fooled": False}, "NaN or infinite"),
+    ],
+)
+def test_faults_are_told_in_one_line(model, settings, message):
+    x = images()
+    with pytest.raises(UserError, match=message) as error:
+        attack(model, x, torch.zeros(len(x), dtype=torch.int64), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_images_outside_the_box_are_refused():
+    x = images()
+    for bad in (x * 2 - 1, torch.full_like(x, torch.nan)):
+        with pytest.raises(UserError, match=r"must be in \[0, 1\]"):
+            attack(small_net(), bad, torch.zeros(len(x), dtype=torch.int64))
+
+
+# --- noise ------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_the_image_alone():
+    x = images(6)
+    whole = SampleGenerator.for_images(x, seed=5)
+    first, second = whole.normal(x), whole.uniform(x[:, :1, :1, :1])
+    for i in (4, 0):
+        alone = SampleGenerator.for_images(x[i : i + 1], seed=5)
+        assert torch.equal(alone.normal(x[i : i + 1])[0], first[i])
+        assert torch.equal(alone.uniform(x[i : i + 1, :1, :1, :1])[0], second[i])
+    assert len({row.sum().item() for row in first}) == 6
+    others = [SampleGenerator.for_images(x, seed=6), SampleGenerator.for_images(x, seed=5, salt="pgd")]
+    assert not any(torch.equal(other.normal(x), first) for other in others)
+
+
+def test_noise_is_the_same_for_bytes_floats_layouts_and_dtypes():
+    raw = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    x = raw.float() / 255
+    expected = SampleGenerator.for_images(raw, 1).normal(x)
+    last = x.to(memory_format=torch.channels_last)
+    noise = SampleGenerator.for_images(last, 1).normal(last)
+    assert torch.equal(noise, expected) and noise.is_contiguous(memory_format=torch.channels_last)
+    double = SampleGenerator.for_images(x.double(), 1).normal(x.double())
+    assert double.dtype == torch.float64 and torch.equal(double.float(), expected)
+
+
+def test_part_of_a_generator_goes_on_where_the_whole_stood():
+    x = images(5)
+    first, second = (SampleGenerator.for_images(x, 0) for _ in range(2))
+    first.normal(x), second.normal(x)
+    expected = second.normal(x)
+    mask = torch.tensor([True, False, False, True, False])
+    assert torch.equal(first[mask].normal(x[mask]), expected[mask])
+    index = torch.tensor([4, 1])
+    assert torch.equal(first[index].normal(x[index]), expected[index])
+
+
+def test_batch_generator():
+    x = images().to(memory_format=torch.channels_last)
+    a, b = (BatchGenerator(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert a.seed == 3
+    assert torch.equal(a.normal(x), b.normal(x)) and torch.equal(
+        a.uniform(x), b[x[:, 0, 0, 0] > 0].uniform(x)
+    )
+    assert not torch.equal(a.normal(x), a.normal(x))
+    model = small_net()
+    y = predictions(model, x)
+    assert (sizes(pgd(model, x, y, generator=a, eps=0.3, steps=3) - x, "L2") <= 0.3 + 1e-6).all()
+
+
+def test_warnings_are_collected_once(caplog):
+    with caplog.at_level(logging.WARNING, logger="aerl.attacks"):
+        with collect_warnings() as messages:
+            warn("one")
+            warn("two")
+            warn("one")
+        warn("three")
+    assert messages == ["one", "two"]
+    assert caplog.messages == ["one", "two", "three"]

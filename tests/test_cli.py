@@ -1,0 +1,193 @@
+"""The command line as people drive it: what it explains, composes and refuses. Every call is a real process."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+CONF = ROOT / "conf"
+
+
+def test_help_names_every_group_and_option(launch):
+    text = launch("--help").stdout
+    for group in ("dataset", "model", "trainer", "attack", "analysis", "hardware", "logger", "experiment"):
+        options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        assert f"{group}: {options}" in text
+    assert "multirun_sweeps=quick" in text
+    assert "launch.py -sc install=bash" in text
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
+def test_help_and_cfg_import_nothing_slow(words):
+    """Their second is spent in Hydra; any of these would double it. The time itself is benchmarked."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), *words], capture_output=True, text=True, check=True
+    )
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "hydra" in imported
+    assert not imported & {"torch", "wandb", "datasets", "matplotlib", "pyautoattack", "sklearn", "pydantic", "numpy"}
+
+
+def test_tab_completion_completes_options(launch):
+    done = launch("-sc", "query=bash", COMP_LINE="python launch.py trainer=rl", COMP_POINT="27")
+    assert {"trainer=rl", "trainer=rl_adv"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["dataset=nope"], r"dataset=nope: no such option; known: cifar10, cifar100, digits, .*"),
+        (["trainer=r"], r"trainer=r: no such option; did you mean rl\? known: .*"),
+        (["attack=[pgd,xyz]"], r"attack=xyz: no such option; known: autoattack, fgsm, .*"),
+        (["trainer.batchsize=3"], r"trainer.batchsize: no such key; did you mean batch_size\? known: .*"),
+        (["trainer.adversary.weight=2"], r"trainer.adversary.weight: no such key; trainer.adversary is null here"),
+        (["+trainer.new=1"], r"trainer.new=1: no such key; known: .*"),
+        (["+new=1"], r"new=1: no such key; known: .*"),
+        (["+attack.pgd.step=1"], r"attack.pgd.step=1: no such key; did you mean steps\? known: .*"),
+        (["+model.net.depth=1"], r"model.net.depth=1: no such key; known: hidden"),
+        (["+trainer.act.exploration=.1"], r"trainer.act.exploration=0.1: no such key; known: none"),
+        (["seed"], r"seed: is not an override; expected key=value.*"),
+        (["trainer=sl,rl"], r"trainer=sl,rl: several values; -m runs each of them.*"),
+        (["trainer.epochs=many"], r"trainer.epochs=many: should be a valid integer.*"),
+        (["trainer.epochs=0"], r"trainer.epochs=0: should be greater than or equal to 1"),
+        (["trainer.batch_size=0"], r"trainer.batch_size=0: should be greater than or equal to 1"),
+        (["eps=-1"], r"eps=-1: should be greater than or equal to 0.*"),
+        (["eps=big"], r"eps=big: should be a valid number.*"),
+        (["eps=8/0"], r"eps=8/0: divides by zero.*"),
+        (["norm=L1"], r"norm=L1: should be 'L2' or 'Linf'.*"),
+        (["seed=-1"], r"seed=-1: should be greater than or equal to 0"),
+        (["trainer=rl", "trainer.act.exploration=1.5"], r"trainer.act.exploration=1.5: should be less than or equal to 1"),
+        (["trainer.optimizer.lr=-1"], r"trainer.optimizer: Invalid learning rate: -1.*"),
+        (["trainer.optimizer._target_=torch.optim.Adamm"], r"trainer.optimizer._target_=torch.optim.Adamm: cannot be .*"),
+        (["trainer.schedule.warmup=2"], r"trainer.schedule.warmup=2: should be less than or equal to 1"),
+        (["trainer.clip=0"], r"trainer.clip=0: should be greater than 0"),
+        (["trainer.select=val_adversarial_accuracy"], r"trainer.select=val_adversarial_accuracy: needs a .*"),
+        (["attack.autoattack.attacks=[square]"], r".*attacks=.*square.*custom.*"),
+        (["attack.pgd.steps=2.5"], r"attack.pgd.steps=2.5: should be a valid integer.*"),
+        (["hardware=tpu"], r"hardware=tpu: no such option; did you mean cpu\? known: auto, cpu, cuda"),
+        (["hardware.precision=fp16"], r"hardware.precision=fp16: should be 'fp32' or 'bf16'"),
+        (["logger.mode=maybe"], r"logger.mode=maybe: should be 'auto', 'online', 'offline' or 'disabled'"),
+        (["trainer=none"], r"checkpoint=null: trainer=none needs a model to judge.*"),
+        (["trainer=none", "checkpoint=nowhere"], r"checkpoint=nowhere: no such file or folder.*"),
+        (["trainer=none", "checkpoint=damaged.pt"], r"checkpoint=damaged.pt: damaged or not a PyTorch file.*"),
+        (["dataset=huggingface"], r"dataset.path: must be given.*"),
+        (["dataset=npz", "dataset.path=nowhere.npz"], r"dataset.path=nowhere.npz: .*"),
+        (["dataset=npz", "dataset.path=tiny.npz"], r"model=alicnn: 4x4 images are too small .*"),
+        (["evaluation.samples=0"], r"evaluation.samples=0: should be greater than or equal to 1"),
+        (["~trainer"], r".*trainer.*"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_wrong_command_line_is_told_in_one_line_and_leaves_nothing_behind(launch, tmp_path, words, line):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "damaged.pt").write_bytes(b"PK\x03\x04 not really")
+    rng = np.random.default_rng(0)
+    images = {f"X_{part}": rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(here / "tiny.npz", **images, y_train=np.arange(40) % 2, y_test=np.arange(40) % 2)
+    before = {path.name for path in here.iterdir()}
+    done = launch(*words, cwd=here)
+    assert done.returncode != 0
+    lines = [text for text in done.stderr.splitlines() if not text.startswith("preparing ")]
+    assert len(lines) == 1, done.stderr
+    assert re.fullmatch(f"error: {line}", lines[0]), lines[0]
+    assert done.stdout.strip() == ""
+    assert {path.name for path in here.iterdir()} == before
+
+
+def test_cuda_without_a_gpu_is_refused(launch, tmp_path):
+    done = launch("hardware=cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: hardware.device=cuda: PyTorch sees no GPU here")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eight_over_255_is_the_number(launch):
+    text = launch("eps=8/255", "norm=Linf", "--cfg", "job", "--resolve").stdout
+    assert yaml.safe_load(text)["attack"]["pgd"]["eps"] == "8/255"  # as typed, until aerl reads it
+    from omegaconf import OmegaConf
+
+    from aerl.config import read
+
+    config = read(OmegaConf.create(text))
+    assert config.eps == pytest.approx(8 / 255)
+    assert config.attack["pgd"]["eps"] == pytest.approx(8 / 255)
+
+
+def test_every_option_of_every_group_composes_and_passes_the_schema():
+    """In one process: composes each option, checks it, and binds every target to its signature."""
+    from hydra import compose, initialize_config_dir
+
+    from aerl.build import attack, build_recipe
+    from aerl.config import bind, read
+
+    required = {"huggingface": ["dataset.path=x"], "npz": ["dataset.path=x"]}
+    checked = 0
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+            for option in sorted(path.stem for path in folder.glob("*.yaml")):
+                if folder.name == "recipe":
+                    dataset, _, trainer = option.partition("_")
+                    words = [f"dataset={dataset}", f"trainer={trainer}"]
+                else:
+                    words = [f"{folder.name}={option}", *required.get(option, [])]
+                config = read(compose("config", overrides=words))
+                build_recipe(config)
+                for name, spec in config.attack.items():
+                    attack(spec, f"attack.{name}")
+                for name, spec in config.analysis.items():
+                    bind(spec, f"analysis.{name}", later=["context"])
+                bind(config.dataset.source, "dataset.source", given={"data_dir": Path()})
+                sizes = {"num_classes": 10, "channels": 3, "size": (32, 32)}
+                bind(config.model.net, "model.net", given=sizes)
+                assert config.attack == {} or option != "none" or folder.name != "attack"
+                checked += 1
+    assert checked == len(list(CONF.glob("*/*.yaml")))
+
+
+def test_recipes_are_named_after_options_that_exist():
+    datasets, trainers = ({path.stem for path in (CONF / group).glob("*.yaml")} for group in ("dataset", "trainer"))
+    for path in (CONF / "recipe").glob("*.yaml"):
+        assert any(path.stem == f"{dataset}_{trainer}" for dataset in datasets for trainer in trainers), path.name
+
+
+def test_every_job_of_every_sweep_composes(launch, tmp_path):
+    """Each grid is expanded by Hydra's own sweeper; composing a job shows a wrong name or value in it."""
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from aerl.config import read
+
+    for path in sorted((ROOT / "multirun_sweeps").glob("*.yaml")):
+        grid = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+        overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in grid.items()])
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        assert len(jobs) > 1
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            for job in jobs:
+                read(compose("config", overrides=list(job)))
+
+
+def test_a_copy_of_the_repository_works_from_any_folder(launch, tmp_path):
+    """AERL_ROOT is launch.py's own folder, wherever it is called from."""
+    clone = tmp_path / "clone"
+    for name in ("conf", "multirun_sweeps"):
+        shutil.copytree(ROOT / name, clone / name)
+    shutil.copy(ROOT / "launch.py", clone)
+    (clone / "multirun_sweeps/mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    command = [sys.executable, str(clone / "launch.py"), "multirun_sweeps=mine", "--cfg", "job"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "AERL_ROOT"}
+    done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(done.stdout)["seed"] == 7
