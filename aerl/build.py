@@ -1,7 +1,8 @@
 """From a checked configuration to the objects of a run. Nothing is written here but the dataset cache."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from torch import nn
 
 from aerl import checkpoint, hardware
+from aerl.attacks import SampleGenerator
 from aerl.config import Config, bind
 from aerl.data import DataSplits, augment, prepare
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.train import Adversary, Recipe
 from aerl.types import UserError
-
 
 # What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
 _SIZES = ("num_classes", "channels", "size")
@@ -38,15 +39,23 @@ class Parts:
 def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
     attacks = {name: attack(spec, f"attack.{name}") for name, spec in config.attack.items()}
-    analyses = {name: bind(spec, f"analysis.{name}", later=["context"]) for name, spec in config.analysis.items()}
+    analyses = {
+        name: bind(spec, f"analysis.{name}", later=["context"]) for name, spec in config.analysis.items()
+    }
     bind(config.model.net, "model.net", given=dict.fromkeys(_SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
-        raise UserError("checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file")
+        raise UserError(
+            "checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file"
+        )
     weights = checkpoint.find(config.checkpoint) if config.checkpoint is not None else None
     machine = hardware.set_up(**config.hardware.model_dump())
     data = build_data(config)
     model = build_model(config, data)
+    nothing = torch.zeros(0, *data.image_shape)
+    for name, call in attacks.items():
+        with named(f"attack.{name}"):  # an attack checks its settings against each other when it is called
+            call(model, nothing, data.test.labels[:0], generator=SampleGenerator.for_images(nothing, seed=0))
     if weights is not None:
         carries_normalization = checkpoint.load_weights(model, weights)
         if not carries_normalization and config.model.mean is None:
@@ -62,7 +71,19 @@ def build(config: Config) -> Parts:
 def attack(spec: Mapping[str, Any], key: str) -> Callable[..., Any]:
     """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
     bound = bind(spec, key, later=["model", "x", "y", "generator"])
-    return bound() if inspect.isclass(bound.func) else bound
+    with named(key):
+        return bound() if inspect.isclass(bound.func) else bound
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """An attack's complaint about a setting of its own, under the key by which the user knows it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}"
+        ) from error
 
 
 def build_recipe(config: Config) -> Recipe | None:
@@ -71,15 +92,15 @@ def build_recipe(config: Config) -> Recipe | None:
         return None
     act = bind(trainer.act, "trainer.act", later=["logits", "labels", "generator"])
     adversary = trainer.adversary
-    if adversary is None and trainer.select == "val_adversarial_accuracy":
-        raise UserError(
-            "trainer.select=val_adversarial_accuracy: needs a trainer.adversary; val_accuracy would do without one"
-        )
-    if adversary is not None and trainer.select == "val_adversarial_accuracy":
+    if trainer.select == "val_adversarial_accuracy":
+        if adversary is None:
+            raise UserError(
+                f"trainer.select={trainer.select}: needs a trainer.adversary; val_accuracy does not"
+            )
         if adversary.start_epoch >= trainer.epochs:
             raise UserError(
                 f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
-                f"{trainer.epochs} epochs, so trainer.select=val_adversarial_accuracy has nothing to measure"
+                f"{trainer.epochs} epochs, so trainer.select={trainer.select} has nothing to measure"
             )
     return Recipe(
         epochs=trainer.epochs,
@@ -122,7 +143,9 @@ def build_model(config: Config, data: DataSplits) -> Classifier:
     torch.manual_seed(seed_from(config.seed, "weights"))
     net = bind(config.model.net, "model.net", given=sizes)()
     if not isinstance(net, nn.Module):
-        raise UserError(f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module")
+        raise UserError(
+            f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module"
+        )
     mean, std = (
         _per_channel(stated, own, channels, key)
         for stated, own, key in ((config.model.mean, data.mean, "mean"), (config.model.std, data.std, "std"))
@@ -156,7 +179,7 @@ def _try(model: Classifier, name: str, data: DataSplits) -> None:
         model.train(was_training)
     if logits.shape != (2, data.num_classes):
         raise UserError(
-            f"model={name}: gives outputs of shape {tuple(logits.shape[1:])}, the dataset has {data.num_classes} classes"
+            f"model={name}: gives outputs of shape {tuple(logits.shape[1:])} for {data.num_classes} classes"
         )
 
 

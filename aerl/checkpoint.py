@@ -60,7 +60,9 @@ def find(checkpoint: str) -> Path:
     for name in ("best.pt", "last.pt"):
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
-    raise UserError(f"checkpoint={checkpoint}: the folder has no checkpoints/best.pt or last.pt; is it a run folder?")
+    raise UserError(
+        f"checkpoint={checkpoint}: the folder has no checkpoints/best.pt or last.pt; is it a run folder?"
+    )
 
 
 def load_weights(model: nn.Module, path: Path) -> bool:

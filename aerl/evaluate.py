@@ -47,7 +47,7 @@ def predictions(model: nn.Module, split: Split, hardware: Hardware, batch_size: 
     """The class of the largest logit for every image, int64 (N,); fp32, eval mode."""
     pred = np.empty(len(split), np.int64)
     with attacking(model), torch.no_grad():
-        for index in torch.arange(len(split)).split(batch_size):
+        for index in torch.split(torch.arange(len(split)), batch_size):
             x, _ = _batch(split, index, hardware)
             pred[index] = model(x).argmax(1).cpu().numpy()
     return pred
@@ -80,7 +80,7 @@ def run_attack(
     results: dict[str, Attacked] = {}
     to_attack = torch.from_numpy(np.flatnonzero(clean_pred == split.labels.numpy()))
     began = time.monotonic()
-    for index in to_attack.split(batch_size):
+    for index in torch.split(to_attack, batch_size):
         x, y = _batch(split, index, hardware)
         found = attack(model, x, y, generator=SampleGenerator.for_images(x, seed=seed, salt=name))
         robust = torch.ones_like(y, dtype=torch.bool)

@@ -55,7 +55,9 @@ def set_up(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do")
+        raise UserError(
+            "hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -1,6 +1,5 @@
 """The only wiring: one configuration becomes one run folder: train -> attack -> analyse -> report."""
 
-import json
 import logging
 import secrets
 import shutil
@@ -141,13 +140,23 @@ def _recorded(
         "masking": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    told = [word for word in overrides if not word.startswith(("dataset=", "model=", "trainer=", "seed=", "logger"))]
+    told = [
+        word
+        for word in overrides
+        if not word.startswith(("dataset=", "model=", "trainer=", "seed=", "logger"))
+    ]
     tracker = open_tracker(
         folder=folder,
         run_id=run_id,
         job_type=config.trainer_name,
         name=" ".join([config.trainer_name, *told, f"seed={config.seed}"]),
-        tags=[config.dataset.name, config.model.name, config.trainer_name, *config.attack, *config.logger.tags],
+        tags=[
+            config.dataset.name,
+            config.model.name,
+            config.trainer_name,
+            *config.attack,
+            *config.logger.tags,
+        ],
         config=config.model_dump(),
         **config.logger.model_dump(exclude={"tags"}),
     )
@@ -204,10 +213,7 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
 
 def _attack(parts: "Parts", config: Config, record: Record) -> tuple["Outcomes", "Split"]:
     """Predict the test images, attack them, and write down every sample's outcome after each attack."""
-    import numpy as np
-
     from aerl import evaluate
-    from aerl.attacks import collect_warnings
 
     split = evaluate.subset(parts.data.test, config.evaluation.samples)
     batch_size = config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
@@ -265,11 +271,16 @@ def _attack_once(
 
     from aerl import evaluate
     from aerl.attacks import collect_warnings
+    from aerl.build import named
 
     norm, eps = (evaluate.setting(attack, key, getattr(config, key)) for key in ("norm", "eps"))
     to_attack = int(evaluate.right(outcomes, []).sum())
     counts = {"attacked": 0, "robust": 0}
-    with progress(name, total=to_attack, unit="samples") as bar, collect_warnings() as warnings:
+    with (
+        named(f"attack.{name}"),
+        progress(name, total=to_attack, unit="samples") as bar,
+        collect_warnings() as warnings,
+    ):
 
         def count(attacked: int, robust: int) -> None:
             counts["attacked"] += attacked
@@ -294,8 +305,9 @@ def _attack_once(
             "warnings": list(warnings),
         }
     examples = _load_examples(record.folder) | {part: outcome.examples for part, outcome in attacked.items()}
+    together: dict[str, Any] = {**outcomes, **found}
     atomic_write(record.folder / "examples.npz", lambda file: np.savez(file, **examples))
-    atomic_write(record.folder / "outcomes.npz", lambda file: np.savez(file, **outcomes, **found))
+    atomic_write(record.folder / "outcomes.npz", lambda file: np.savez(file, **together))
     record.save(attacks=record.summary["attacks"] | news)
     return found
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from aerl import checkpoint
 from aerl.attacks import BatchGenerator, evaluating
-from aerl.data import Batches, DataSplits, augment, to_unit
+from aerl.data import Batches, DataSplits, to_unit
 from aerl.hardware import Hardware, seed_from, stream
 from aerl.objectives import policy_loss
 from aerl.report.progress import progress
@@ -127,14 +127,14 @@ def fit(
     loss is not finite: the checkpoints of the epochs before stay.
     """
     device = hardware.device
-    wrapped = torch.compile(model) if hardware.compile else model
+    wrapped: nn.Module = torch.compile(model) if hardware.compile else model  # type: ignore[assignment]
     optimizer = recipe.optimizer(model.parameters())
     base_rates = [group["lr"] for group in optimizer.param_groups]
     train = Batches(data.train, recipe.batch_size, device, drop_last=True)
     val = Batches(data.val, max(256, recipe.batch_size), device)
     steps = len(train) * recipe.epochs
-    first_epoch, *best_so_far = _resume(folder / "last.pt", model, optimizer)
-    best = _Best(folder / "best.pt", *best_so_far)
+    first_epoch, best_epoch, best_score = _resume(folder / "last.pt", model, optimizer)
+    best = _Best(folder / "best.pt", best_epoch, best_score)
     results.rewind(first_epoch)
     saved_at = time.monotonic()
     batch_size = min(recipe.batch_size, len(data.train))
@@ -169,7 +169,12 @@ def fit(
                 history[step] = torch.stack(
                     [outcome.loss.detach(), outcome.reward, outcome.correct, outcome.adversarial_loss, norm]
                 )
-                bar.update(batch_size, acc=outcome.correct, loss=outcome.loss.detach(), epoch=f"{epoch + 1}/{recipe.epochs}")
+                bar.update(
+                    batch_size,
+                    acc=outcome.correct,
+                    loss=outcome.loss.detach(),
+                    epoch=f"{epoch + 1}/{recipe.epochs}",
+                )
             seconds = time.monotonic() - began
             loss, reward, accuracy, adversarial_loss, grad_norm = history.mean(0).tolist()
             metrics = {

@@ -1,4 +1,4 @@
-"""PGD: aerl against a bare loop of forward and input gradient, and against torchattacks, foolbox, cleverhans' formula."""
+"""PGD: aerl against a bare loop of forward and input gradient, and against other implementations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,11 @@ def bare_loop(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, eps: float, 
             if norm == "Linf":
                 delta = (x_adv.detach() - x + eps / 10 * gradient.sign()).clamp(-eps, eps)
             else:
-                delta = x_adv.detach() - x + eps / 10 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                delta = (
+                    x_adv.detach()
+                    - x
+                    + eps / 10 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                )
                 delta = delta * (eps / delta.flatten(1).norm(dim=1).clamp(min=eps)).view(-1, 1, 1, 1)
             x_adv = (x + delta).clamp(0, 1)
         model(x_adv)  # every attack looks once at where it ended
@@ -88,7 +92,9 @@ def measure(
     rows = []
     for norm, eps in (("L2", 0.5), ("Linf", 4 / 255)):
         generator = SampleGenerator.for_images(x, seed=0)
-        plain = partial(pgd, model, x, y, generator=generator, norm=norm, eps=eps, steps=steps, random_start=False)
+        plain = partial(
+            pgd, model, x, y, generator=generator, norm=norm, eps=eps, steps=steps, random_start=False
+        )
         candidates: dict[str, Call] = {
             "bare": partial(bare_loop, model, x, y, norm=norm, eps=eps, steps=steps),
             "aerl, all samples": partial(plain, drop_fooled=False),
@@ -104,5 +110,7 @@ def measure(
             if name not in ("bare", "aerl, all samples", "aerl"):
                 speed = ratio(seconds[name], seconds["aerl"])
                 told = f"{speed:.1f} (robust: {accuracy['aerl']:.1%} against {accuracy[name]:.1%})"
-                rows.append((f"{what}, undefended model: {name}'s time over aerl's", told, ">= 3, no higher accuracy"))
+                rows.append(
+                    (f"{what}, undefended model: {name}'s time over aerl's", told, ">= 3, no higher accuracy")
+                )
     return rows

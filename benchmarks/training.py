@@ -51,7 +51,9 @@ def random_split(count: int) -> Split:
 
 def cnn(width: float, hardware: Hardware) -> Classifier:
     torch.manual_seed(0)
-    return hardware.place(Classifier(CNN(num_classes=10, channels=3, size=(32, 32), width=width), (0.5,) * 3, (0.25,) * 3))
+    return hardware.place(
+        Classifier(CNN(num_classes=10, channels=3, size=(32, 32), width=width), (0.5,) * 3, (0.25,) * 3)
+    )
 
 
 def forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -64,7 +66,9 @@ def papers_loop(split: Split, batch_size: int, width: float, device: torch.devic
     torch.manual_seed(0)
     model = CNN(num_classes=10, channels=3, size=(32, 32), width=width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    loader = DataLoader(PerImage(split), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    loader = DataLoader(
+        PerImage(split), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
     batches = forever(loader)
 
     def step() -> float:
@@ -136,6 +140,14 @@ def measure(hardware: Hardware, rounds: int, smoke: bool) -> list[tuple[str, str
     )
     shape = f"6-layer CNN{f' x{width}' if width != 1 else ''}, batch {batch_size}, 3x32x32"
     return [
-        (f"sl step, {shape}: images/s over the paper's loop", f"{ratio(seconds['paper'], seconds['sl']):.2f}", ">= 1.3"),
-        (f"rl_adv step over rl step, {shape}: time", f"{ratio(seconds['rl_adv'], seconds['rl']):.2f}", "<= 2.8"),
+        (
+            f"sl step, {shape}: images/s over the paper's loop",
+            f"{ratio(seconds['paper'], seconds['sl']):.2f}",
+            ">= 1.3",
+        ),
+        (
+            f"rl_adv step over rl step, {shape}: time",
+            f"{ratio(seconds['rl_adv'], seconds['rl']):.2f}",
+            "<= 2.8",
+        ),
     ]

@@ -32,7 +32,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
     """`launch("trainer=rl", ...)` runs the real command line in an empty folder, offline and without a key."""
 
-    def run(*words: str, cwd: Path = tmp_path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *words: str, cwd: Path = tmp_path, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
         env |= {
             "AERL_DATA": str(data_dir),
@@ -43,7 +45,13 @@ def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
         }
         command = [sys.executable, str(ROOT / "launch.py"), *words]
         return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+            command,
+            cwd=cwd,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
         )
 
     return run

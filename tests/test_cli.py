@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,23 @@ def test_help_names_every_group_and_option(launch):
 def test_help_and_cfg_import_nothing_slow(words):
     """Their second is spent in Hydra; any of these would double it. The time itself is benchmarked."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), *words], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), *words],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
     assert "hydra" in imported
-    assert not imported & {"torch", "wandb", "datasets", "matplotlib", "pyautoattack", "sklearn", "pydantic", "numpy"}
+    assert not imported & {
+        "torch",
+        "wandb",
+        "datasets",
+        "matplotlib",
+        "pyautoattack",
+        "sklearn",
+        "pydantic",
+        "numpy",
+    }
 
 
 def test_tab_completion_completes_options(launch):
@@ -65,13 +76,14 @@ def test_tab_completion_completes_options(launch):
         (["eps=8/0"], r"eps=8/0: divides by zero.*"),
         (["norm=L1"], r"norm=L1: should be 'L2' or 'Linf'.*"),
         (["seed=-1"], r"seed=-1: should be greater than or equal to 0"),
-        (["trainer=rl", "trainer.act.exploration=1.5"], r"trainer.act.exploration=1.5: should be less than or equal to 1"),
+        (["trainer=rl", "trainer.act.exploration=1.5"], r"trainer.act.exploration=1.5: should be .* equal to 1"),
         (["trainer.optimizer.lr=-1"], r"trainer.optimizer: Invalid learning rate: -1.*"),
-        (["trainer.optimizer._target_=torch.optim.Adamm"], r"trainer.optimizer._target_=torch.optim.Adamm: cannot be .*"),
+        (["trainer.optimizer._target_=torch.optim.Adamm"], r"trainer.optimizer._target_=.*Adamm: cannot be .*"),
         (["trainer.schedule.warmup=2"], r"trainer.schedule.warmup=2: should be less than or equal to 1"),
         (["trainer.clip=0"], r"trainer.clip=0: should be greater than 0"),
         (["trainer.select=val_adversarial_accuracy"], r"trainer.select=val_adversarial_accuracy: needs a .*"),
-        (["attack.autoattack.attacks=[square]"], r".*attacks=.*square.*custom.*"),
+        (["attack.autoattack.attacks=[square]"], r"attack.autoattack.attacks=.*square.* needs version=custom"),
+        (["attack=pgd", "attack.pgd.restarts=2", "attack.pgd.random_start=false"], r"attack.pgd.restarts=2 .*"),
         (["attack.pgd.steps=2.5"], r"attack.pgd.steps=2.5: should be a valid integer.*"),
         (["hardware=tpu"], r"hardware=tpu: no such option; did you mean cpu\? known: auto, cpu, cuda"),
         (["hardware.precision=fp16"], r"hardware.precision=fp16: should be 'fp32' or 'bf16'"),
@@ -155,9 +167,13 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
 
 
 def test_recipes_are_named_after_options_that_exist():
-    datasets, trainers = ({path.stem for path in (CONF / group).glob("*.yaml")} for group in ("dataset", "trainer"))
+    datasets, trainers = (
+        {path.stem for path in (CONF / group).glob("*.yaml")} for group in ("dataset", "trainer")
+    )
     for path in (CONF / "recipe").glob("*.yaml"):
-        assert any(path.stem == f"{dataset}_{trainer}" for dataset in datasets for trainer in trainers), path.name
+        assert any(path.stem == f"{dataset}_{trainer}" for dataset in datasets for trainer in trainers), (
+            path.name
+        )
 
 
 def test_every_job_of_every_sweep_composes(launch, tmp_path):
@@ -170,7 +186,9 @@ def test_every_job_of_every_sweep_composes(launch, tmp_path):
 
     for path in sorted((ROOT / "multirun_sweeps").glob("*.yaml")):
         grid = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
-        overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in grid.items()])
+        overrides = OverridesParser.create().parse_overrides(
+            [f"{key}={value}" for key, value in grid.items()]
+        )
         (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         assert len(jobs) > 1
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -668,6 +668,31 @@ def test_a_hub_that_does_not_answer_is_left_soon(dead_server: str, monkeypatch: 
         assert time.monotonic() - started < 5
 
 
+def test_the_hub_is_asked_for_a_name_and_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*words: Any) -> datasets.DatasetDict:
+        asked.append(words)
+        return datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
+
+    monkeypatch.setattr(sources, "_knock", lambda path: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = ready(tmp_path, partial(sources.huggingface, path="owner/name", name="small"))
+    assert asked == [("owner/name", "small")]
+    assert pixels_of(data.test) == raw(9, seed=1)
+
+
+def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = refusal(lambda: sources.huggingface(path="owner/name"))
+    assert message.startswith("dataset.path=owner/name: cannot be read (")
+
+
 CLASSES = {10: [f"class {number}" for number in range(10)], 100: [f"class {number}" for number in range(100)]}
 
 
@@ -732,9 +757,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-Cifar = tuple[type, Server]
-
-
 @pytest.fixture(params=[10, 100])
 def small_cifar(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -757,7 +779,7 @@ def variant(classes: int) -> Any:
 def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Server]) -> None:
     classes, kind, server = small_cifar
     root = tmp_path / "torchvision"
-    source = partial(sources.cifar, variant=variant(classes), root=str(root))
+    source = partial(sources.cifar, variant=variant(classes), data_dir=root.parent)
     data = ready(tmp_path, source, size=32, channels=3, val_fraction=0.25)
     fetched = server.fetched
     assert data.class_names == tuple(CLASSES[classes])
@@ -772,12 +794,11 @@ def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple
     assert len(source().test.labels) == 2 * classes  # unpacked again
     assert server.fetched == fetched
 
-    copy = partial(sources.cifar, variant=variant(classes), root="nowhere", path=str(root))
+    copy = partial(sources.cifar, variant=variant(classes), data_dir="nowhere", path=str(root))
     assert torch.equal(ready(tmp_path, copy, val_fraction=0.25).test.images, data.test.images)
     (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
     assert refusal(copy) == (
-        f"dataset=cifar{classes}: {root} holds no readable copy "
-        "(Dataset not found or corrupted. You can use download=True to download it)"
+        f"dataset.path={root}: the files of cifar{classes} in {root} are incomplete or corrupt"
     )
 
 
@@ -787,13 +808,13 @@ def test_a_corrupt_archive_is_refused_and_not_kept(
 ) -> None:
     classes, kind, server = small_cifar
     whole, server.body = server.body, damage(server.body)
-    source = partial(sources.cifar, variant=variant(classes), root=str(tmp_path / "root"))
+    source = partial(sources.cifar, variant=variant(classes), data_dir=tmp_path)
     assert refusal(lambda: ready(tmp_path, source)) == (
         f"dataset=cifar{classes}: cannot be downloaded (the archive is corrupt: its md5 is wrong); "
-        f"set dataset.path to a local copy, or put {kind.filename} into {tmp_path / 'root'}"
+        f"set dataset.path to a local copy, or put {kind.filename} into {tmp_path / 'torchvision'}"
     )
-    assert list((tmp_path / "root").iterdir()) == [] == prepared_folders(tmp_path)
-    (tmp_path / "root" / kind.filename).write_bytes(whole)  # as the message advises
+    assert list((tmp_path / "torchvision").iterdir()) == [] == prepared_folders(tmp_path)
+    (tmp_path / "torchvision" / kind.filename).write_bytes(whole)  # as the message advises
     assert len(source().test.labels) == 2 * classes
 
 
@@ -804,7 +825,7 @@ def test_a_download_from_a_dead_server_ends(
     kind.url = dead_server
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     started = time.monotonic()
-    message = refusal(lambda: sources.cifar(variant=variant(classes), root=str(tmp_path)))
+    message = refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path))
     assert time.monotonic() - started < 5
     assert message.startswith(f"dataset=cifar{classes}: cannot be downloaded (")
     assert "timed out" in message and "set dataset.path to a local copy" in message
@@ -814,13 +835,13 @@ def test_a_download_from_a_dead_server_ends(
 
 def test_a_copy_of_cifar_may_be_of_any_kind_and_must_have_its_classes(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "a.npz")
-    message = refusal(lambda: sources.cifar(variant="cifar10", root="nowhere", path=str(file)))
+    message = refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)))
     assert message == (
         f"dataset.path={file}: has 4 classes and cifar10 has 10; dataset=huggingface reads any other set"
     )
     write_npz(file, y_train=np.arange(40) % 10, y_test=np.arange(8))
-    assert len(sources.cifar(variant="cifar10", root="nowhere", path=str(file)).class_names) == 10
-    assert refusal(lambda: sources.cifar(variant="cifar10", root="nowhere", path="nowhere")) == (
+    assert len(sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)).class_names) == 10
+    assert refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path="nowhere")) == (
         "dataset.path=nowhere: no such file or folder"
     )
 
@@ -967,48 +988,46 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
 
 PREPARE = """
 import sys, time
-from pathlib import Path
 from aerl.data import prepare
 from aerl.data.sources import digits
-from aerl.types import UserError
 
 def opened():
     print("opened", flush=True)
-    time.sleep({pause})
+    time.sleep(1)
     return digits()
 
-try:
-    data = prepare(opened, identity={{}}, data_dir=sys.argv[1], name="digits", size=64, channels=None,
-                   val_fraction=0.1, split_seed=42)
-    print(len(data.train), data.train.images.sum().item())
-except UserError as error:
-    print(error)
-print(*sorted({{"datasets", "sklearn", "torchvision", "PIL", "hydra"}} & set(sys.modules)))
+data = prepare(opened, identity={}, data_dir=sys.argv[1], name="digits", size=64, channels=None,
+               val_fraction=0.1, split_seed=42)
+print(len(data.train), data.train.images.sum().item())
+print(*sorted({"datasets", "sklearn", "torchvision", "PIL", "hydra"} & set(sys.modules)))
 """
 
 
-def start(data_dir: Path, pause: float = 0.0, **options: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", PREPARE.format(pause=pause), str(data_dir)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, **options)
-
-
 def test_of_two_processes_at_once_one_prepares_and_the_other_waits(tmp_path: Path) -> None:
-    started = [start(tmp_path, pause=1) for _ in range(2)]
-    outputs = sorted((process.communicate(timeout=120)[0].splitlines() for process in started), key=len)
-    waited, prepared = outputs
+    command = [sys.executable, "-c", PREPARE, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    waited, prepared = sorted(outputs, key=len)
     assert prepared[0] == "opened" and prepared[1] == waited[0] and waited[0].startswith("1293 ")
     assert waited[1] == ""  # no library of a source was imported where the data was there already
     assert len(prepared_folders(tmp_path)) == 1
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # noqa: E731
-    output = start(tmp_path, preexec_fn=limit).communicate(timeout=120)[0].splitlines()
-    assert output[:2] == [
-        "opened",
-        f"data_dir={tmp_path}: cannot hold the prepared data of digits ([Errno 27] File too large)",
-    ]
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file can grow beyond 100 kB, which to a program is like a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
+    assert refusal(lambda: ready(tmp_path, sources.digits, size=32)) == (
+        f"data_dir={tmp_path}: cannot hold the prepared data of set ([Errno 27] File too large)"
+    )
     assert prepared_folders(tmp_path) == []
+    assert len(ready(tmp_path, sources.digits).test) == 360  # which is small enough
 
 
 def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
@@ -1178,7 +1197,7 @@ def test_ten_thousand_real_cifar_images(tmp_path: Path) -> None:
     file = REAL / "cifar10" / "test.parquet"
     data = ready(
         tmp_path,
-        partial(sources.cifar, variant="cifar10", root="nowhere", path=str(file)),
+        partial(sources.cifar, variant="cifar10", data_dir="nowhere", path=str(file)),
         size=32,
         channels=3,
     )

@@ -26,7 +26,13 @@ FGSM = partial(
 @pytest.fixture(scope="module")
 def hardware():
     return set_up(
-        device="cpu", precision="fp32", tf32=False, channels_last=True, compile=False, threads=None, deterministic=False
+        device="cpu",
+        precision="fp32",
+        tf32=False,
+        channels_last=True,
+        compile=False,
+        threads=None,
+        deterministic=False,
     )
 
 
@@ -71,12 +77,22 @@ def trained(folder, data, hardware, recipe, seed=0):
     model = hardware.place(network(seed))
     identity = {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"}
     folder.mkdir(exist_ok=True, parents=True)
-    best = fit(model, data, recipe, hardware, seed=seed, folder=folder / "checkpoints", results=ResultLog(folder, identity))
+    best = fit(
+        model,
+        data,
+        recipe,
+        hardware,
+        seed=seed,
+        folder=folder / "checkpoints",
+        results=ResultLog(folder, identity),
+    )
     return model, best
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_a_supervised_step_is_cross_entropy_and_an_adversary_adds_its_weighted_loss():
@@ -108,11 +124,13 @@ def test_the_adversary_leaves_no_trace_on_the_model(mode):
 @pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1.0, 2)])
 def test_every_cell_of_the_two_by_two_learns(tmp_path, data, hardware, act, adversary):
     select = "val_adversarial_accuracy" if adversary else "val_accuracy"
-    model, best = trained(tmp_path, data, hardware, recipe(epochs=8, act=act, adversary=adversary, select=select))
+    _, best = trained(tmp_path, data, hardware, recipe(epochs=8, act=act, adversary=adversary, select=select))
     results = read_results(tmp_path / "results.jsonl")
     last = {(r.split, r.metric): r.value for r in results if r.step == 8}
     assert last["val", "accuracy"] > 0.9
-    assert {"loss", "reward", "accuracy", "grad_norm", "lr", "images_per_second"} <= {m for s, m in last if s == "train"}
+    assert {"loss", "reward", "accuracy", "grad_norm", "lr", "images_per_second"} <= {
+        m for s, m in last if s == "train"
+    }
     measured_under_attack = {r.step for r in results if r.metric == "adversarial_accuracy"}
     assert measured_under_attack == ({3, 4, 5, 6, 7, 8} if adversary else set())
     assert best >= (3 if adversary else 1)
@@ -127,14 +145,17 @@ def test_reward_is_the_share_of_right_actions(tmp_path, data, hardware):
 def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(tmp_path, data, hardware):
     settings = recipe(act=EpsilonGreedy(0.1))
     first, again, other = (
-        trained(tmp_path / name, data, hardware, settings, seed)[0] for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+        trained(tmp_path / name, data, hardware, settings, seed)[0]
+        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
     assert equal(first, again)
     assert not equal(first, other)
 
 
 @pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1.0, 1)])
-def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(tmp_path, data, hardware, adversary, monkeypatch):
+def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
+    tmp_path, data, hardware, adversary, monkeypatch
+):
     monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     settings = recipe(act=EpsilonGreedy(0.1), adversary=adversary, epochs=4)
     whole, best = trained(tmp_path / "whole", data, hardware, settings)
@@ -172,8 +193,18 @@ def test_nan_stops_training_names_the_place_and_keeps_the_checkpoint(tmp_path, d
 
     model = hardware.place(network())
     identity = {"run_id": "r", "seed": 0, "dataset": "d", "model": "m", "trainer": "t"}
-    with pytest.raises(UserError, match="epoch 2 of 4: the loss or gradient is not finite at step 3 of 6") as error:
-        fit(model, data, recipe(augment=breaks), hardware, seed=0, folder=tmp_path, results=ResultLog(tmp_path, identity))
+    with pytest.raises(
+        UserError, match="epoch 2 of 4: the loss or gradient is not finite at step 3 of 6"
+    ) as error:
+        fit(
+            model,
+            data,
+            recipe(augment=breaks),
+            hardware,
+            seed=0,
+            folder=tmp_path,
+            results=ResultLog(tmp_path, identity),
+        )
     assert "\n" not in str(error.value)
     for name in ("last.pt", "best.pt"):
         weights = checkpoint.load(tmp_path / name)["model"]
@@ -191,10 +222,20 @@ def test_learning_rate_schedules():
 
 def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data):
     hardware = set_up(
-        device="cpu", precision="bf16", tf32=False, channels_last=True, compile=False, threads=None, deterministic=False
+        device="cpu",
+        precision="bf16",
+        tf32=False,
+        channels_last=True,
+        compile=False,
+        threads=None,
+        deterministic=False,
     )
     trained(tmp_path, data, hardware, recipe(epochs=6))
-    accuracies = [r.value for r in read_results(tmp_path / "results.jsonl") if (r.split, r.metric) == ("val", "accuracy")]
+    accuracies = [
+        r.value
+        for r in read_results(tmp_path / "results.jsonl")
+        if (r.split, r.metric) == ("val", "accuracy")
+    ]
     assert accuracies[-1] > 0.9
     with hardware.autocast():
         assert network()(torch.rand(2, 1, 8, 8)).dtype == torch.float32

@@ -105,21 +105,18 @@ class AutoAttack:
             version=self.version,
         )
         library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
-        wanted, able = list(library.attacks_to_run), []
-        for name in wanted:
-            if name == "apgd-t" and classes < 4:
-                name = "apgd-dlr"
-            if (name == "apgd-dlr" and classes < 3) or (
-                name == "square" and self.norm == "L2" and min(x.shape[2:]) < 5
-            ):
-                continue
-            if name not in able:
-                able.append(name)
+        wanted = list(library.attacks_to_run)
+        able = ["apgd-dlr" if name == "apgd-t" and classes < 4 else name for name in wanted]
+        if classes < 3:
+            able = [name for name in able if name != "apgd-dlr"]
+        if self.norm == "L2" and min(x.shape[2:]) < 5:
+            able = [name for name in able if name != "square"]
+        able = list(dict.fromkeys(able))
+        limits = f"{classes} classes and {x.shape[2]}x{x.shape[3]} pixels"
         if not able:
-            size = f"{classes} classes and {x.shape[3]}x{x.shape[2]} pixels"
-            raise UserError(f"attacks={', '.join(wanted)}: none of them works for {size}")
+            raise UserError(f"attacks={', '.join(wanted)}: none of them can attack {limits}")
         if able != wanted:
-            warn(f"AutoAttack: {classes} classes: ran {', '.join(able)} for {', '.join(wanted)}")
+            warn(f"AutoAttack: ran {', '.join(able)} instead of {', '.join(wanted)}, given {limits}")
         library.attacks_to_run = able
         return library
 

@@ -88,7 +88,8 @@ def prepare(
         with _alone(folder.with_name(f".{slug}.lock"), name):
             splits = _load(folder, memory_limit)  # another process may just have finished it
             if splits is None:
-                _build(source, folder, where, recipe)
+                with _appearing(folder) as scratch:
+                    _build(source, scratch, name, where, recipe)
                 splits = _load(folder, memory_limit)
     except OSError as error:  # a fault of the source has become a UserError before it gets here
         raise UserError(
@@ -121,7 +122,6 @@ def _alone(lock: Path, name: str) -> Iterator[None]:
 
 def _key(identity: Mapping[str, Any], recipe: _Recipe) -> str:
     content = {**identity, **_local_files(identity.get("path"))}
-    content.pop("root", None)  # where a source downloads to, which does not change what it gives
     text = json.dumps([FORMAT, content, asdict(recipe)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -179,8 +179,8 @@ def _load_array(path: Path, entry: Mapping[str, Any], dtype: type, mapped: bool)
 # --- Building --------------------------------------------------------------------------------------------
 
 
-def _build(source: Callable[[], Source], folder: Path, where: str, recipe: _Recipe) -> None:
-    """Write the prepared data under a temporary name, then give the folder its own."""
+def _build(source: Callable[[], Source], folder: Path, name: str, where: str, recipe: _Recipe) -> None:
+    """Open the source and write the prepared data into an empty folder."""
     origin = _open(source, where)
     _, taken = stratified_split(
         origin.train.labels,
@@ -191,23 +191,22 @@ def _build(source: Callable[[], Source], folder: Path, where: str, recipe: _Reci
     in_val = np.zeros(len(origin.train.labels), dtype=bool)
     in_val[taken] = True
     form = _form(origin.train, recipe, where)
-    progress = _Progress(folder.name, len(origin.train.images) + len(origin.test.images))
+    progress = _Progress(name, len(origin.train.images) + len(origin.test.images))
     splits = (
         ("train", origin.train, {"train": ~in_val, "val": in_val}),
         ("test", origin.test, {"test": np.ones(len(origin.test.labels), dtype=bool)}),
     )
-    with _appearing(folder) as scratch:
-        entries: dict[str, Any] = {}
-        for split, table, parts in splits:
-            writers = _write_images(table, parts, form, scratch, f"{where}: {split}", progress)
-            for part, mask in parts.items():
-                labels = _write_labels(table.labels[mask], scratch / f"{part}_labels.npy")
-                entries[part] = {"images": writers[part].entry(), "labels": labels}
-            if split == "train":
-                mean, std = writers["train"].mean_and_std()
-        meta = {"class_names": origin.class_names, "mean": mean, "std": std, "splits": entries}
-        with _durable(scratch / "meta.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
+    entries: dict[str, Any] = {}
+    for split, table, parts in splits:
+        writers = _write_images(table, parts, form, folder, f"{where}: {split}", progress)
+        for part, mask in parts.items():
+            labels = _write_labels(table.labels[mask], folder / f"{part}_labels.npy")
+            entries[part] = {"images": writers[part].entry(), "labels": labels}
+        if split == "train":
+            mean, std = writers["train"].mean_and_std()
+    meta = {"class_names": origin.class_names, "mean": mean, "std": std, "splits": entries}
+    with _durable(folder / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode())
 
 
 def _open(source: Callable[[], Source], where: str) -> Source:
@@ -382,9 +381,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
         try:
             scratch.rename(folder)
         except OSError:
-            if (
-                not folder.is_dir()
-            ):  # else another process was quicker, where locks do not work: its is as good
+            if not folder.is_dir():  # else another was quicker, where locks do not work: its is as good
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -79,14 +79,16 @@ def digits(*, path: str | None = None) -> Source:
     return _hold_out(table, tuple(str(name) for name in bunch.target_names), "dataset=digits")
 
 
-def cifar(*, variant: Literal["cifar10", "cifar100"], root: str, path: str | None = None) -> Source:
-    """CIFAR-10 or CIFAR-100: downloaded by torchvision into `root` once, or read from a copy at `path`.
+def cifar(
+    *, variant: Literal["cifar10", "cifar100"], data_dir: str | Path, path: str | None = None
+) -> Source:
+    """CIFAR-10 or CIFAR-100: downloaded by torchvision into `data_dir` once, or read from a copy at `path`.
 
     `path` may be anything on disk that `huggingface` reads, or a folder that torchvision has filled before.
     Raises UserError when the download fails or is corrupt, and when a copy has not 10 / 100 classes.
     """
     if path is None:
-        return _torchvision_cifar(variant, Path(root).expanduser(), download=True)
+        return _torchvision_cifar(variant, Path(data_dir).expanduser() / "torchvision", download=True)
     place = Path(path).expanduser()
     if (place / "cifar-10-batches-py").is_dir() or (place / "cifar-100-python").is_dir():
         return _torchvision_cifar(variant, place, download=False)
@@ -280,10 +282,13 @@ def _torchvision_cifar(variant: str, root: Path, *, download: bool) -> Source:
     kind = datasets.CIFAR10 if variant == "cifar10" else datasets.CIFAR100
     if download:
         _fetch(kind, variant, root)
+    where = f"dataset={variant}" if download else f"dataset.path={root}"
     try:
         train, test = (kind(str(root), train=part, download=download) for part in (True, False))
-    except Exception as error:  # OSError, tarfile's and zlib's errors, RuntimeError for a wrong md5
-        raise UserError(f"dataset={variant}: {root} holds no readable copy ({one_line(error)})") from error
+    except RuntimeError as error:  # what torchvision raises for a wrong md5
+        raise UserError(f"{where}: the files of {variant} in {root} are incomplete or corrupt") from error
+    except Exception as error:  # OSError, and the errors of tarfile and zlib
+        raise UserError(f"{where}: {variant} cannot be read from {root} ({one_line(error)})") from error
     tables = [Table(part.data, np.array(part.targets, dtype=np.int64)) for part in (train, test)]
     return Source(tables[0], tables[1], tuple(train.classes))
 

@@ -1,6 +1,6 @@
 """torchvision's ImageNet architectures for any number of classes, channels and any input size."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,7 +61,7 @@ def torchvision_net(
     return net if resize is None else nn.Sequential(Resize(resize), net)
 
 
-def _with_channels(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+def _with_channels(conv: Any, channels: int) -> nn.Conv2d:
     return nn.Conv2d(
         channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-    )  # type: ignore[arg-type]
+    )

@@ -1,0 +1,350 @@
+"""AutoAttack, and PGD against other libraries, on a small network trained on real digits."""
+
+import logging
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+from aerl.attacks import AutoAttack, SampleGenerator, collect_warnings, pgd
+from aerl.types import UserError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads only get in each other's way on networks this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(classes, epochs):
+    """(model in eval mode, images (N, 1, 8, 8), labels) of the first `classes` digits."""
+    digits = load_digits(n_class=classes)
+    x, y = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None], torch.tensor(digits.target)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, classes),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), x, y
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return train(classes=10, epochs=8)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A tenth of the library's iterations, to save time; also where the library is called directly."""
+    from pyautoattack.autopgd_base import APGDAttack
+    from pyautoattack.fab_base import FABAttack
+    from pyautoattack.square import SquareAttack
+
+    def shortened(kind, **settings):
+        whole = kind.attack_single_run
+
+        def attack_single_run(self, *args, **kwargs):
+            vars(self).update(settings)
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "attack_single_run", attack_single_run)
+
+    shortened(APGDAttack, n_iter=20)
+    shortened(FABAttack, n_iter=10)
+    shortened(SquareAttack, n_queries=200)
+
+
+@torch.no_grad()
+def wrong(model, x, y):
+    return model(x).argmax(1) != y
+
+
+def attack(model, x, y, **settings):
+    return AutoAttack(**{"eps": 0.5} | settings)(model, x, y, generator=SampleGenerator.for_images(x, 3))
+
+
+def sizes(delta, norm):
+    return delta.flatten(1).double().norm(2 if norm == "L2" else torch.inf, dim=1)
+
+
+# --- what it finds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
+def test_marks_the_same_samples_as_the_library_called_directly(digits, short, norm, eps):
+    from pyautoattack import AutoAttack as Library
+
+    model, x, y = digits[0], digits[1][:40], digits[2][:40]
+    ours = attack(model, x, y, norm=norm, eps=eps)
+    with torch.random.fork_rng([]):
+        theirs, _ = Library(model, eps=eps, norm=norm, seed=3).run_standard_evaluation(x, y)
+    fooled = wrong(model, ours, y)
+    assert 5 < fooled.sum() < 35
+    assert torch.equal(fooled, wrong(model, theirs, y))
+    torch.testing.assert_close(ours, theirs)
+    assert (sizes(ours - x, norm) <= eps + 1e-6).all()
+    assert ours.min() >= 0 and ours.max() <= 1
+    # PGD is not far behind, and does not find what AutoAttack cannot.
+    ours = pgd(model, x, y, generator=SampleGenerator.for_images(x, 3), norm=norm, eps=eps, restarts=2)
+    assert abs(int(wrong(model, ours, y).sum()) - int(fooled.sum())) <= 1
+
+
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes(short, classes, version):
+    model, x, y = train(classes, epochs=3)
+    x, y = x[:12], y[:12]
+    with collect_warnings() as messages:
+        adversarial = attack(model, x, y, eps=2.0, version=version)
+    assert wrong(model, adversarial, y).sum() > 6
+    ran = {
+        (2, "standard"): "apgd-ce, fab-t, square",
+        (3, "standard"): "apgd-ce, apgd-dlr, fab-t, square",
+        (2, "plus"): "apgd-ce, fab, square, fab-t",
+        (3, "plus"): "apgd-ce, apgd-dlr, fab, square, fab-t",
+        (2, "rand"): "apgd-ce",
+    }.get((classes, version))
+    told = [message for message in messages if "instead of" in message]
+    assert (told == []) if ran is None else (len(told) == 1 and f"ran {ran} instead" in told[0])
+    assert not any("not possible" in message for message in messages)
+
+
+def test_individual_components_each_start_from_the_clean_images(digits, short):
+    model, x, y = digits[0], digits[1][:24], digits[2][:24]
+    found = attack(model, x, y, eps=0.6, individual=True)
+    assert list(found) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    fooled = {name: wrong(model, images, y) for name, images in found.items()}
+    cascade = wrong(model, attack(model, x, y, eps=0.6), y)
+    # The cascade's first component sees the same batch; later ones get fewer samples, so other noise.
+    assert (cascade | ~fooled["apgd-ce"]).all()
+    assert abs(int(cascade.sum()) - int(torch.stack(list(fooled.values())).any(0).sum())) <= 1
+    for images in found.values():
+        assert (sizes(images - x, "L2") <= 0.6 + 1e-6).all()
+
+
+def test_custom_runs_what_it_is_told(digits, short):
+    model, x, y = digits[0], digits[1][:8], digits[2][:8]
+    settings = {"version": "custom", "attacks": ["fab-t", "apgd-dlr"], "individual": True}
+    assert list(attack(model, x, y, **settings)) == ["fab-t", "apgd-dlr"]
+
+
+def test_tiny_images_do_without_square_in_l2(digits, short):
+    model = nn.Sequential(nn.Upsample(8), digits[0])
+    x, y = digits[1][:4, :, 2:6, 2:6], digits[2][:4]
+    with collect_warnings() as messages:
+        attack(model, x, y, version="custom", attacks=["apgd-ce", "square"])
+    assert "ran apgd-ce instead of apgd-ce, square, given 10 classes and 4x4 pixels" in messages[0]
+
+
+def test_zero_eps_an_empty_batch_and_one_sample(digits, short):
+    model, x, y = digits
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    assert torch.equal(attack(model, x[:4], y[:4], eps=0, **settings), x[:4])
+    assert attack(model, x[:0], y[:0], **settings).shape == (0, 1, 8, 8)
+    assert attack(model, x[:1], y[:1], **settings).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("attacks", [["apgd-ce"], ["fab-t"], ["square"]])
+def test_any_layout_and_dtype(digits, short, attacks):
+    model, x, y = digits[0], digits[1][:10], digits[2][:10]
+    model = nn.Sequential(nn.Conv2d(2, 1, 1, bias=False), model).eval()
+    nn.init.constant_(model[0].weight, 0.5)
+    x = x.expand(-1, 2, -1, -1).contiguous()
+    settings = {"version": "custom", "attacks": attacks}
+    expected = attack(model, x, y, **settings)
+    last = x.to(memory_format=torch.channels_last)
+    result = attack(model, last, y, **settings)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+    result = attack(model.double(), x.double(), y, **settings)
+    model.float()
+    assert result.dtype == torch.float64
+    assert (sizes(result - x, "L2") <= 0.5 + 1e-6).all()
+
+
+# --- the world around it ----------------------------------------------------------------------------
+
+
+def test_leaves_no_trace(digits, short, capfd, caplog):
+    model, x, y = digits[0], digits[1][:10], digits[2][:10]
+    model.train()
+    model[0].eval()
+    model[0].bias.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+
+    def tracer(frame, event, argument):
+        return None
+
+    def process():
+        logger = logging.getLogger("auto-attack")
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+            [None if parameter.grad is None else parameter.grad.tolist() for parameter in model.parameters()],
+            (logger.level, logger.propagate, list(logger.handlers)),
+        )
+
+    caplog.set_level(logging.DEBUG)
+    before, old = process(), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            attack(model, x, y, version="custom", attacks=["apgd-ce", "fab-t"])
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(old)
+    assert process() == before
+    assert capfd.readouterr() == ("", "") and caplog.records == []
+    model.eval().zero_grad()
+    model[0].bias.requires_grad_(True)
+
+
+def test_state_is_restored_when_the_model_fails(digits):
+    class Failing(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > 12:
+                raise KeyError
+            return digits[0](x)
+
+    model, rng = Failing().train(), torch.get_rng_state()
+    with pytest.raises(KeyError):
+        attack(model, digits[1][:4], digits[2][:4])
+    assert model.training and torch.equal(torch.get_rng_state(), rng)
+    assert logging.getLogger("auto-attack").handlers == []
+
+
+class Through(nn.Module):
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x):
+        return self.change(self.inner(x))
+
+
+def through_gradients(z):
+    def grad():
+        return z
+
+    return grad()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda z: z.softmax(1), "probability distribution"),
+        (lambda z: z + torch.randn_like(z), "randomized defense"),
+        (lambda z: (z * 1e4).round() + 0 * z, "points with zero gradient"),
+        (through_gradients, "dynamic defense"),
+        (lambda z: z, None),
+    ],
+)
+def test_its_doubts_are_told_once(digits, short, caplog, change, expected):
+    model, x, y = Through(digits[0], change), digits[1][:20], digits[2][:20]
+    settings = {"version": "custom", "attacks": ["apgd-dlr"], "batch_size": 5}
+    with collect_warnings() as messages:
+        for part in (slice(0, 10), slice(10, 20)):
+            attack(model, x[part], y[part], **settings)
+    assert [message for message in messages if expected and expected in message] == messages
+    assert len(messages) == (expected is not None)
+    assert [record.getMessage() for record in caplog.records] == messages
+    assert {record.name for record in caplog.records} <= {"aerl.attacks"}
+
+
+def test_the_seed_is_the_generators(digits, short):
+    model, x, y = digits[0], digits[1][:10], digits[2][:10]
+    run = AutoAttack(eps=0.5, version="custom", attacks=["apgd-ce"])
+    a, b, c = (run(model, x, y, generator=SampleGenerator.for_images(x, seed)) for seed in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attacks": ["square"]}, r"attacks=\['square'\] with version=standard"),
+        ({"version": "custom"}, "attacks=None with version=custom: name one or more of apgd-ce"),
+        ({"version": "custom", "attacks": []}, r"attacks=\[\] with version=custom"),
+        ({"version": "custom", "attacks": ["apgd"]}, "'apgd' is none of apgd-ce"),
+    ],
+)
+def test_misuse_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        AutoAttack(eps=0.5, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_attacked_is_refused(digits):
+    model, x, y = train(classes=2, epochs=0)
+    with pytest.raises(UserError, match="attacks=apgd-dlr: none of them can attack 2 classes"):
+        attack(model, x[:4], y[:4], version="custom", attacks=["apgd-dlr"])
+    with pytest.raises(UserError, match="NaN or infinite logits"):
+        attack(Through(digits[0], lambda z: z / 0), x[:4], y[:4])
+
+
+def test_images_outside_the_threat_model_count_as_not_found(digits, monkeypatch):
+    from pyautoattack import AutoAttack as Library
+
+    model, x, y = digits[0], digits[1][:4], digits[2][:4]
+    found = x.clone()
+    found[0], found[1, 0, 0, 0], found[2] = torch.nan, 1.5, (x[2] + 0.01).clamp(0, 1)
+    monkeypatch.setattr(Library, "run_standard_evaluation", lambda *_, **__: (found, y))
+    with collect_warnings() as messages:
+        result = attack(model, x, y)
+    assert torch.equal(result[[0, 1, 3]], x[[0, 1, 3]]) and torch.equal(result[2], found[2])
+    assert len(messages) == 1 and "outside the ball" in messages[0]
+
+
+# --- PGD against other libraries --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
+@pytest.mark.parametrize("library", ["torchattacks", "foolbox"])
+def test_pgd_agrees_with_other_libraries(digits, library, norm, eps):
+    theirs = pytest.importorskip(library)
+    model, x, y = digits[0], digits[1][:600], digits[2][:600]
+    steps, length = 40, eps / 10
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        if library == "torchattacks":
+            kind = theirs.PGDL2 if norm == "L2" else theirs.PGD
+            adversarial = kind(model, eps=eps, alpha=length, steps=steps)(x, y)
+        else:
+            kind = theirs.attacks.L2PGD if norm == "L2" else theirs.attacks.LinfPGD
+            wrapped = theirs.PyTorchModel(model, bounds=(0, 1))
+            adversarial = kind(steps=steps, abs_stepsize=length)(wrapped, x, y, epsilons=eps)[1]
+    expected = wrong(model, adversarial, y).double().mean()
+    assert 0.1 < expected < 0.9
+    for loss in ("log_odds", "ce"):
+        generator = SampleGenerator.for_images(x, 0)
+        ours = pgd(model, x, y, generator=generator, norm=norm, eps=eps, steps=steps, loss=loss)
+        assert abs(wrong(model, ours, y).double().mean() - expected) <= 0.005

@@ -1,0 +1,285 @@
+"""Whole runs through the real command line: the folder they leave, resuming, refusing, judging, sweeping."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from aerl.results import read_results
+from tests.conftest import ROOT
+
+SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5")
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def only_run(tmp_path, depth="*/*/*/*/*"):
+    folders = [path.parent for path in (tmp_path / "runs").glob(f"{depth}/summary.json")]
+    assert len(folders) == 1, folders
+    return folders[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """One small finished run, looked at from several sides."""
+    home = tmp_path_factory.mktemp("finished")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
+    env |= {"AERL_DATA": str(data_dir), "HOME": str(home)}
+    command = [sys.executable, str(ROOT / "launch.py"), *SMALL]
+    done = subprocess.run(
+        command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    return only_run(home), done
+
+
+def test_the_run_folder_holds_all_it_should(finished):
+    folder, _ = finished
+    assert folder.parts[-5:-2] == ("digits", "alicnn", "sl") and folder.name == "seed0"
+    files = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and "wandb" not in path.parts
+    }
+    assert files == {
+        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
+        "checkpoints/last.pt", "checkpoints/best.pt", "figures/pictures.png",
+    }  # fmt: skip
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["epochs"] == 2 and config["attack"]["pgd"]["steps"] == 5
+
+
+def test_outcomes_summary_and_results_tell_the_same_story(finished):
+    folder, _ = finished
+    summary = summary_of(folder)
+    assert summary["status"] == "finished" and summary["error"] is None
+    with np.load(folder / "outcomes.npz", allow_pickle=False) as file:
+        outcomes = dict(file)
+    assert set(outcomes) == {"label", "clean_pred"} | {
+        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in ("pred", "l2", "linf")
+    }
+    right = outcomes["clean_pred"] == outcomes["label"]
+    assert len(right) == 40
+    assert summary["clean_accuracy"]["value"] == right.mean()
+    worst = right.copy()
+    for attack in ("fgsm", "pgd"):
+        survived = right & (outcomes[f"{attack}_pred"] == outcomes["label"])
+        assert summary["robust_accuracy"][attack] == survived.mean()
+        assert (outcomes[f"{attack}_l2"] <= 1 + 1e-5).all()
+        assert (outcomes[f"{attack}_l2"][~right] == 0).all()  # what is wrong already is left alone
+        worst &= survived
+    accuracy = summary["worst_case_accuracy"]
+    assert accuracy["value"] == worst.mean() and accuracy["low"] <= worst.mean() <= accuracy["high"]
+    results = {(r.metric, r.attack): r for r in read_results(folder / "results.jsonl") if r.split == "test"}
+    assert results["clean_accuracy", "none"].value == right.mean()
+    assert results["robust_accuracy", "pgd"].value == summary["robust_accuracy"]["pgd"]
+    assert (results["robust_accuracy", "pgd"].norm, results["robust_accuracy", "pgd"].eps) == ("L2", 1.0)
+    assert results["worst_case_accuracy", "none"].value == worst.mean()
+    history = [
+        r for r in read_results(folder / "results.jsonl") if r.split == "train" and r.metric == "reward"
+    ]
+    assert [r.step for r in history] == [1, 2]
+
+
+def test_the_closing_table_is_printed_and_progress_is_not_in_it(finished):
+    folder, done = finished
+    assert re.search(r"clean .* %\s+\d", done.stdout) and "worst case" in done.stdout
+    assert re.search(r"pgd\s+L2\s+1\s", done.stdout)
+    assert f"files      runs/{'/'.join(folder.parts[-5:])}" in done.stdout
+    assert "wandb sync" in done.stdout
+    assert "training: 2,580 images" in done.stderr or "training: 2," in done.stderr
+    assert "\x1b[" not in done.stdout + done.stderr and "\r" not in done.stderr
+
+
+def test_a_finished_run_is_shown_again_without_torch_and_done_again_only_on_demand(launch, tmp_path):
+    first = launch(*SMALL, "logger=none")
+    folder = only_run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    code = (
+        "import sys, runpy; sys.argv = ['launch.py', *sys.argv[1:]]\n"
+        f"runpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", code, *SMALL, "logger=none"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
+    assert "overwrite=true does it again" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    renewed = launch(*SMALL, "logger=none", "overwrite=true")
+    assert renewed.returncode == 0
+    assert all(path.stat().st_mtime_ns > before[path] for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_same_seed_gives_the_same_run_and_batch_size_of_the_evaluation_changes_nothing(launch, tmp_path):
+    for name, size in (("a", 7), ("b", 40)):
+        done = launch(*SMALL, "logger=none", f"name={name}", f"evaluation.batch_size={size}")
+        assert done.returncode == 0, done.stderr
+    weights = [torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in "ab"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    outcomes = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in "ab"]
+    for key in ("clean_pred", "fgsm_pred", "pgd_pred"):
+        assert np.array_equal(outcomes[0][key], outcomes[1][key]), key
+
+
+def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
+    assert launch(*SMALL, "logger=none", "name=mine", "attack=none").returncode == 0
+    before = summary_of(tmp_path / "runs/mine")
+    done = launch(*SMALL, "logger=none", "name=mine", "attack=none", "trainer.batch_size=16")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: run folder runs/mine: holds another configuration (trainer.batch_size is 32 there, 16 here); "
+        "name=NAME keeps both, overwrite=true discards it"
+    ]
+    assert summary_of(tmp_path / "runs/mine") == before
+
+
+@pytest.mark.parametrize("moment", ["training", "evaluation"])
+def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_dir, moment):
+    """A real SIGKILL in mid-training, or after the first attack; the repeated command goes on."""
+    words = (*SMALL, "logger=none", "trainer.epochs=8" if moment == "training" else "trainer.epochs=2")
+    env = {**os.environ, "AERL_DATA": str(data_dir)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FREQUENT, *words, "name=cut"],
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.DEVNULL,
+    )
+    wanted = "checkpoints/last.pt" if moment == "training" else "outcomes.npz"
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/cut" / wanted).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert summary_of(tmp_path / "runs/cut")["status"] == "running"
+    for name in ("cut", "whole"):
+        done = launch(*words, f"name={name}")
+        assert done.returncode == 0, done.stderr
+    weights = [
+        torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    outcomes = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in ("cut", "whole")]
+    assert all(np.array_equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[1])
+    timing = {"images_per_second", "seconds"}
+    lines = [
+        [(r.metric, r.split, r.attack, r.step, r.value) for r in read_results(tmp_path / f"runs/{name}/results.jsonl")
+         if r.metric not in timing]
+        for name in ("cut", "whole")
+    ]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+# The command line with a checkpoint after every epoch, so that the test need not wait for one.
+_FREQUENT = f"""
+import runpy, sys
+import aerl.train
+aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
+sys.argv = ["launch.py", *sys.argv[1:]]
+runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
+"""
+
+
+def test_judging_a_run_takes_its_dataset_and_model_from_its_folder(launch, tmp_path):
+    rng = np.random.default_rng(0)
+    images = {f"X_{part}": rng.integers(0, 256, (60, 9, 9), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "grey.npz", **images, y_train=np.arange(60) % 3, y_test=np.arange(60) % 3)
+    words = ("dataset=npz", "dataset.path=grey.npz", "dataset.name=grey", "model=cnn", "model.net.width=0.05")
+    done = launch(*words, "trainer.epochs=1", "attack=none", "logger=none", "name=trained")
+    assert done.returncode == 0, done.stderr
+    judged = launch(
+        "trainer=none", "checkpoint=runs/trained", "attack=pgd", "attack.pgd.steps=2", "logger=none"
+    )
+    assert judged.returncode == 0, judged.stderr
+    folder = only_run(tmp_path)
+    assert folder.parts[-5:-2] == ("grey", "cnn", "none")
+    assert summary_of(folder)["clean_accuracy"] == summary_of(tmp_path / "runs/trained")["clean_accuracy"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"] is None
+    wrong = launch("trainer=none", "checkpoint=runs/trained", "model=alicnn", "attack=none", "logger=none")
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1].startswith(
+        "error: checkpoint=runs/trained/checkpoints/best.pt: is of another"
+    )
+
+
+def test_a_foreign_run_folder_cannot_name_what_to_import(launch, tmp_path):
+    done = launch("trainer.epochs=1", "attack=none", "logger=none", "name=foreign", "analysis=none")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "runs/foreign/config.yaml"
+    evil = yaml.safe_load(path.read_text())
+    evil["model"]["net"]["_target_"] = "os.getcwd"
+    path.write_text(yaml.safe_dump(evil))
+    refused = launch("trainer=none", "checkpoint=runs/foreign", "logger=none")
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert "its config.yaml says model.net._target_=os.getcwd, which is not taken from a run folder" in line
+
+
+def test_a_bare_state_dict_wants_its_normalisation_stated(launch, tmp_path):
+    from aerl.models import AliCNN
+
+    torch.save(AliCNN(num_classes=10, channels=1, size=(8, 8)).state_dict(), tmp_path / "paper.pth")
+    words = ("trainer=none", "checkpoint=paper.pth", "attack=none", "logger=none", "analysis=none")
+    refused = launch(*words)
+    assert refused.returncode == 1
+    assert "holds weights without their normalisation" in refused.stderr.splitlines()[-1]
+    assert launch(*words, "model.mean=[0.3]", "model.std=[0.4]").returncode == 0
+
+
+def test_a_multirun_is_four_folders_in_one_group_and_a_failing_job_does_not_stop_the_others(launch, tmp_path):
+    words = ("-m", "trainer=sl,rl", "seed=0,1", "trainer.epochs=1", "attack=none", "analysis=none")
+    done = launch(*words)
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "runs").glob("*/*/*/*/*/summary.json"))
+    assert len(folders) == 4
+    ids = {json.loads(path.read_text())["run_id"] for path in folders}
+    groups = {
+        yaml.safe_load((path.parent / "config.yaml").read_text())["logger"]["group"] for path in folders
+    }
+    assert len(ids) == 4 and groups == {"digits-alicnn"}
+    assert len(list((tmp_path / "runs").glob("**/*.wandb"))) == 4
+    failing = launch("-m", "trainer.epochs=0,1", "seed=5", "attack=none", "analysis=none", "logger=none")
+    assert failing.returncode == 1
+    assert "error: trainer.epochs=0: should be greater than or equal to 1" in failing.stderr
+    assert "Traceback" not in failing.stderr
+    assert len(list((tmp_path / "runs").glob("*/*/*/*/seed5/summary.json"))) == 1
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(tmp_path, data_dir, launch):
+    """Files may not grow beyond 1 MB: the checkpoint does not fit, the record of the failure does."""
+    assert launch("prepare_data_only=true").returncode == 0
+    words = ("trainer.epochs=1", "attack=none", "logger=none", "name=full")
+    command = f'ulimit -f 1000; exec "{sys.executable}" "{ROOT / "launch.py"}" {" ".join(words)}'
+    env = {**os.environ, "AERL_DATA": str(data_dir)}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1 and re.search(
+        r"cannot write runs/full/checkpoints/\w+\.pt: File too large", last[0]
+    )
+    assert summary_of(tmp_path / "runs/full")["status"] == "failed"
+    assert "File too large" in summary_of(tmp_path / "runs/full")["error"]
+    assert not [path.name for path in (tmp_path / "runs/full/checkpoints").iterdir()]
+    assert launch(*words).returncode == 0
+    assert summary_of(tmp_path / "runs/full")["status"] == "finished"
+
+
+def test_prepare_data_only_prepares_and_stops(launch, tmp_path):
+    done = launch("prepare_data_only=true", f"data_dir={tmp_path}/cache")
+    assert done.returncode == 0
+    assert "digits: 1293 train, 144 val and 360 test images of 1x8x8 are ready" in done.stderr
+    assert list((tmp_path / "cache").rglob("meta.json"))
+    assert not (tmp_path / "runs").exists()
