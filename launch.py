@@ -4,7 +4,6 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,13 +22,14 @@ def main(cfg: DictConfig) -> float | None:
     try:
         return run(cfg)
     except Exception as error:
-        if HydraConfig.get().mode is RunMode.RUN:  # the other jobs of a multirun go on
-            fail(error)
-        raise
+        tell(error)
+        if HydraConfig.get().mode is RunMode.RUN:
+            sys.exit(1)
+        raise  # Hydra runs the other jobs of the multirun, and then raises it again
 
 
-def fail(error: Exception) -> NoReturn:
-    """End with one line, or with the traceback where the fault is aerl's own or the user asks for it."""
+def tell(error: Exception) -> None:
+    """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config import explain
 
     line = explain(error)
@@ -37,7 +37,6 @@ def fail(error: Exception) -> NoReturn:
         traceback.print_exception(error)
     else:
         print(f"error: {line}", file=sys.stderr)
-    sys.exit(1)
 
 
 if __name__ == "__main__":
@@ -46,4 +45,5 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        fail(error)
+        tell(error)
+        sys.exit(1)

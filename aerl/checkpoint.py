@@ -1,6 +1,5 @@
 """Save and load, atomically, without executing what a file contains."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,27 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerl.files import atomic_write
 from aerl.types import UserError
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` (tensors and plain containers) under a temporary name, then rename.
+    """Write `state` (tensors and plain containers) atomically: a killed process leaves the old file or the new.
 
-    A process killed at any moment leaves the old file or the new one, whole. Raises UserError where the
-    disk refuses; the old file then stays.
+    Raises UserError where the disk refuses; the old file then stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write of its own as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; the last good checkpoint is kept") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path) -> Any:

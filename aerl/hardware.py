@@ -64,7 +64,10 @@ def set_up(
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if (
+        deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # even to say no imports the compiler: 2 s
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     return Hardware(torch.device(device), precision, channels_last, compile)
 

@@ -6,7 +6,6 @@ are replaced atomically. This module imports neither torch nor, until a tracker 
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -14,14 +13,14 @@ import netrc
 import os
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, Any, Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
+from aerl.files import atomic_write, writing
 from aerl.types import UserError
 
 log = logging.getLogger("aerl")
@@ -52,72 +51,6 @@ class Result:
     eps: float = 0.0
     source: str = ""
     step: int | None = None
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-_REMEDIES = {
-    errno.ENOSPC: "; free some space and repeat the command",
-    errno.EDQUOT: "; free some of the quota and repeat the command",
-    errno.EFBIG: "; raise the limit on file sizes and repeat the command",
-    errno.EACCES: "; choose a folder that you may write to",
-    errno.EROFS: "; choose a folder that can be written to",
-}
-_STALE_SECONDS = 3600.0
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Tell a failure of the disk in one line, also when a library has wrapped it in an error of its own."""
-    try:
-        yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        reason = cause.strerror or str(cause) or type(cause).__name__
-        raise UserError(f"cannot write {path}: {reason}{_REMEDIES.get(cause.errno or 0, '')}") from error
-
-
-def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path`: after a crash at any moment there is the old content or the new, whole.
-
-    `content` is bytes, text (stored as UTF-8) or a function that writes to the binary file it is given.
-    Raises UserError where the disk refuses (full, read-only, no such folder); no temporary file remains.
-    """
-    path = Path(path)
-    # The process id keeps two processes that fill the same cache from writing into each other's file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    _settle(path)
-
-
-def _settle(path: Path) -> None:
-    """Make the renaming durable, and clear away what killed processes left of earlier attempts."""
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder, and none must be swept
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        for sibling in path.parent.iterdir():
-            ours = sibling.name.startswith(f".{path.name}.") and sibling.name.endswith(".tmp")
-            if ours and time.time() - sibling.stat().st_mtime > _STALE_SECONDS:
-                sibling.unlink()
 
 
 def _plain(value: Any) -> Any:
@@ -272,7 +205,7 @@ class ResultLog:
                    attack=attack, norm=norm, eps=float(eps), source=source, step=step)
             for metric, value in metrics.items()
         ]  # fmt: skip
-        with _writing(self.path), self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write("".join(map(_line, results)).encode())
             file.flush()
             os.fsync(file.fileno())

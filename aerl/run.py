@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from aerl import config as schema
 from aerl.config import Config
+from aerl.files import atomic_write
 from aerl.report.progress import progress
 from aerl.report.table import show
-from aerl.results import ResultLog, Tracker, atomic_write, open_tracker, read_summary, write_summary
+from aerl.results import ResultLog, Tracker, open_tracker, read_summary, write_summary
 from aerl.types import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a finished run or a wrong key is answered without it
@@ -65,6 +66,7 @@ def _log_to_stderr() -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
 
@@ -176,17 +178,16 @@ def _recorded(
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Everything logged also goes to run.log, and a traceback that Hydra would keep from a multirun's log."""
+    """Everything logged also goes to run.log, and how the run failed, which the command line says by itself."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
-    except UserError as error:
-        log.error("error: %s", error)
-        raise
-    except Exception:
-        log.exception("the run failed")
+    except Exception as error:
+        expected = isinstance(error, UserError)
+        trace = None if expected else (type(error), error, error.__traceback__)
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, str(error), (), trace))
         raise
     finally:
         log.removeHandler(handler)

@@ -69,7 +69,7 @@ def others(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, steps:
     theirs._set_normalization_applied(False)
     wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=x.device)
     calls: dict[str, Call] = {
-        "torchattacks": lambda: theirs(x, y),
+        "torchattacks": lambda: theirs(x.contiguous(), y),  # it cannot take any other layout
         "foolbox": lambda: attack(wrapped, x, y, epsilons=eps)[1],
     }
     if norm == "L2":

@@ -12,7 +12,9 @@ import launch as _launch  # registers the resolver and AERL_ROOT that conf/ need
 assert _launch
 ROOT = Path(__file__).resolve().parent.parent
 
-# One cache of prepared digits for the whole session; nothing of the tester's own is read or written.
+# The networks of the tests are too small for two threads to pay, and on a busy machine they cost dearly.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing of the tester's own is used.
 for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
     os.environ.pop(name, None)
 

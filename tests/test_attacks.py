@@ -311,8 +311,6 @@ def test_losses():
     torch.testing.assert_close(F.softplus(losses.log_odds(logits, y)), losses.ce(logits, y))
     a, b = (torch.autograd.grad(f(logits, y).sum(), logits)[0] for f in (losses.ce, losses.log_odds))
     torch.testing.assert_close(F.normalize(a), F.normalize(b))
-    with pytest.raises(UserError, match="dlr needs 3 classes"):
-        losses.dlr(logits[:, :2], y % 2)
 
 
 # --- the world around an attack ---------------------------------------------------------------------
@@ -341,12 +339,12 @@ def test_an_attack_leaves_no_trace():
     model, x = partly_trained(small_net()), images()
     y = predictions(model, x)
     before, rng = state_of(model), torch.get_rng_state()
-    attack(model, x, y)
+    adversarial = attack(model, x, y)
     after = state_of(model)
     assert before[:2] == after[:2]
     torch.testing.assert_close(before[2:], after[2:], rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), rng)
-    assert not x.requires_grad and x.grad is None
+    assert not x.requires_grad and x.grad is None and not adversarial.requires_grad
 
 
 def test_modes_are_restored_after_an_exception():
@@ -429,9 +427,9 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (small_net(), {"targeted": True, "restarts": 4}, "restarts=4.*4 classes leave at most 3"),
-        (small_net(), {"restarts": 2, "random_start": False}, "restarts=2"),
-        (small_net(2), {"loss": "dlr", "drop_fooled": False}, "dlr needs 3 classes"),
+        (small_net(), {"targeted": True, "restarts": 4}, "restarts=4: .* only 3 wrong classes"),
+        (small_net(), {"restarts": 2, "random_start": False}, "restarts=2: "),
+        (small_net(2), {"loss": "dlr"}, "loss=dlr: needs 3 classes"),
         (Broken(lambda x: x.flatten(1)[:, :4] / 0), {}, "NaN or infinite logits"),
         (Broken(lambda x: x.flatten(1)[:, :4].detach()), {"drop_fooled": False}, "do not depend"),
         (Broken(lambda x: (x - x).flatten(1)[:, :4].sqrt()), {"drop_fooled": False}, "NaN or infinite"),
@@ -442,6 +440,15 @@ def test_faults_are_told_in_one_line(model, settings, message):
     with pytest.raises(UserError, match=message) as error:
         attack(model, x, torch.zeros(len(x), dtype=torch.int64), **settings)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_batch_checks_the_settings():
+    nothing, y = images(0), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(UserError, match="restarts=4"):
+        attack(small_net(), nothing, y, targeted=True, restarts=4)
+    with pytest.raises(UserError, match="loss=dlr"):
+        attack(small_net(2), nothing, y, loss="dlr")
+    assert len(attack(small_net(), nothing, y, targeted=True, restarts=3)) == 0
 
 
 def test_images_outside_the_box_are_refused():

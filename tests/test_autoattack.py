@@ -116,8 +116,8 @@ def test_few_classes(short, classes, version):
     model, x, y = train(classes, epochs=3)
     x, y = x[:12], y[:12]
     with collect_warnings() as messages:
-        adversarial = attack(model, x, y, eps=2.0, version=version)
-    assert wrong(model, adversarial, y).sum() > 6
+        adversarial = attack(model, x, y, eps=1.0, version=version)
+    assert 0 < wrong(model, adversarial, y).sum() < 12  # some are left for the last component
     ran = {
         (2, "standard"): "apgd-ce, fab-t, square",
         (3, "standard"): "apgd-ce, apgd-dlr, fab-t, square",
@@ -306,7 +306,7 @@ def test_misuse_is_refused_when_it_is_made(settings, message):
 def test_what_cannot_be_attacked_is_refused(digits):
     model, x, y = train(classes=2, epochs=0)
     with pytest.raises(UserError, match="attacks=apgd-dlr: none of them can attack 2 classes"):
-        attack(model, x[:4], y[:4], version="custom", attacks=["apgd-dlr"])
+        attack(model, x[:0], y[:0], version="custom", attacks=["apgd-dlr"])
     with pytest.raises(UserError, match="NaN or infinite logits"):
         attack(Through(digits[0], lambda z: z / 0), x[:4], y[:4])
 

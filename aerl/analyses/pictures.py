@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from aerl.analyses import AnalysisContext
-from aerl.results import Result, atomic_write, eps_text
+from aerl.files import atomic_write
+from aerl.results import Result, eps_text
 from aerl.types import Count
 
 log = logging.getLogger("aerl")

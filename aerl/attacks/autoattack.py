@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,11 @@ from aerl.types import Count, NonNegative, Norm, UserError
 
 Component = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
+_VERSIONS: dict[str, list[Component]] = {
+    "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
+    "plus": ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
+    "rand": ["apgd-ce", "apgd-dlr"],
+}
 _TOLERANCE = 1e-6  # float32 rounding of image + perturbation, in units of the image's range
 
 
@@ -61,7 +66,11 @@ class AutoAttack:
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise
     ) -> Tensor | dict[str, Tensor]:
-        """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed."""
+        """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
+
+        Raises UserError, also for an empty batch, if no component can run on so few classes, and for
+        logits that are not finite.
+        """
 
         def logits(images: Tensor) -> Tensor:
             # A copy, since Square writes into what it gets.
@@ -73,52 +82,49 @@ class AutoAttack:
         with attacking(model), _contained():
             # AutoAttack computes in float32, and reshapes by .view, which needs contiguous images.
             clean = x.detach().float().contiguous()
-            with torch.no_grad():
-                classes = logits(clean[:1]).shape[1] if len(x) else 10
+            with torch.no_grad():  # on a blank image, so that an empty batch checks the settings as well
+                classes = logits(clean.new_zeros(1, *clean.shape[1:])).shape[1]
 
-            def run(component: Component | None) -> Tensor:
-                # A new object each time: a run changes the restarts of FAB for good.
-                library = self._library(logits, classes, x, generator.seed)
-                if component is not None:
-                    library.attacks_to_run = [component]
+            def run(components: list[Component]) -> Tensor:
+                from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
+
                 if len(x) == 0 or self.eps == 0:
                     return x.clone()
+                # A new object each time: a run of targeted FAB changes the restarts of FAB for good.
+                library = Library(
+                    logits,
+                    attacks=self.attacks,
+                    device=x.device,
+                    eps=self.eps,
+                    norm=self.norm,
+                    seed=generator.seed,
+                    version=self.version,
+                )
+                library.attacks_to_run = components
+                library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
                 found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
                 return self._valid(found, x)
 
-            if not self.individual:
-                return run(None)
-            components = self._library(logits, classes, x, generator.seed).attacks_to_run
-            return {component: run(component) for component in components}
+            components = self._components(classes, (x.shape[2], x.shape[3]))
+            if self.individual:
+                return {component: run([component]) for component in components}
+            return run(components)
 
-    def _library(self, logits: Any, classes: int, x: Tensor, seed: int) -> Any:
-        """The library's object for a model of so many classes, with the components that it can run."""
-        from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
-
-        library = Library(
-            logits,
-            attacks=self.attacks,
-            device=x.device,
-            eps=self.eps,
-            norm=self.norm,
-            seed=seed,
-            version=self.version,
-        )
-        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
-        wanted = list(library.attacks_to_run)
-        able = ["apgd-dlr" if name == "apgd-t" and classes < 4 else name for name in wanted]
+    def _components(self, classes: int, size: tuple[int, int]) -> list[Component]:
+        """What to run on a model of so many classes and images of such (height, width)."""
+        wanted = list(self.attacks or _VERSIONS[self.version])
+        able: list[Component] = ["apgd-dlr" if name == "apgd-t" and classes < 4 else name for name in wanted]
         if classes < 3:
             able = [name for name in able if name != "apgd-dlr"]
-        if self.norm == "L2" and min(x.shape[2:]) < 5:
+        if self.norm == "L2" and min(size) < 5:
             able = [name for name in able if name != "square"]
         able = list(dict.fromkeys(able))
-        limits = f"{classes} classes and {x.shape[2]}x{x.shape[3]} pixels"
+        limits = f"{classes} classes and {size[0]}x{size[1]} pixels"
         if not able:
             raise UserError(f"attacks={', '.join(wanted)}: none of them can attack {limits}")
         if able != wanted:
             warn(f"AutoAttack: ran {', '.join(able)} instead of {', '.join(wanted)}, given {limits}")
-        library.attacks_to_run = able
-        return library
+        return able
 
     def _valid(self, found: Tensor, x: Tensor) -> Tensor:
         """What the library found, in the layout of x; where that is outside the threat model, x."""

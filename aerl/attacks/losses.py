@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aerl.types import UserError
-
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy -log p_y (Madry et al. 2018, section 2).
@@ -35,8 +33,6 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
     Invariant to shift and scale of the logits. Needs three classes or more.
     """
-    if logits.shape[1] < 3:
-        raise UserError(f"loss=dlr needs 3 classes or more, the model has {logits.shape[1]}: use margin")
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 

@@ -22,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in flags:
-            # Not .train(training), which recurses, and which frozen layers override.
+            # Not module.train(training), which would set the submodules as well.
             module.training = training
 
 

@@ -49,11 +49,13 @@ def pgd(
     keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
         "last" returns the last iterate.
 
-    Raises UserError for images outside [0, 1], for logits that are not finite or do not depend on the
-    images, and for settings that do not go together or with the number of classes.
+    Raises UserError for settings that do not go together or with the number of classes, also for an empty
+    batch; for images outside [0, 1]; for logits that are not finite or do not depend on the images.
     """
     if restarts > 1 and not (random_start or targeted):
-        raise UserError(f"restarts={restarts} repeats one run: set random_start=true or targeted=true")
+        raise UserError(f"restarts={restarts}: repeats one run; set random_start=true or targeted=true")
+    if targeted or loss == "dlr":
+        _check_classes(model, x, loss, restarts if targeted else 0)
     if len(x) == 0 or eps == 0:
         return x.clone()
     low, high = (bound.item() for bound in x.aminmax())
@@ -63,8 +65,6 @@ def pgd(
     objective = getattr(losses, loss)
 
     with attacking(model), torch.no_grad():
-        # Cloned, as gradients cannot flow through the tensors that an outer inference_mode makes.
-        x, y = x.clone(), y.clone()
         kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
@@ -73,7 +73,9 @@ def pgd(
             clean = model(x)
             sound &= clean.isfinite().all()
             fooled = (clean.argmax(1) != y) & drop_fooled
-            targets = _wrong_classes(clean, y, restarts) if targeted else targets
+            if targeted:
+                others = clean.scatter(1, y[:, None], -torch.inf)
+                targets = others.argsort(dim=1, descending=True, stable=True)
 
         for restart in range(restarts):
             # The samples under attack; all tensors of the loop below have one row for each of them.
@@ -93,10 +95,9 @@ def pgd(
                 climbing = step < steps
                 with torch.set_grad_enabled(climbing):
                     point = point.detach().requires_grad_(climbing)
-                    logits = model(point)
+                    logits = model(point).to(x.dtype)
                     value = -objective(logits, aim) if targeted else objective(logits, aim)
                     gradient = _input_gradient(value, point) if climbing else point
-                point, logits, value = point.detach(), logits.detach(), value.detach()
                 sound &= logits.isfinite().all()
                 wrong = logits.argmax(1) != label
 
@@ -130,10 +131,11 @@ def _input_gradient(value: Tensor, point: Tensor) -> Tensor:
     return torch.autograd.grad(value.sum(), point)[0]
 
 
-def _wrong_classes(logits: Tensor, y: Tensor, count: int) -> Tensor:
-    """The `count` most likely classes other than y, most likely first: (B, count)."""
-    if count >= (classes := logits.shape[1]):
-        raise UserError(
-            f"restarts={count} with targeted=true: {classes} classes leave at most {classes - 1} targets"
-        )
-    return logits.scatter(1, y[:, None], -torch.inf).topk(count, 1).indices
+def _check_classes(model: nn.Module, x: Tensor, loss: str, targets: int) -> None:
+    """Ask the model for its number of classes with a blank image, so that an empty batch checks as well."""
+    with attacking(model), torch.no_grad():
+        classes = model(x.new_zeros(1, *x.shape[1:])).shape[1]
+    if targets >= classes:
+        raise UserError(f"restarts={targets}: targeted=true has only {classes - 1} wrong classes to aim at")
+    if loss == "dlr" and classes < 3:
+        raise UserError(f"loss=dlr: needs 3 classes or more, the model has {classes}; use margin")

@@ -21,7 +21,7 @@ def norms(t: Tensor, norm: Norm) -> Tensor:
     The L2 norm is max|t| * ||t / max|t|||: squares of a gradient of size 1e-25 are zero in float32, and
     an attack that divides by such a norm stands still or flies off.
     """
-    peak: Tensor = torch.linalg.vector_norm(t, torch.inf, _PIXELS, keepdim=True)
+    peak = t.abs().amax(_PIXELS, keepdim=True)  # vector_norm with ord=inf takes ten times as long
     if norm == "Linf":
         return peak
     # Clamped to the smallest normal number: 0 / 0 would be NaN where t is zero.
