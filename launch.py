@@ -44,6 +44,9 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing many lines of its own
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         tell(error)
         sys.exit(1)

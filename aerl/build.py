@@ -54,7 +54,9 @@ def build(config: Config) -> Parts:
     model = build_model(config, data)
     nothing = torch.zeros(0, *data.image_shape)
     for name, call in attacks.items():
-        with named(f"attack.{name}"):  # an attack checks its settings against each other when it is called
+        # An attack checks its settings against each other when it is called; one that cannot take an empty
+        # batch is none the worse for it.
+        with named(f"attack.{name}"), _only(UserError):
             call(model, nothing, data.test.labels[:0], generator=SampleGenerator.for_images(nothing, seed=0))
     if weights is not None:
         carries_normalization = checkpoint.load_weights(model, weights)
@@ -66,6 +68,15 @@ def build(config: Config) -> Parts:
     if recipe is not None:
         _optimizer(recipe, model)
     return Parts(machine, data, machine.place(model), recipe, attacks, analyses)
+
+
+@contextmanager
+def _only(kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, kind):
+            raise
 
 
 def attack(spec: Mapping[str, Any], key: str) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
         env |= {
             "AERL_DATA": str(data_dir),
             "HOME": str(tmp_path / "home"),
+            "MPLCONFIGDIR": str(data_dir / "matplotlib"),  # else every run would look for fonts anew
             "HF_HUB_OFFLINE": "1",
             "COLUMNS": "100",
             **environment,

@@ -34,7 +34,7 @@ def finished(tmp_path_factory, data_dir):
     """One small finished run, looked at from several sides."""
     home = tmp_path_factory.mktemp("finished")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
-    env |= {"AERL_DATA": str(data_dir), "HOME": str(home)}
+    env |= {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
     command = [sys.executable, str(ROOT / "launch.py"), *SMALL]
     done = subprocess.run(
         command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
