@@ -75,7 +75,8 @@ def run_attack(
 
     Returns one `Attacked` under `name`, or one per part under `<name>_<part>` if the attack returns a dict.
     `progress(samples attacked, robust ones among them)` is called after every batch. Random starts are
-    keyed by the image, so neither the batch size nor the order of samples changes an outcome.
+    keyed by the image, so neither the batch size nor the order of samples changes an outcome, except that
+    AutoAttack shares its random numbers among the samples of a batch.
     """
     results: dict[str, Attacked] = {}
     to_attack = torch.from_numpy(np.flatnonzero(clean_pred == split.labels.numpy()))
