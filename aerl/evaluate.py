@@ -49,7 +49,7 @@ def predictions(model: nn.Module, split: Split, hardware: Hardware, batch_size: 
     with attacking(model), torch.no_grad():
         for index in torch.split(torch.arange(len(split)), batch_size):
             x, _ = _batch(split, index, hardware)
-            pred[index] = model(x).argmax(1).cpu().numpy()
+            pred[index.numpy()] = model(x).argmax(1).cpu().numpy()
     return pred
 
 
@@ -81,7 +81,8 @@ def run_attack(
     results: dict[str, Attacked] = {}
     to_attack = torch.from_numpy(np.flatnonzero(clean_pred == split.labels.numpy()))
     began = time.monotonic()
-    for index in torch.split(to_attack, batch_size):
+    for start in range(0, len(to_attack), batch_size):
+        index = to_attack[start : start + batch_size]
         x, y = _batch(split, index, hardware)
         found = attack(model, x, y, generator=SampleGenerator.for_images(x, seed=seed, salt=name))
         robust = torch.ones_like(y, dtype=torch.bool)
@@ -108,11 +109,12 @@ def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, inde
     with attacking(model), torch.no_grad():
         pred: Tensor = model(x_adv).argmax(1)
     delta = (x_adv - x).flatten(1)
-    attacked.pred[index] = pred.cpu().numpy()
-    attacked.l2[index] = delta.norm(dim=1).cpu().numpy()
-    attacked.linf[index] = delta.abs().amax(1).cpu().numpy()
-    shown = index < len(attacked.examples)
-    attacked.examples[index[shown]] = x_adv[shown.to(x_adv.device)].cpu().numpy()
+    rows = index.numpy()  # NumPy takes a tensor of one index for a number
+    attacked.pred[rows] = pred.cpu().numpy()
+    attacked.l2[rows] = delta.norm(dim=1).cpu().numpy()
+    attacked.linf[rows] = delta.abs().amax(1).cpu().numpy()
+    shown = rows < len(attacked.examples)
+    attacked.examples[rows[shown]] = x_adv.cpu().numpy()[shown]
     return pred
 
 

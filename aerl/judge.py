@@ -29,7 +29,9 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     """
     split = evaluate.subset(parts.data.test, config.evaluation.samples)
     batch_size = config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
-    torch.backends.cudnn.benchmark = False  # batches shrink as samples are fooled: every size would be tuned anew
+    torch.backends.cudnn.benchmark = (
+        False  # batches shrink as samples are fooled: every size would be tuned anew
+    )
     record.results.rewind(config.trainer.epochs if config.trainer else 0)
     outcomes = load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
     if not outcomes:

@@ -83,7 +83,10 @@ def test_tab_completion_completes_options(launch):
         (["trainer.clip=0"], r"trainer.clip=0: should be greater than 0"),
         (["trainer.select=val_adversarial_accuracy"], r"trainer.select=val_adversarial_accuracy: needs a .*"),
         (["attack.autoattack.attacks=[square]"], r"attack.autoattack.attacks=.*square.* needs version=custom"),
-        (["attack=pgd", "attack.pgd.restarts=2", "attack.pgd.random_start=false"], r"attack.pgd.restarts=2: repeats one run.*"),
+        (
+            ["attack=pgd", "attack.pgd.restarts=2", "attack.pgd.random_start=false"],
+            r"attack.pgd.restarts=2: repeats one run.*",
+        ),
         (["attack.pgd.steps=2.5"], r"attack.pgd.steps=2.5: should be a valid integer.*"),
         (["hardware=tpu"], r"hardware=tpu: no such option; did you mean cpu\? known: auto, cpu, cuda"),
         (["hardware.precision=fp16"], r"hardware.precision=fp16: should be 'fp32' or 'bf16'"),

@@ -15,6 +15,8 @@ import yaml
 
 from aerl.results import read_results
 from tests.conftest import ROOT
+from tests.test_wandb import history, read_back
+from tests.test_wandb import summary as wandb_summary
 
 SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5")
 
@@ -99,6 +101,31 @@ def test_the_closing_table_is_printed_and_progress_is_not_in_it(finished):
     assert "wandb sync" in done.stdout
     assert "training: 2,580 images" in done.stderr or "training: 2," in done.stderr
     assert "\x1b[" not in done.stdout + done.stderr and "\r" not in done.stderr
+
+
+def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
+    """Read back with W&B's own tool: config, grouping, per-epoch history, summary, table, pictures."""
+    folder, _ = finished
+    records = read_back(folder)
+    (started,) = records["run"]
+    assert started["run_group"] == "digits-alicnn" and started["job_type"] == "sl"
+    assert {"digits", "alicnn", "sl", "pgd"} <= set(started["tags"])
+    assert started["config"]["update"]["attack"]["pgd"]["steps"] == 5
+    assert started["config"]["update"]["trainer"]["optimizer"]["lr"] == 1e-3
+    rows = [row for row in history(records) if "train/loss" in row]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    wanted = {"reward", "accuracy", "grad_norm", "lr", "images_per_second"}
+    assert all({f"train/{name}" for name in wanted} <= set(row) for row in rows)
+    assert [row["epoch"] for row in history(records) if "val/accuracy" in row] == [1, 2]
+    final, told = wandb_summary(records), summary_of(folder)
+    assert final["accuracy/clean"] == told["clean_accuracy"]["value"]
+    assert final["accuracy/pgd"] == told["robust_accuracy"]["pgd"]
+    assert final["accuracy/worst_case"] == told["worst_case_accuracy"]["value"]
+    assert final["status"] == "finished"
+    (files,) = folder.glob("wandb/offline-run-*/files")
+    table = json.loads((files / final["attacks.path"]).read_text())
+    assert [row[0] for row in table["data"]] == ["clean", "fgsm", "pgd", "worst case"]
+    assert [(files / name).read_bytes()[:4] for name in final["pictures.filenames"]] == [b"\x89PNG"]
 
 
 def test_a_finished_run_is_shown_again_without_torch_and_done_again_only_on_demand(launch, tmp_path):
