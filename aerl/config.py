@@ -164,7 +164,19 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_GROUPS_OF_THE_PATH = ("dataset", "model", "trainer", "seed")
+# Told by the path already, or by what it sets.
+_NOT_IN_THE_NAME = ("dataset", "model", "trainer", "seed", "multirun_sweeps")
+
+
+def telling(overrides: Collection[str]) -> list[str]:
+    """The overrides that tell a run from its neighbours of the same dataset, model, trainer and seed."""
+    words = sorted(override.lstrip("+~") for override in overrides)
+    keys = [word.partition("=")[0] for word in words]
+    return [
+        word
+        for word, key in zip(words, keys, strict=True)
+        if key not in _NOT_IN_THE_NAME and key.partition(".")[0] not in _NOT_IDENTITY
+    ]
 
 
 def run_name(config: Config, overrides: Collection[str]) -> str:
@@ -174,14 +186,8 @@ def run_name(config: Config, overrides: Collection[str]) -> str:
     """
     if config.name is not None:
         return config.name
-    kept = []
-    for override in sorted(overrides):
-        key, _, value = override.lstrip("+~").partition("=")
-        section = key.partition(".")[0]
-        if key in _GROUPS_OF_THE_PATH or section in _NOT_IDENTITY:
-            continue
-        kept.append(f"{key}={value}")
-    words = re.sub(r"[^\w.=,+-]+", "_", ",".join(kept)).strip("_,") or "default"
+    told = ",".join(telling(overrides))
+    words = re.sub(r"[^\w.=,+-]+", "_", told).strip("_,") or "default"
     if len(words) > 120:  # file systems end at 255 bytes
         words = f"{words[:100]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
     return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{words}/seed{config.seed}"

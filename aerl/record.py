@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from aerl.config import Config, config_hash, difference, explain
+from aerl.config import Config, config_hash, difference, explain, telling
 from aerl.files import atomic_write
 from aerl.results import ResultLog, Tracker, open_tracker, read_summary, write_summary
 from aerl.types import UserError
@@ -94,16 +94,11 @@ def recorded(
         "masking": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    told = [
-        word
-        for word in overrides
-        if not word.startswith(("dataset=", "model=", "trainer=", "seed=", "logger"))
-    ]
     tracker = open_tracker(
         folder=folder,
         run_id=run_id,
         job_type=config.trainer_name,
-        name=" ".join([config.trainer_name, *told, f"seed={config.seed}"]),
+        name=" ".join([config.trainer_name, *telling(overrides), f"seed={config.seed}"]),
         tags=[
             config.dataset.name,
             config.model.name,

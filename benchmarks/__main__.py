@@ -41,7 +41,7 @@ def main() -> None:
             rows += training.measure(machine, rounds, args.smoke)
         if "attacks" in parts:
             data = images_32(args.cifar10, Path(scratch))
-            model = trained(data, machine, Path(scratch), images=500 if args.smoke else 20_000)
+            model = trained(data, machine, Path(scratch), images=500 if args.smoke else 8_000)
             samples, steps = (16, 3) if args.smoke else (128, 20)
             rows += attacks.measure(model, data, machine, rounds, samples=samples, steps=steps)
         if "memory" in parts and args.cifar10 is not None:

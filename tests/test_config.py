@@ -61,3 +61,27 @@ def test_given_values_are_bound_where_the_signature_takes_them():
     )
     assert net().fc2.out_features == 3
     assert bind({"_target_": "aerl.objectives.Labels"}, "trainer.act", given={"x": 1}).keywords == {}
+
+
+def test_run_names_tell_runs_apart_and_nothing_else():
+    from hydra import compose, initialize_config_dir
+
+    from aerl.config import config_hash, read, run_name
+    from tests.conftest import ROOT
+
+    def name_and_hash(*overrides):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = read(compose("config", overrides=list(overrides)))
+        return run_name(config, overrides), config_hash(config)
+
+    plain = name_and_hash()
+    assert plain[0] == "digits/alicnn/sl/default/seed0"
+    assert name_and_hash("logger=none", "runs_dir=x", "data_dir=y", "overwrite=true", "seed=0") == plain
+    assert name_and_hash("evaluation.batch_size=3")[1] == plain[1]
+    named = name_and_hash("trainer=rl", "trainer.epochs=3", "eps=8/255", "attack=[pgd,fgsm]", "seed=4")
+    assert named[0] == "digits/alicnn/rl/attack=_pgd,fgsm_,eps=8_255,trainer.epochs=3/seed4"
+    swapped = name_and_hash("attack=[pgd,fgsm]", "seed=4", "eps=8/255", "trainer.epochs=3", "trainer=rl")
+    assert swapped == named
+    assert len({plain[1], named[1], name_and_hash("seed=1")[1], name_and_hash("hardware=cpu")[1]}) == 4
+    long = name_and_hash(*[f"+attack.pgd.key{i}=1" for i in range(40)])[0]
+    assert len(long.split("/")[3]) <= 120
