@@ -1,5 +1,7 @@
 """Where a run computes: device, precision, layout, threads, and the random streams."""
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -11,6 +13,9 @@ import torch
 from torch import nn
 
 from aerl.types import UserError
+
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 Precision = Literal["fp32", "bf16"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -58,6 +63,8 @@ def set_up(
         raise UserError(
             "hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do"
         )
+    if device == "cpu":
+        _keep_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -66,10 +73,19 @@ def set_up(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if (
         deterministic != torch.are_deterministic_algorithms_enabled()
-    ):  # even to say no imports the compiler: 2 s
+    ):  # even to say no imports the whole compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     return Hardware(torch.device(device), precision, channels_last, compile)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what it has freed: else every large activation is mapped and paged in anew at each step,
+    which costs a good part of a training step on the CPU. Elsewhere than on glibc this does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def describe(hardware: Hardware) -> dict[str, str]:

@@ -54,22 +54,34 @@ def cleverhans_formula(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, st
     return x_adv
 
 
+class ForViews(nn.Module):
+    """The same model for a library that reshapes gradients by .view: it gets them contiguous."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.contiguous())
+        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return logits
+
+
 def others(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, steps: int) -> dict[str, Call]:
     """The libraries of the `bench` extra, each with the same steps and step size."""
     import foolbox
     import torchattacks
 
     if norm == "L2":
-        theirs = torchattacks.PGDL2(model, eps=eps, alpha=eps / 10, steps=steps)
+        theirs = torchattacks.PGDL2(ForViews(model), eps=eps, alpha=eps / 10, steps=steps)
         attack = foolbox.attacks.L2PGD(rel_stepsize=0.1, steps=steps)
     else:
-        theirs = torchattacks.PGD(model, eps=eps, alpha=eps / 10, steps=steps)
+        theirs = torchattacks.PGD(ForViews(model), eps=eps, alpha=eps / 10, steps=steps)
         attack = foolbox.attacks.LinfPGD(rel_stepsize=0.1, steps=steps)
-    theirs.set_normalization_used((0.0,) * 3, (1.0,) * 3)
-    theirs._set_normalization_applied(False)
     wrapped = foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=x.device)
     calls: dict[str, Call] = {
-        "torchattacks": lambda: theirs(x.contiguous(), y),  # it cannot take any other layout
+        "torchattacks": lambda: theirs(x.contiguous(), y),
         "foolbox": lambda: attack(wrapped, x, y, epsilons=eps)[1],
     }
     if norm == "L2":

@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 
 def time_in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds per call of each candidate, `rounds` times A B C, A B C, ... after one uncounted round."""
@@ -12,6 +14,8 @@ def time_in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -
         for name, call in candidates.items():
             began = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn > 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds

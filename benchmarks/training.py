@@ -1,6 +1,7 @@
 """Training steps: aerl's loop against the loop of the paper's code, and an rl_adv step against an rl step."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,10 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from aerl.attacks import pgd
-from aerl.build import Classifier
 from aerl.data import Batches, Split, augment, to_unit
 from aerl.hardware import Hardware, stream
-from aerl.models import CNN
+from aerl.models import CNN, Classifier
 from aerl.objectives import EpsilonGreedy, Labels
 from aerl.train import Adversary, Recipe, train_step
 from benchmarks.paired import ratio, time_in_turns
@@ -42,6 +42,25 @@ class PerImage(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
+class PaddedByPyTorch(CNN):
+    """The 6-layer CNN with padding="same", the usual way to write its even kernels."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        for i in range(1, 7):
+            conv = getattr(self, f"conv{i}")
+            setattr(self, f"conv{i}", nn.Conv2d(conv.in_channels, conv.out_channels, 4, padding="same"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(1, 7):
+            x = self.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            if i % 2 == 0:
+                x = self.dropouts[i // 2 - 1](self.pool(x))
+        x = self.relu(self.bn7(self.fc1(x.flatten(1))))
+        logits: Tensor = self.fc2(self.dropouts[3](x))
+        return logits
+
+
 def random_split(count: int) -> Split:
     """Real pixels would not change the time of a step; random ones need no file."""
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +83,7 @@ def forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Te
 def papers_loop(split: Split, batch_size: int, width: float, device: torch.device):  # type: ignore[no-untyped-def]
     """One step per call: DataLoader with 2 workers, contiguous layout, fp32, cross-entropy, AdamW, clipping."""
     torch.manual_seed(0)
-    model = CNN(num_classes=10, channels=3, size=(32, 32), width=width).to(device)
+    model = PaddedByPyTorch(num_classes=10, channels=3, size=(32, 32), width=width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
     loader = DataLoader(
         PerImage(split), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True

@@ -311,3 +311,28 @@ def test_prepare_data_only_prepares_and_stops(launch, tmp_path):
     assert "digits: 1293 train, 144 val and 360 test images of 1x8x8 are ready" in done.stderr
     assert list((tmp_path / "cache").rglob("meta.json"))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_whole_run_on_a_gpu(launch, tmp_path, precision):
+    """Training in either precision, attacks in fp32, and a resumed evaluation that agrees."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = (
+        "hardware=cuda",
+        f"hardware.precision={precision}",
+        "trainer=rl_adv",
+        "logger=none",
+        "evaluation.samples=40",
+    )
+    done = launch(*words, "attack=[fgsm,pgd,autoattack]", "name=gpu")
+    assert done.returncode == 0, done.stderr
+    summary = summary_of(tmp_path / "runs/gpu")
+    assert summary["clean_accuracy"]["value"] > 0.8
+    assert summary["worst_case_accuracy"]["value"] <= min(summary["robust_accuracy"].values())
+    judged = launch("trainer=none", "checkpoint=runs/gpu", "hardware=cuda", "evaluation.samples=40", "attack=pgd",
+                    "evaluation.batch_size=7", "logger=none", "name=again")  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    again = summary_of(tmp_path / "runs/again")
+    assert again["robust_accuracy"]["pgd"] == pytest.approx(summary["robust_accuracy"]["pgd"], abs=0.05)

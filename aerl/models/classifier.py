@@ -25,8 +25,8 @@ class Classifier(nn.Module):
     """(B, C, H, W) float32 in [0, 1] -> logits (B, K) float32.
 
     Normalisation is layer 0: an attack perturbs the dataset's own pixels, and no caller can forget it.
-    Logits are returned in float32 whatever autocast did inside: input gradients of bfloat16 logits
-    agree in sign with float32 ones on 73 % of the pixels only.
+    Logits are returned in float32 whatever autocast did inside: the softmax of bfloat16 logits is too
+    coarse for input gradients, whose signs then often differ from those in float32.
     """
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -33,7 +33,7 @@ class CNN(nn.Module):
         wide = [max(1, round(width * n)) for n in (264, 128, 512, 128, 128, 128)]
         hidden = max(1, round(width * 256))
         for i, (fan_in, fan_out) in enumerate(zip([channels, *wide], wide, strict=False), start=1):
-            setattr(self, f"conv{i}", nn.Conv2d(fan_in, fan_out, 4))
+            setattr(self, f"conv{i}", nn.Conv2d(fan_in, fan_out, 4, padding=1))
             setattr(self, f"bn{i}", nn.BatchNorm2d(fan_out))
         self.fc1 = nn.Linear(wide[-1] * height * breadth, hidden)
         self.bn7 = nn.BatchNorm1d(hidden)
@@ -45,8 +45,8 @@ class CNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for i in range(1, 7):
             conv, bn = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
-            # 'same' for an even kernel: one pixel before, two after, as PyTorch's padding="same" does
-            x = self.relu(bn(conv(F.pad(x, (1, 2, 1, 2)))))
+            # 'same' for an even kernel is one pixel before and two after: the convolution pads one of each
+            x = self.relu(bn(conv(F.pad(x, (0, 1, 0, 1)))))
             if i % 2 == 0:
                 x = self.dropouts[i // 2 - 1](self.pool(x))
         x = self.relu(self.bn7(self.fc1(x.flatten(1))))
