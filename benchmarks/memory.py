@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 _SCRIPT = """
-import resource, sys, torch, pathlib
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+import sys, torch, pathlib
+# Not ru_maxrss, which a process inherits from the one that started it.
+status = pathlib.Path("/proc/self/status")
+peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 from aerl.data import prepare
 from aerl.data.sources import cifar
 before = peak()

@@ -1224,10 +1224,12 @@ def test_real_images_at_224_pixels_are_mapped(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import pathlib, sys, torch
 from functools import partial
 from aerl.data import prepare, sources
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss, which a process inherits from the one that started it.
+status = pathlib.Path("/proc/self/status")
+peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
 path, size, limit = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 data = prepare(partial(sources.huggingface, path=path), identity={"path": path}, data_dir=sys.argv[1],

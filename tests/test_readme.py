@@ -53,7 +53,7 @@ def test_what_it_links_to_is_there():
 
 
 def test_ci_runs_its_test_command():
-    (extraction,) = re.findall(r"test_command=\$\((.*)\)", (ROOT / ".ci/run").read_text())
+    (extraction,) = re.findall(r"^test_command=\$\((.*)\)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     done = subprocess.run(["bash", "-c", extraction], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(".venv/bin/python -m pytest")
     assert f"```\n{done.stdout.strip()}\n```" in TEXT
