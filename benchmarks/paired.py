@@ -1,8 +1,11 @@
 """Timing that survives a noisy machine: the candidates take turns, and only ratios of medians are told."""
 
+import atexit
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -24,3 +27,29 @@ def time_in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -
 def ratio(numerator: list[float], denominator: list[float]) -> float:
     """The median over rounds of one candidate's time over another's."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def in_its_own_process(make: Callable[..., Callable[[], object]], *args: object) -> Callable[[], None]:
+    """`make(*args)` lives in a process of its own; calling the result runs it there once.
+
+    For a candidate that must not profit from what another one does to the whole process.
+    """
+    ours, theirs = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_serve, args=(theirs, make, args))
+    process.start()
+    atexit.register(ours.send, False)
+
+    def call() -> None:
+        ours.send(True)
+        ours.recv()
+
+    return call
+
+
+def _serve(
+    connection: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]
+) -> None:
+    call = make(*args)
+    while connection.recv():
+        call()
+        connection.send(None)

@@ -16,7 +16,7 @@ from aerl.hardware import Hardware, stream
 from aerl.models import CNN, Classifier
 from aerl.objectives import EpsilonGreedy, Labels
 from aerl.train import Adversary, Recipe, train_step
-from benchmarks.paired import ratio, time_in_turns
+from benchmarks.paired import in_its_own_process, ratio, time_in_turns
 
 
 class PerImage(Dataset[tuple[Tensor, int]]):
@@ -150,7 +150,8 @@ def measure(hardware: Hardware, rounds: int, smoke: bool) -> list[tuple[str, str
     split = random_split(4 * batch_size)
     seconds = time_in_turns(
         {
-            "paper": papers_loop(split, batch_size, width, hardware.device),
+            # by itself, because hardware.set_up has told this process how to use its memory
+            "paper": in_its_own_process(papers_loop, split, batch_size, width, hardware.device),
             "sl": aerls_loop(split, recipe(batch_size), width, hardware),
             "rl": aerls_loop(split, recipe(batch_size, rl=True), width, hardware),
             "rl_adv": aerls_loop(split, recipe(batch_size, rl=True, adversary=True), width, hardware),
