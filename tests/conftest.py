@@ -58,3 +58,19 @@ def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hardware():  # type: ignore[no-untyped-def]
+    """The CPU in fp32, as `hardware=cpu` sets it up."""
+    from aerl.hardware import set_up
+
+    return set_up(
+        device="cpu",
+        precision="fp32",
+        tf32=False,
+        channels_last=True,
+        compile=False,
+        threads=None,
+        deterministic=False,
+    )

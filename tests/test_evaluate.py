@@ -9,21 +9,7 @@ from aerl import evaluate
 from aerl.attacks import pgd
 from aerl.data import Split
 from aerl.evaluate import run_attack
-from aerl.hardware import set_up
 from aerl.types import UserError
-
-
-@pytest.fixture(scope="module")
-def hardware():
-    return set_up(
-        device="cpu",
-        precision="fp32",
-        tf32=False,
-        channels_last=True,
-        compile=False,
-        threads=None,
-        deterministic=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The training loop: what a step computes, that it learns, resumes to the bit, and stops on NaN."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from aerl import checkpoint
 from aerl.attacks import pgd
 from aerl.data import DataSplits, Split, augment
-from aerl.hardware import set_up, stream
+from aerl.hardware import stream
 from aerl.models import Classifier
 from aerl.objectives import EpsilonGreedy, Labels
 from aerl.results import ResultLog, read_results
@@ -21,19 +22,6 @@ from aerl.types import UserError
 FGSM = partial(
     pgd, norm="Linf", eps=0.05, steps=1, step_size=0.05, random_start=False, drop_fooled=False, keep="last"
 )
-
-
-@pytest.fixture(scope="module")
-def hardware():
-    return set_up(
-        device="cpu",
-        precision="fp32",
-        tf32=False,
-        channels_last=True,
-        compile=False,
-        threads=None,
-        deterministic=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +156,6 @@ def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
             raise Killed
         return settings.augment(images, generator)
 
-    from dataclasses import replace
-
     with pytest.raises(Killed):
         trained(tmp_path / "cut", data, hardware, replace(settings, augment=dies_in_the_third_epoch))
     assert checkpoint.load(tmp_path / "cut/checkpoints/last.pt")["epoch"] == 2
@@ -220,16 +206,8 @@ def test_learning_rate_schedules():
     assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
 
 
-def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data):
-    hardware = set_up(
-        device="cpu",
-        precision="bf16",
-        tf32=False,
-        channels_last=True,
-        compile=False,
-        threads=None,
-        deterministic=False,
-    )
+def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data, hardware):
+    hardware = replace(hardware, precision="bf16")
     trained(tmp_path, data, hardware, recipe(epochs=6))
     accuracies = [
         r.value
