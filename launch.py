@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 # Lets multirun_sweeps/ lie beside conf/ and be found from any working directory.
 os.environ.setdefault("AERL_ROOT", str(Path(__file__).resolve().parent))
 OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
+OmegaConf.register_new_resolver("times", lambda factor, number: times(factor, number), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -26,6 +27,13 @@ def main(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.RUN:
             sys.exit(1)
         raise  # Hydra runs the other jobs of the multirun, and then raises it again
+
+
+def times(factor: float, number: float | str) -> float:
+    """For YAML that derives one length from another, which may still be text such as 8/255."""
+    from aerl.types import quotient
+
+    return factor * float(quotient(number))
 
 
 def tell(error: Exception) -> None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from aerl import checkpoint, hardware
 from aerl.attacks import SampleGenerator
 from aerl.config import Config, bind
-from aerl.data import DataSplits, augment, prepare
+from aerl.data import DataSplits, augment, prepare, subset
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.train import Adversary, Recipe
@@ -125,7 +125,10 @@ def build_recipe(config: Config) -> Recipe | None:
         adversary=None
         if adversary is None
         else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack"), adversary.weight, adversary.start_epoch
+            attack(adversary.attack, "trainer.adversary.attack"),
+            adversary.weight,
+            adversary.start_epoch,
+            adversary.objective,
         ),
         select=trainer.select,
         augment=partial(augment, **config.dataset.augmentation.model_dump()),
@@ -135,7 +138,7 @@ def build_recipe(config: Config) -> Recipe | None:
 def build_data(config: Config) -> DataSplits:
     dataset = config.dataset
     data_dir = Path(config.data_dir).expanduser()
-    return prepare(
+    data = prepare(
         bind(dataset.source, "dataset.source", given={"data_dir": data_dir}),
         identity=dataset.source,
         data_dir=data_dir,
@@ -145,6 +148,11 @@ def build_data(config: Config) -> DataSplits:
         val_fraction=dataset.val_fraction,
         split_seed=dataset.split_seed,
     )
+    if (samples := dataset.train_samples) is None:
+        return data
+    if samples > len(data.train):
+        raise UserError(f"dataset.train_samples={samples}: the training split has {len(data.train)} images")
+    return replace(data, train=subset(data.train, samples))
 
 
 def build_model(config: Config, data: DataSplits) -> Classifier:

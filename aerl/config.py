@@ -51,6 +51,7 @@ class Dataset(Section):
     path: str | None
     size: Count | None
     channels: Literal[1, 3] | None
+    train_samples: Count | None
     val_fraction: Annotated[Positive, Field(lt=1)]
     split_seed: Index
     augmentation: Augmentation
@@ -72,6 +73,7 @@ class Schedule(Section):
 class Adversary(Section):
     start_epoch: Index
     weight: NonNegative
+    objective: Literal["added", "alone", "kl"]
     attack: Target
 
 

@@ -35,14 +35,6 @@ class Attacked:
     seconds: float = 0.0
 
 
-def subset(split: Split, samples: int | None) -> Split:
-    """`samples` test images drawn once and for all: the same ones for every run, so that runs can be paired."""
-    if samples is None or samples >= len(split):
-        return split
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:samples].sort().values
-    return Split(split.images[chosen], split.labels[chosen])
-
-
 def predictions(model: nn.Module, split: Split, hardware: Hardware, batch_size: int) -> np.ndarray:
     """The class of the largest logit for every image, int64 (N,); fp32, eval mode."""
     pred = np.empty(len(split), np.int64)

@@ -12,7 +12,7 @@ from aerl import evaluate
 from aerl.attacks import collect_warnings
 from aerl.build import Parts, named
 from aerl.config import Config
-from aerl.data import Split
+from aerl.data import Split, subset
 from aerl.evaluate import Attack, Attacked, Outcomes
 from aerl.files import atomic_write
 from aerl.record import Record
@@ -27,7 +27,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     What an earlier start of this run has finished is taken from its files. The test results are logged
     once more even then, because a killed process may have logged some of them.
     """
-    split = evaluate.subset(parts.data.test, config.evaluation.samples)
+    split = subset(parts.data.test, config.evaluation.samples)
     batch_size = config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew

@@ -1,7 +1,9 @@
 """How an action is drawn, and the loss that scores it.
 
 A classifier is a policy: its action is a class, its reward is 1 if the class is right. Supervised
-learning is the policy that always acts right: `policy_loss` is then exactly cross-entropy.
+learning is the policy that always acts right: `policy_loss` is then exactly cross-entropy. Instead of a
+draw, the loss also takes the distribution that actions would be drawn from: the gradient is then the
+expected one.
 """
 
 from dataclasses import dataclass
@@ -17,16 +19,25 @@ from aerl.types import Probability
 def policy_loss(logits: Tensor, labels: Tensor, actions: Tensor, probability_floor: float = 0.0) -> Tensor:
     """REINFORCE with reward 1(action = label): -reward * log pi(action), per sample (B,).
 
-    logits (B, K) float32, labels and actions int64 (B,). Williams 1992, without a baseline.
+    logits (B, K) float32, labels int64 (B,). Williams 1992, without a baseline. `actions` are int64 (B,), or
+    the distribution b (B, K) of the actions, detached: the all-action gradient (Sutton et al. 2000, theorem 1),
+    in which b(label) takes the reward's place. Only the rewarded action is ever scored, and that is the label.
     `probability_floor` clamps pi before the logarithm, as the paper's code does at 1e-6: a sample whose
     pi(action) lies below it has no gradient. 0 leaves pi as it is.
     """
     if probability_floor > 0:
         log_policy = logits.softmax(dim=1).clamp(min=probability_floor).log()
-        scores = F.nll_loss(log_policy, actions, reduction="none")
+        scores = F.nll_loss(log_policy, labels, reduction="none")
     else:
-        scores = F.cross_entropy(logits, actions, reduction="none")
-    return (actions == labels) * scores
+        scores = F.cross_entropy(logits, labels, reduction="none")
+    return reward(labels, actions) * scores
+
+
+def reward(labels: Tensor, actions: Tensor) -> Tensor:
+    """1 for the right class, 0 for another (B,); its expectation where `actions` are distributions (B, K)."""
+    if actions.dim() == 2:
+        return actions.gather(1, labels[:, None]).squeeze(1)
+    return (actions == labels).float()
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,21 @@ class EpsilonGreedy:
     The coin is thrown per sample; `coin="batch"` throws one for the whole batch, as the paper's code does.
     With one coin a sample, actions follow b = (1 - exploration) pi + exploration / K, and the expected
     gradient of `policy_loss` is that of (1 - exploration)(1 - pi_y) + (exploration / K) cross-entropy.
+    `expected=True` gives that gradient itself: b in place of a draw, so that what remains is the objective
+    without the noise of sampling it.
     """
 
     exploration: Probability = 0.1
     coin: Literal["sample", "batch"] = "sample"
+    expected: bool = False
 
     def __call__(self, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """logits (B, K), detached -> actions int64 (B,)."""
+        """logits (B, K), detached -> actions int64 (B,), or their distribution b float32 (B, K)."""
         policy = logits.softmax(dim=1)
         explore: Tensor | float = self.exploration
         if self.coin == "batch":
             explore = (torch.rand((), device=logits.device, generator=generator) < self.exploration).float()
         behaviour = (1 - explore) * policy + explore / logits.shape[1]
+        if self.expected:
+            return behaviour
         return torch.multinomial(behaviour, 1, generator=generator).squeeze(1)

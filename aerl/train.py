@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from aerl import checkpoint
 from aerl.attacks import BatchGenerator, evaluating
+from aerl.attacks.losses import kl
 from aerl.data import Batches, DataSplits, to_unit
 from aerl.hardware import Hardware, seed_from, stream
-from aerl.objectives import policy_loss
+from aerl.objectives import policy_loss, reward
 from aerl.report.progress import progress
 from aerl.results import ResultLog
 from aerl.types import UserError
@@ -32,11 +33,17 @@ _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 @dataclass(frozen=True)
 class Adversary:
-    """Adversarial examples as a second batch: `weight` times their loss is added from `start_epoch` on."""
+    """Adversarial examples in the training loss, from `start_epoch` on.
+
+    objective: "added", `weight` times the policy loss on them beside the clean one; "alone", the policy loss
+    on them in place of the clean one (Madry et al. 2018, equation 2.1); "kl", `weight` times KL(clean
+    prediction || prediction on them) beside the clean loss (TRADES, Zhang et al. 2019, equation 5).
+    """
 
     attack: Attack
     weight: float
     start_epoch: int
+    objective: Literal["added", "alone", "kl"] = "added"
 
 
 @dataclass(frozen=True)
@@ -81,19 +88,24 @@ def train_step(
 
     The adversary attacks `bare_model` (`model` without wrappers) in eval mode with frozen parameters.
     """
+    if adversary is not None:
+        x_adv = adversary.attack(bare_model or model, x, y, generator=BatchGenerator(generator))
+        if adversary.objective == "alone":
+            x, adversary = x_adv, None
     logits = model(x)
     actions = act(logits.detach(), y, generator)
     loss = policy_loss(logits, y, actions, probability_floor).mean()
     adversarial_loss = torch.zeros((), device=x.device)
     if adversary is not None:
-        x_adv = adversary.attack(bare_model or model, x, y, generator=BatchGenerator(generator))
         z = model(x_adv)
-        adversarial_actions = act(z.detach(), y, generator)
-        adversarial_loss = policy_loss(z, y, adversarial_actions, probability_floor).mean()
+        if adversary.objective == "kl":
+            adversarial_loss = kl(z, logits).mean()
+        else:
+            adversarial_loss = policy_loss(z, y, act(z.detach(), y, generator), probability_floor).mean()
         loss = loss + adversary.weight * adversarial_loss
     return Step(
         loss,
-        reward=(actions == y).float().mean().detach(),
+        reward=reward(y, actions).mean().detach(),
         correct=(logits.argmax(1) == y).float().mean().detach(),
         adversarial_loss=adversarial_loss.detach(),
     )
@@ -185,7 +197,7 @@ def fit(
                 "lr": optimizer.param_groups[0]["lr"],
                 "images_per_second": len(train) * batch_size / seconds,
             }
-            if adversary is not None:
+            if adversary is not None and adversary.objective != "alone":
                 metrics["adversarial_loss"] = adversarial_loss
             scores = validate(model, val, hardware, adversary, seed)
             if (fault := _not_finite(history, scores)) is not None:

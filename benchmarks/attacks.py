@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aerl.attacks import SampleGenerator, attacking, pgd
-from aerl.data import DataSplits, to_unit
-from aerl.evaluate import subset
+from aerl.data import DataSplits, subset, to_unit
 from aerl.hardware import Hardware
 from aerl.results import eps_text
 from benchmarks.paired import ratio, time_in_turns

@@ -7,7 +7,7 @@ from torch import nn
 
 from aerl import evaluate
 from aerl.attacks import pgd
-from aerl.data import Split
+from aerl.data import Split, subset
 from aerl.evaluate import run_attack
 from aerl.types import UserError
 
@@ -102,9 +102,9 @@ def test_worst_case_counts_samples_not_attacks():
 
 
 def test_the_subset_is_the_same_for_every_run(split):
-    first, again = evaluate.subset(split, 10), evaluate.subset(split, 10)
+    first, again = subset(split, 10), subset(split, 10)
     assert torch.equal(first.images, again.images) and len(first) == 10
-    assert evaluate.subset(split, None) is split and evaluate.subset(split, 1000) is split
+    assert subset(split, None) is split and subset(split, 1000) is split
 
 
 def test_an_attack_that_leaves_its_ball_is_not_counted(model, split, hardware):

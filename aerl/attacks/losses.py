@@ -37,6 +37,14 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
+def kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(softmax(reference) || softmax(logits)): how far a prediction (B, K) is from that of the clean image
+    (B, K), whatever the label (TRADES, Zhang et al. 2019, equation 5). Zero, and so is its gradient, at the
+    clean image."""
+    p = reference.log_softmax(1)
+    return (p.exp() * (p - logits.log_softmax(1))).sum(1)
+
+
 def _own(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y[:, None]).squeeze(1)
 

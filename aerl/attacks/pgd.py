@@ -24,7 +24,7 @@ def pgd(
     step_size: NonNegative | None = None,
     restarts: Count = 1,
     random_start: bool = True,
-    loss: Literal["log_odds", "ce", "margin", "dlr"] = "log_odds",
+    loss: Literal["log_odds", "ce", "margin", "dlr", "kl"] = "log_odds",
     targeted: bool = False,
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
@@ -40,7 +40,7 @@ def pgd(
     random_start: start uniformly in the ball, not at x. One step from x is FGSM (Goodfellow et al. 2015,
         section 4).
     loss: a function of `aerl.attacks.losses`. `log_odds` climbs in cross-entropy's own direction, but
-        does not stall on a saturated softmax as `ce` itself does.
+        does not stall on a saturated softmax as `ce` itself does. `kl` ignores `y` and needs a random start.
     targeted: MultiTargeted (Gowal et al. 2019, section 3): restart r aims at the r-th most likely wrong
         class of the clean image, and any misclassification counts. With `loss="margin"` the surrogate is
         the paper's, z_target - z_y.
@@ -54,6 +54,9 @@ def pgd(
     """
     if restarts > 1 and not (random_start or targeted):
         raise UserError(f"restarts={restarts}: repeats one run; set random_start=true or targeted=true")
+    if loss == "kl" and (targeted or not random_start):
+        raise UserError(f"loss=kl: its gradient is zero at the clean image; it needs random_start=true "
+                        f"(is {random_start}) and targeted=false (is {targeted})".lower())  # fmt: skip
     if targeted or loss == "dlr":
         _check_classes(model, x, loss, restarts if targeted else 0)
     if len(x) == 0 or eps == 0:
@@ -69,13 +72,15 @@ def pgd(
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
         targets = y[:, None].expand(-1, restarts)
-        if targeted or (drop_fooled and random_start):
+        if targeted or loss == "kl" or (drop_fooled and random_start):
             clean = model(x)
             sound &= clean.isfinite().all()
             fooled = (clean.argmax(1) != y) & drop_fooled
             if targeted:
                 others = clean.scatter(1, y[:, None], -torch.inf)
                 targets = others.argsort(dim=1, descending=True, stable=True)
+            elif loss == "kl":
+                targets = clean[:, None].expand(-1, restarts, -1)
 
         for restart in range(restarts):
             # The samples under attack; all tensors of the loop below have one row for each of them.

@@ -4,6 +4,6 @@ from aerl.data.augmentation import augment
 from aerl.data.batches import Batches, to_unit
 from aerl.data.cache import prepare
 from aerl.data.sources import Source, Table
-from aerl.data.splits import DataSplits, Split
+from aerl.data.splits import DataSplits, Split, subset
 
-__all__ = ["Batches", "DataSplits", "Source", "Split", "Table", "augment", "prepare", "to_unit"]
+__all__ = ["Batches", "DataSplits", "Source", "Split", "Table", "augment", "prepare", "subset", "to_unit"]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -37,3 +38,11 @@ class DataSplits:
         """(channels, height, width) of every image."""
         channels, height, width = self.test.images.shape[1:]
         return channels, height, width
+
+
+def subset(split: Split, samples: int | None) -> Split:
+    """`samples` images drawn once and for all: the same ones for every run, so that runs can be paired."""
+    if samples is None or samples >= len(split):
+        return split
+    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:samples].sort().values
+    return Split(split.images[chosen], split.labels[chosen])
