@@ -21,6 +21,11 @@ from aerl.report.progress import progress
 log = logging.getLogger("aerl")
 
 
+def batch_size(parts: Parts, config: Config) -> int:
+    """How many images go through the model at once."""
+    return config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
+
+
 def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split]:
     """All attacks on the test images; returns the outcomes and the images that they are of.
 
@@ -28,7 +33,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     once more even then, because a killed process may have logged some of them.
     """
     split = subset(parts.data.test, config.evaluation.samples)
-    batch_size = config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
+    size = batch_size(parts, config)
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
@@ -36,7 +41,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     outcomes = load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
     if not outcomes:
         record.summary["attacks"] = {}
-        clean_pred = evaluate.predictions(parts.model, split, parts.hardware, batch_size)
+        clean_pred = evaluate.predictions(parts.model, split, parts.hardware, size)
         outcomes = {"label": split.labels.numpy(), "clean_pred": clean_pred}
     clean = evaluate.accuracy(outcomes)
     record.results.log({"clean_accuracy": clean["value"]}, n=len(split), split="test")
@@ -48,7 +53,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
             log.info("%s: was done before", name)
         else:
             with named(f"attack.{name}"), collect_warnings() as warnings:
-                attacked = _attack(name, attack, parts, split, outcomes, config.seed, batch_size)
+                attacked = _attack(name, attack, parts, split, outcomes, config.seed, size)
             threat = {key: evaluate.setting(attack, key, getattr(config, key)) for key in ("norm", "eps")}
             _write_down(name, attacked, threat, warnings, outcomes, record)
         _log(name, outcomes, record)

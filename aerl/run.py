@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> float | None:
         if parts.recipe is not None:
             _train(parts, config, record)
         outcomes, split = judge(parts, config, record)
-        _analyse(parts, record, outcomes, split)
+        _analyse(parts, config, record, outcomes, split)
     show(record.summary)
     return _headline(record.summary)
 
@@ -98,12 +98,12 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
     checkpoint.load_weights(parts.model, folder / "best.pt")
 
 
-def _analyse(parts: "Parts", record: Record, outcomes: "Outcomes", split: "Split") -> None:
+def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes", split: "Split") -> None:
     """Run the analyses, and show W&B what is worth seeing."""
     import torch
 
     from aerl.analyses import AnalysisContext
-    from aerl.judge import load_arrays
+    from aerl.judge import batch_size, load_arrays
 
     context = AnalysisContext(
         model=parts.model,
@@ -117,6 +117,12 @@ def _analyse(parts: "Parts", record: Record, outcomes: "Outcomes", split: "Split
         attacks=record.summary["attacks"],
         figures=record.folder / "figures",
         log=record.results,
+        norm=config.norm,
+        eps=config.eps,
+        seed=config.seed,
+        hardware=parts.hardware,
+        batch_size=batch_size(parts, config),
+        save=record.save,
     )
     for analysis in parts.analyses.values():
         analysis(context)

@@ -24,6 +24,7 @@ from aerl.analyses.pictures import pictures
 from aerl.report import progress as progress_module
 from aerl.report.progress import progress
 from aerl.report.table import results_table, show
+from aerl.hardware import Hardware
 from aerl.results import ResultLog, open_tracker, proportion, write_summary
 
 SUMMARY: dict[str, Any] = {
@@ -344,7 +345,8 @@ def context(folder: Path, channels: int = 1, kept: int = 6, attacks: int = 1) ->
         model=model, images=images, labels=labels, class_names=tuple(f"column {index}" for index in range(8)),
         outcomes=outcomes, adversarial=dict.fromkeys(names, adversarial[:kept]),
         attacks={name: {"norm": "Linf", "eps": 8 / 255} for name in names},
-        figures=folder / "figures", log=ResultLog(folder, {}),
+        figures=folder / "figures", log=ResultLog(folder, {}), norm="Linf", eps=8 / 255, seed=0,
+        hardware=Hardware(torch.device("cpu")), batch_size=64, save=lambda **news: None,
     )  # fmt: skip
 
 

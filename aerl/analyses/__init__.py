@@ -1,6 +1,6 @@
 """Analyses look at a finished evaluation: a function of an AnalysisContext to Results, and figures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from aerl.hardware import Hardware
 from aerl.results import ResultLog
+from aerl.types import Norm
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,9 @@ class AnalysisContext:
     `model` maps (B, C, H, W) float32 in [0, 1] to logits; `images` are uint8 (n, C, H, W), `labels` int64.
     `outcomes` holds the arrays of outcomes.npz: `label`, `clean_pred` and, for each attack `a`, `a_pred`,
     `a_l2`, `a_linf`. `adversarial[a]` are the adversarial examples of the first samples, float32 in [0, 1]
-    (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go into the folder `figures`, numbers into `log`.
+    (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go into the folder `figures`, numbers into `log`,
+    and what summary.json should say is handed to `save(key=value)`. `norm`, `eps` and `seed` are the run's,
+    `batch_size` is how many images to put through the model at once.
     """
 
     model: nn.Module
@@ -31,3 +35,9 @@ class AnalysisContext:
     attacks: Mapping[str, Mapping[str, Any]]
     figures: Path
     log: ResultLog
+    norm: Norm
+    eps: float
+    seed: int
+    hardware: Hardware
+    batch_size: int
+    save: Callable[..., None]
