@@ -21,10 +21,10 @@ from rich.console import Console
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
+from aerl.hardware import Hardware
 from aerl.report import progress as progress_module
 from aerl.report.progress import progress
 from aerl.report.table import results_table, show
-from aerl.hardware import Hardware
 from aerl.results import ResultLog, open_tracker, proportion, write_summary
 
 SUMMARY: dict[str, Any] = {
