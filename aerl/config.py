@@ -93,6 +93,8 @@ class Trainer(Section):
 class Evaluation(Section):
     samples: Count | None
     batch_size: Count | None
+    policy: Literal["argmax", "sample"]
+    survivors_only: bool
 
 
 class Hardware(Section):

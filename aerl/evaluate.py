@@ -1,10 +1,11 @@
 """Per-sample outcomes of every attack, their worst case, and confidence intervals."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,37 +13,66 @@ from torch import Tensor, nn
 
 from aerl.attacks import SampleGenerator, attacking
 from aerl.data import Split, to_unit
-from aerl.hardware import Hardware
+from aerl.hardware import Hardware, seed_from
 from aerl.results import proportion
 from aerl.types import UserError
 
 Attack = Callable[..., Tensor | dict[str, Tensor]]
 Outcomes = dict[str, np.ndarray]
+Policy = Literal["argmax", "sample"]
+PER_SAMPLE = ("pred", "p", "l2", "linf")
 
 
 @dataclass
 class Attacked:
-    """One attack on all samples: the model's prediction on each adversarial image, and how far it lies.
+    """What one attack, or none, makes of all samples.
 
-    pred int64 (N,), l2 and linf float32 (N,) in pixel units of [0, 1]; examples float32 (k, C, H, W),
-    the first k adversarial images; seconds of wall time.
+    pred int64 (N,), the class of the largest logit; p float32 (N,), the softmax's probability of the label;
+    l2 and linf float32 (N,), the perturbation's size in units of the images' range. `examples` float32
+    (k, C, H, W) are the first k images as attacked, `outside` how far any pixel left [0, 1], `seconds` of
+    wall time.
     """
 
     pred: np.ndarray
+    p: np.ndarray
     l2: np.ndarray
     linf: np.ndarray
     examples: np.ndarray
+    outside: float = 0.0
     seconds: float = 0.0
 
+    def copy(self) -> "Attacked":
+        """The same samples, to be attacked further."""
+        arrays = {key: getattr(self, key).copy() for key in (*PER_SAMPLE, "examples")}
+        return replace(self, **arrays, outside=0.0, seconds=0.0)
 
-def predictions(model: nn.Module, split: Split, hardware: Hardware, batch_size: int) -> np.ndarray:
-    """The class of the largest logit for every image, int64 (N,); fp32, eval mode."""
-    pred = np.empty(len(split), np.int64)
-    with attacking(model), torch.no_grad():
-        for index in torch.split(torch.arange(len(split)), batch_size):
-            x, _ = _batch(split, index, hardware)
-            pred[index.numpy()] = model(x).argmax(1).cpu().numpy()
-    return pred
+
+@dataclass
+class Stage:
+    """How far an interrupted attack has come: what a rerun needs to go on as if nothing had happened.
+
+    `todo` bool (N,) are the samples of this stage, `done` those of them that have been attacked.
+    """
+
+    number: int
+    todo: np.ndarray
+    done: np.ndarray
+    seconds: float
+    parts: dict[str, Attacked]
+
+
+def predict(
+    model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16
+) -> Attacked:
+    """All images as they are, unattacked; fp32, eval mode."""
+    zeros = np.zeros(len(split), np.float32)
+    first = to_unit(split.images[:examples]).numpy()
+    clean = Attacked(np.zeros(len(split), np.int64), zeros, zeros.copy(), zeros.copy(), first)
+    for index in torch.split(torch.arange(len(split)), batch_size):
+        x, y = _batch(split, index, hardware)
+        with _reproducible(0, "clean", int(index[0]), device=hardware.device):
+            _record(clean, model, x, x, y, index)
+    return clean
 
 
 def _batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
@@ -50,64 +80,97 @@ def _batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Ten
     return x, split.labels[index].to(hardware.device)
 
 
+@contextmanager
+def _reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
+    """A randomised model draws from the global stream: it gets the same one in a rerun, and leaves no trace."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_from(*words))
+        yield
+
+
+def stages(attack: Attack, model: nn.Module, split: Split, hardware: Hardware) -> Sequence[Attack]:
+    """The attacks of which `attack` consists, each for the samples that the ones before have left."""
+    parts = getattr(attack, "stages", None)
+    return [attack] if parts is None else parts(model, _batch(split, torch.arange(0), hardware)[0])
+
+
 def run_attack(
     attack: Attack,
     model: nn.Module,
     split: Split,
-    clean_pred: np.ndarray,
+    before: Attacked,
     hardware: Hardware,
     *,
     name: str,
     seed: int,
     batch_size: int,
-    examples: int = 16,
-    progress: Callable[[int, int], None] = lambda attacked, robust: None,
+    policy: Policy = "argmax",
+    progress: Callable[[int, int], None] = lambda advanced, robust: None,
+    resume: Stage | None = None,
+    keep: Callable[[Stage], None] = lambda stage: None,
 ) -> dict[str, Attacked]:
-    """Attack every rightly classified sample of `split`; the others are lost already and stay as they are.
+    """Attack every sample that is right in `before`; the others are lost already and stay as they are there.
 
     Returns one `Attacked` under `name`, or one per part under `<name>_<part>` if the attack returns a dict.
-    `progress(samples attacked, robust ones among them)` is called after every batch. Random starts are
-    keyed by the image, so neither the batch size nor the order of samples changes an outcome, except that
-    AutoAttack shares its random numbers among the samples of a batch.
+    With policy="sample" no sample is ever surely lost, and all are attacked. After every batch `keep` is
+    given the state, from which `resume` goes on, and `progress` the number of samples done since the last
+    call and of those still right (with stages, each sample counts once in each).
+
+    Random numbers are keyed by the image, so that neither the batch size nor the order of samples changes an
+    outcome; an attack whose batches do matter, such as AutoAttack, states its own `batch_size`, which is
+    kept to.
     """
-    results: dict[str, Attacked] = {}
-    to_attack = torch.from_numpy(np.flatnonzero(clean_pred == split.labels.numpy()))
-    began = time.monotonic()
-    for start in range(0, len(to_attack), batch_size):
-        index = to_attack[start : start + batch_size]
-        x, y = _batch(split, index, hardware)
-        found = attack(model, x, y, generator=SampleGenerator.for_images(x, seed=seed, salt=name))
-        robust = torch.ones_like(y, dtype=torch.bool)
-        for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
-            key = f"{name}_{part}" if part else name
-            if key not in results:
-                results[key] = _unattacked(split, clean_pred, examples)
-            robust &= _record(results[key], model, x, x_adv, index) == y
-        progress(len(y), int(robust.sum()))
-    seconds = time.monotonic() - began
-    for attacked in results.values():
-        attacked.seconds = seconds / len(results)
-    return results or {name: _unattacked(split, clean_pred, examples)}
+    labels = split.labels.numpy()
+    attacks = stages(attack, model, split, hardware)
+    size = setting(attack, "batch_size", None) or batch_size
+    todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
+    state = resume or Stage(0, todo, np.zeros(len(split), bool), 0.0, {})
+    began = time.monotonic() - state.seconds
+
+    def robust() -> np.ndarray:
+        still: np.ndarray = np.logical_and.reduce([todo, *(a.pred == labels for a in state.parts.values())])
+        return still
+
+    while True:
+        for index in torch.split(torch.from_numpy(np.flatnonzero(state.todo)), size):
+            left = index[~torch.from_numpy(state.done)[index]]
+            if len(left) == 0:
+                continue
+            x, y = _batch(split, left, hardware)
+            with _reproducible(seed, name, state.number, int(left[0]), device=hardware.device):
+                noise = SampleGenerator.for_images(x, seed=seed, salt=name)
+                found = attacks[state.number](model, x, y, generator=noise)
+                for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
+                    key = f"{name}_{part}" if part else name
+                    attacked = state.parts.setdefault(key, before.copy())
+                    _record(attacked, model, x, x_adv, y, left)
+            state.done[left.numpy()] = True
+            state.seconds = time.monotonic() - began
+            progress(len(left), int(robust().sum()))
+            keep(state)
+        if state.number + 1 == len(attacks):
+            break
+        survivors = robust()
+        progress(int(todo.sum() - survivors.sum()), int(survivors.sum()))
+        state = Stage(state.number + 1, survivors, np.zeros(len(split), bool), state.seconds, state.parts)
+    for attacked in state.parts.values():
+        attacked.seconds = state.seconds / len(state.parts)
+    return state.parts or {name: before.copy()}
 
 
-def _unattacked(split: Split, clean_pred: np.ndarray, examples: int) -> Attacked:
-    zeros = np.zeros(len(split), np.float32)
-    first = to_unit(split.images[:examples], torch.contiguous_format).numpy()
-    return Attacked(clean_pred.copy(), zeros, zeros.copy(), first)
-
-
-def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, index: Tensor) -> Tensor:
-    """Put one batch of adversarial images where it belongs; returns the model's predictions on it."""
+def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> None:
+    """Put one batch of adversarial images, and what the model says of them, where they belong."""
     with attacking(model), torch.no_grad():
-        pred: Tensor = model(x_adv).argmax(1)
-    delta = (x_adv - x).flatten(1)
+        logits = model(x_adv).float()
     rows = index.numpy()  # NumPy takes a tensor of one index for a number
-    attacked.pred[rows] = pred.cpu().numpy()
+    delta = (x_adv - x).flatten(1)
+    attacked.pred[rows] = logits.argmax(1).cpu().numpy()
+    attacked.p[rows] = logits.softmax(1).gather(1, y[:, None]).squeeze(1).cpu().numpy()
     attacked.l2[rows] = delta.norm(dim=1).cpu().numpy()
     attacked.linf[rows] = delta.abs().amax(1).cpu().numpy()
+    attacked.outside = max(attacked.outside, -x_adv.min().item(), x_adv.max().item() - 1)
     shown = rows < len(attacked.examples)
     attacked.examples[rows[shown]] = x_adv.cpu().numpy()[shown]
-    return pred
 
 
 def setting(attack: Attack, key: str, default: Any) -> Any:
@@ -115,18 +178,29 @@ def setting(attack: Attack, key: str, default: Any) -> Any:
     return attack.keywords.get(key, default) if isinstance(attack, partial) else getattr(attack, key, default)
 
 
-def accuracy(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> dict[str, float]:
-    """Share of samples classified rightly clean and under every one of `attacks`, with its 95 % interval."""
-    survived = right(outcomes, attacks)
-    return proportion(int(survived.sum()), len(survived))
+def accuracy(
+    outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax"
+) -> dict[str, float]:
+    """Mean reward clean and under the worst, per sample, of `attacks`, with its 95 % interval."""
+    rewards = reward(outcomes, attacks, policy)
+    return proportion(float(rewards.sum()), len(rewards))
 
 
-def attack_names(outcomes: Mapping[str, np.ndarray]) -> list[str]:
-    """The attacks that `outcomes` holds, in the order they were run."""
-    return [key.removesuffix("_pred") for key in outcomes if key.endswith("_pred") and key != "clean_pred"]
+def reward(
+    outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax"
+) -> np.ndarray:
+    """float (N,): the least reward of each sample, clean and under every one of `attacks`.
+
+    A model that deploys the class of its largest logit earns 1 where that is right under all of them. One
+    that draws its class from the softmax earns, in expectation, the probability of the label.
+    """
+    if policy == "sample":
+        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_p"] for name in ("clean", *attacks)])
+        return least
+    return right(outcomes, attacks).astype(float)
 
 
-def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str]) -> np.ndarray:
+def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> np.ndarray:
     """bool (N,): classified rightly clean and under every one of `attacks`."""
     survived: np.ndarray = outcomes["clean_pred"] == outcomes["label"]
     for name in attacks:
@@ -134,11 +208,32 @@ def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str]) -> np.ndar
     return survived
 
 
-def check_within(name: str, attacked: Attacked, norm: str, eps: float) -> None:
-    """An attack that left its ball proves nothing: a UserError, with how far it went."""
+def attack_names(outcomes: Mapping[str, np.ndarray]) -> list[str]:
+    """The attacks that `outcomes` holds, in the order they were run."""
+    return [key.removesuffix("_pred") for key in outcomes if key.endswith("_pred") and key != "clean_pred"]
+
+
+def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequence[str]) -> Attacked:
+    """Every sample as the first of `attacks` to fool it left it, or unperturbed."""
+    state, survived = clean.copy(), right(outcomes)
+    for name in attacks:
+        fooled = survived & (outcomes[f"{name}_pred"] != outcomes["label"])
+        for key in PER_SAMPLE:
+            getattr(state, key)[fooled] = outcomes[f"{name}_{key}"][fooled]
+        survived &= ~fooled
+    return state
+
+
+def check_within(name: str, attacked: Attacked, norm: str, eps: float, boxed: bool = True) -> None:
+    """An attack that left its ball, or with `boxed` the box [0, 1], proves nothing: a UserError says how far."""
     reached = float((attacked.l2 if norm == "L2" else attacked.linf).max(initial=0.0))
     if not reached <= eps * (1 + 1e-4) + 1e-6:
         raise UserError(
             f"attack.{name}: left its {norm} ball: a perturbation of {reached:.6g} where eps is {eps:.6g}; "
+            "its result is not counted"
+        )
+    if boxed and not attacked.outside <= 1e-6:
+        raise UserError(
+            f"attack.{name}: left the box: a pixel lies {attacked.outside:.6g} outside [0, 1]; "
             "its result is not counted"
         )

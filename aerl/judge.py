@@ -1,7 +1,9 @@
 """Judge a model: predict the test images, attack them, and write every outcome down as soon as it is known."""
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ import numpy as np
 import torch
 
 from aerl import evaluate
-from aerl.attacks import collect_warnings
+from aerl.attacks import NoGradient, collect_warnings
 from aerl.build import Parts, named
 from aerl.config import Config
-from aerl.data import Split, subset
-from aerl.evaluate import Attack, Attacked, Outcomes
+from aerl.data import Split, rows, subset
+from aerl.evaluate import PER_SAMPLE, Attack, Attacked, Outcomes, Stage
 from aerl.files import atomic_write
 from aerl.record import Record
 from aerl.report.progress import progress
 
 log = logging.getLogger("aerl")
+
+# An attack in progress is written no more often than this.
+_SECONDS_BETWEEN_SAVES = 2.0
 
 
 def batch_size(parts: Parts, config: Config) -> int:
@@ -29,37 +34,46 @@ def batch_size(parts: Parts, config: Config) -> int:
 def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split]:
     """All attacks on the test images; returns the outcomes and the images that they are of.
 
-    What an earlier start of this run has finished is taken from its files. The test results are logged
-    once more even then, because a killed process may have logged some of them.
+    What an earlier start of this run has finished is taken from its files, and the attack it was in goes on
+    where it was. The test results are logged once more even then, because a killed process may have logged
+    some of them.
     """
     split = subset(parts.data.test, config.evaluation.samples)
-    size = batch_size(parts, config)
+    policy = config.evaluation.policy
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
     record.results.rewind(config.trainer.epochs if config.trainer else 0)
+    clean = evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
     outcomes = load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
     if not outcomes:
         record.summary["attacks"] = {}
-        clean_pred = evaluate.predictions(parts.model, split, parts.hardware, size)
-        outcomes = {"label": split.labels.numpy(), "clean_pred": clean_pred}
-    clean = evaluate.accuracy(outcomes)
-    record.results.log({"clean_accuracy": clean["value"]}, n=len(split), split="test")
-    record.save(clean_accuracy=clean)
+        outcomes = {
+            "index": rows(len(parts.data.test), config.evaluation.samples).numpy(),
+            "label": split.labels.numpy(),
+            "clean_pred": clean.pred,
+            "clean_p": clean.p,
+        }
+        save_arrays(record.folder / "outcomes.npz", outcomes)
+    clean_accuracy = evaluate.accuracy(outcomes, [], policy)
+    record.results.log({"clean_accuracy": clean_accuracy["value"]}, n=len(split), split="test")
+    record.save(clean_accuracy=clean_accuracy)
 
     done = {told["of"] for told in record.summary["attacks"].values()}
     for name, attack in parts.attacks.items():
         if name in done:
             log.info("%s: was done before", name)
         else:
+            alone = not config.evaluation.survivors_only or policy == "sample"
+            before = clean if alone else evaluate.so_far(outcomes, clean, _counted(record))
             with named(f"attack.{name}"), collect_warnings() as warnings:
-                attacked = _attack(name, attack, parts, split, outcomes, config.seed, size)
-            threat = {key: evaluate.setting(attack, key, getattr(config, key)) for key in ("norm", "eps")}
-            _write_down(name, attacked, threat, warnings, outcomes, record)
+                attacked = _attack(name, attack, parts, config, split, before, record.folder, warnings)
+            told = _threat(attack, config) | {"alone": alone, "warnings": warnings}
+            _write_down(name, attacked, told, outcomes, record, policy)
         _log(name, outcomes, record)
 
-    attacks = record.summary["attacks"]
-    worst = evaluate.accuracy(outcomes, list(attacks)) if attacks else None
+    attacks, counted = record.summary["attacks"], _counted(record)
+    worst = evaluate.accuracy(outcomes, counted, policy) if counted else None
     if worst is not None:
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
     seconds = sum(told["seconds"] for told in attacks.values())
@@ -71,63 +85,128 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     return outcomes, split
 
 
+def _threat(attack: Attack, config: Config) -> dict[str, Any]:
+    """What an attack may do, and whether that is within the run's threat model, so that it counts."""
+    norm, eps = (evaluate.setting(attack, key, getattr(config, key)) for key in ("norm", "eps"))
+    within = norm == config.norm and eps <= config.eps * (1 + 1e-6)
+    return {"norm": norm, "eps": eps, "counts": within and evaluate.setting(attack, "counts", True)}
+
+
+def _counted(record: Record) -> list[str]:
+    return [part for part, told in record.summary["attacks"].items() if told["counts"]]
+
+
 def _attack(
-    name: str, attack: Attack, parts: Parts, split: Split, outcomes: Outcomes, seed: int, batch_size: int
+    name: str,
+    attack: Attack,
+    parts: Parts,
+    config: Config,
+    split: Split,
+    before: Attacked,
+    folder: Path,
+    warnings: list[str],
 ) -> dict[str, Attacked]:
-    """Run one attack behind a progress bar, whose running accuracy is of all test images, wrong ones included."""
-    to_attack = int(evaluate.right(outcomes, []).sum())
-    attacked, robust = 0, 0
-    with progress(name, total=to_attack, unit="samples") as bar:
+    """Run one attack, or what is left of it, behind a progress bar that shows the accuracy so far."""
+    resume, warned = _interrupted(folder, name)
+    warnings.extend(warned)
+    policy = config.evaluation.policy
+    if policy == "sample" and evaluate.setting(attack, "drop_fooled", True):
+        log.warning("%s: stops at a wrong argmax; attack.%s.drop_fooled=false goes on", name, name)
+    total = len(split) if policy == "sample" else int((before.pred == split.labels.numpy()).sum())
+    stages = len(evaluate.stages(attack, parts.model, split, parts.hardware))
+    start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
+    with progress(name, total=total * stages, unit="samples", start=start) as bar:
+        try:
+            return evaluate.run_attack(
+                attack,
+                parts.model,
+                split,
+                before,
+                parts.hardware,
+                name=name,
+                seed=config.seed,
+                batch_size=batch_size(parts, config),
+                policy=policy,
+                progress=lambda advanced, robust: bar.update(advanced, acc=robust / len(split)),
+                resume=resume,
+                keep=_keeper(folder, name, warnings),
+            )
+        except NoGradient as error:
+            # Black-box attacks can still judge the model, so the run goes on.
+            warnings.append(f"not run: {error}")
+            log.warning("%s: not run: %s", name, error)
+            return {name: before.copy()}
 
-        def count(samples: int, survivors: int) -> None:
-            nonlocal attacked, robust
-            attacked, robust = attacked + samples, robust + survivors
-            bar.update(samples, acc=robust / attacked * to_attack / len(split))
 
-        return evaluate.run_attack(
-            attack,
-            parts.model,
-            split,
-            outcomes["clean_pred"],
-            parts.hardware,
-            name=name,
-            seed=seed,
-            batch_size=batch_size,
-            progress=count,
-        )
+# --- An attack in progress: a file that says how far it has come ------------------------------------------
+
+
+def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage], None]:
+    """A function that writes a `Stage` to the run folder, unless it has just done so."""
+    saved_at = time.monotonic()
+
+    def keep(stage: Stage) -> None:
+        nonlocal saved_at
+        if time.monotonic() - saved_at < _SECONDS_BETWEEN_SAVES:
+            return
+        arrays = {key: np.asarray(getattr(stage, key)) for key in ("number", "todo", "done", "seconds")}
+        arrays |= {"attack": np.asarray(name), "warnings": np.asarray(list(warnings), dtype=np.str_)}
+        for part, attacked in stage.parts.items():
+            arrays |= {f"{part}/{field.name}": getattr(attacked, field.name) for field in fields(Attacked)}
+        save_arrays(folder / "progress.npz", arrays)
+        saved_at = time.monotonic()
+
+    return keep
+
+
+def _interrupted(folder: Path, name: str) -> tuple[Stage | None, list[str]]:
+    """How far an earlier start came with this attack, and what it warned of."""
+    arrays = load_arrays(folder / "progress.npz")
+    if str(arrays.get("attack")) != name:
+        return None, []
+    names = dict.fromkeys(key.partition("/")[0] for key in arrays if "/" in key)
+    parts = {
+        part: Attacked(*(_scalar(arrays[f"{part}/{field.name}"]) for field in fields(Attacked)))
+        for part in names
+    }
+    stage = Stage(int(arrays["number"]), arrays["todo"], arrays["done"], float(arrays["seconds"]), parts)
+    return stage, [str(warning) for warning in arrays["warnings"]]
+
+
+def _scalar(array: np.ndarray) -> Any:
+    return array if array.ndim else array.item()
+
+
+# --- What is finished -------------------------------------------------------------------------------------
 
 
 def _write_down(
     name: str,
     attacked: Mapping[str, Attacked],
-    threat: Mapping[str, Any],
-    warnings: list[str],
+    told: Mapping[str, Any],
     outcomes: Outcomes,
     record: Record,
+    policy: evaluate.Policy,
 ) -> None:
     """Add one attack to `outcomes` and to the run folder; the summary, last, says that it is done."""
     news = {}
     for part, found in attacked.items():
-        evaluate.check_within(part, found, **threat)
-        outcomes |= {f"{part}_pred": found.pred, f"{part}_l2": found.l2, f"{part}_linf": found.linf}
-        accuracy = evaluate.accuracy(outcomes, [part])
-        news[part] = {
-            "of": name,
-            **threat,
-            "robust_accuracy": accuracy,
-            "seconds": found.seconds,
-            "warnings": warnings,
-        }
+        evaluate.check_within(part, found, told["norm"], told["eps"], boxed=told["counts"])
+        outcomes |= {f"{part}_{key}": getattr(found, key) for key in PER_SAMPLE}
+        accuracy = evaluate.accuracy(outcomes, [part], policy)
+        news[part] = {"of": name, **told, "robust_accuracy": accuracy, "seconds": found.seconds}
     # The first adversarial images of each attack are kept for figures.
     examples = load_arrays(record.folder / "examples.npz") | {
         part: found.examples for part, found in attacked.items()
     }
-    _save_arrays(record.folder / "examples.npz", examples)
-    _save_arrays(record.folder / "outcomes.npz", outcomes)
+    save_arrays(record.folder / "examples.npz", examples)
+    save_arrays(record.folder / "outcomes.npz", outcomes)
     record.save(attacks=record.summary["attacks"] | news)
+    (record.folder / "progress.npz").unlink(missing_ok=True)
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz atomically."""
     atomic_write(path, lambda file: np.savez(file, **arrays))
 
 

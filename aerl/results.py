@@ -95,7 +95,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------ intervals
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927) for a proportion, within [0, 1]; (0, 1) where nothing was measured.
 
     Unlike value +- z * standard error it has a width at 0 and at `n` successes, where a robust accuracy
@@ -118,8 +118,12 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def proportion(successes: int, n: int) -> dict[str, float]:
-    """How summary.json states an accuracy: `value`, its 95 % interval `low` to `high`, and `n`."""
+def proportion(successes: float, n: int) -> dict[str, float]:
+    """How summary.json states an accuracy: `value`, its 95 % interval `low` to `high`, and `n`.
+
+    `successes` may be a sum of rewards in [0, 1]: the interval is then too wide if anything, since no
+    variable in [0, 1] has a larger variance than the one that is only 0 or 1.
+    """
     low, high = wilson(successes, n)
     return {"value": successes / n if n else math.nan, "low": low, "high": high, "n": n}
 

@@ -25,14 +25,16 @@ def split(model, hardware) -> Split:
         0, 256, (45, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     unlabelled = Split(images, torch.zeros(45, dtype=torch.int64))
-    labels = torch.from_numpy(evaluate.predictions(model, unlabelled, hardware, 45))
+    labels = torch.from_numpy(evaluate.predict(model, unlabelled, hardware, 45).pred)
     labels[::3] = (labels[::3] + 1) % 3
     return Split(images, labels)
 
 
-def attacked(attack, model, split, hardware, batch_size=45):
-    clean_pred = evaluate.predictions(model, split, hardware, batch_size)
-    return run_attack(attack, model, split, clean_pred, hardware, name="a", seed=0, batch_size=batch_size)
+def attacked(attack, model, split, hardware, batch_size=45, **options):
+    clean = evaluate.predict(model, split, hardware, batch_size)
+    return run_attack(
+        attack, model, split, clean, hardware, name="a", seed=0, batch_size=batch_size, **options
+    )
 
 
 def weak_pgd(model, x, y, *, generator):

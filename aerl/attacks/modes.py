@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from aerl.types import UserError
+
 _log = logging.getLogger("aerl.attacks")
+
+
+class NoGradient(UserError):
+    """The model's logits do not depend differentiably on the image: only black-box attacks can judge it."""
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.attacks import losses
-from aerl.attacks.modes import attacking
+from aerl.attacks.modes import NoGradient, attacking
 from aerl.attacks.projections import ascent_direction, clip, random_in_ball
 from aerl.attacks.random import Noise
 from aerl.types import Count, NonNegative, Norm, UserError
@@ -132,7 +132,9 @@ def pgd(
 
 def _input_gradient(value: Tensor, point: Tensor) -> Tensor:
     if not value.requires_grad:
-        raise UserError("the model's logits do not depend differentiably on the image: no gradient to follow")
+        raise NoGradient(
+            "the model's logits do not depend differentiably on the image: no gradient to follow"
+        )
     return torch.autograd.grad(value.sum(), point)[0]
 
 

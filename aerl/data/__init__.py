@@ -4,6 +4,17 @@ from aerl.data.augmentation import augment
 from aerl.data.batches import Batches, to_unit
 from aerl.data.cache import prepare
 from aerl.data.sources import Source, Table
-from aerl.data.splits import DataSplits, Split, subset
+from aerl.data.splits import DataSplits, Split, rows, subset
 
-__all__ = ["Batches", "DataSplits", "Source", "Split", "Table", "augment", "prepare", "subset", "to_unit"]
+__all__ = [
+    "Batches",
+    "DataSplits",
+    "Source",
+    "Split",
+    "Table",
+    "augment",
+    "prepare",
+    "rows",
+    "subset",
+    "to_unit",
+]

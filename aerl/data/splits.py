@@ -40,9 +40,17 @@ class DataSplits:
         return channels, height, width
 
 
+def rows(total: int, samples: int | None) -> Tensor:
+    """`samples` of `total` rows drawn once and for all, int64 and rising: the same ones for every run, so that
+    runs can be paired. None, or more than there are, means all of them."""
+    if samples is None or samples >= total:
+        return torch.arange(total)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:samples].sort().values
+
+
 def subset(split: Split, samples: int | None) -> Split:
-    """`samples` images drawn once and for all: the same ones for every run, so that runs can be paired."""
+    """The `rows` of a split; the split itself where that is all of them."""
     if samples is None or samples >= len(split):
         return split
-    chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:samples].sort().values
+    chosen = rows(len(split), samples)
     return Split(split.images[chosen], split.labels[chosen])
