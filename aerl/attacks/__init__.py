@@ -5,13 +5,14 @@ afterwards, and the global random state is neither used nor changed.
 """
 
 from aerl.attacks.autoattack import AutoAttack
-from aerl.attacks.modes import attacking, collect_warnings, evaluating, frozen, warn
+from aerl.attacks.modes import NoGradient, attacking, collect_warnings, evaluating, frozen, warn
 from aerl.attacks.pgd import pgd
 from aerl.attacks.random import BatchGenerator, Noise, SampleGenerator
 
 __all__ = [
     "AutoAttack",
     "BatchGenerator",
+    "NoGradient",
     "Noise",
     "SampleGenerator",
     "attacking",
