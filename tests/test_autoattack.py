@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from aerl.attacks import AutoAttack, SampleGenerator, collect_warnings, pgd
+from aerl.attacks import AutoAttack, NoGradient, SampleGenerator, collect_warnings, pgd
 from aerl.types import UserError
+
+STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,6 +54,11 @@ def train(classes, epochs):
 @pytest.fixture(scope="module")
 def digits():
     return train(classes=10, epochs=8)
+
+
+@pytest.fixture(scope="module")
+def four_digits():
+    return train(classes=4, epochs=3)
 
 
 @pytest.fixture
@@ -130,23 +137,85 @@ def test_few_classes(short, classes, version):
     assert not any("not possible" in message for message in messages)
 
 
-def test_individual_components_each_start_from_the_clean_images(digits, short):
-    model, x, y = digits[0], digits[1][:24], digits[2][:24]
-    found = attack(model, x, y, eps=0.6, individual=True)
-    assert list(found) == ["apgd-ce", "apgd-t", "fab-t", "square"]
-    fooled = {name: wrong(model, images, y) for name, images in found.items()}
-    cascade = wrong(model, attack(model, x, y, eps=0.6), y)
-    # The cascade's first component sees the same batch; later ones get fewer samples, so other noise.
-    assert (cascade | ~fooled["apgd-ce"]).all()
-    assert abs(int(cascade.sum()) - int(torch.stack(list(fooled.values())).any(0).sum())) <= 1
-    for images in found.values():
-        assert (sizes(images - x, "L2") <= 0.6 + 1e-6).all()
+@pytest.mark.parametrize(
+    ("norm", "eps", "attacks"),
+    [("L2", 0.8, None), ("Linf", 0.15, None), ("Linf", 0.15, ["square", "fab-t", "apgd-t"])],
+)
+def test_stages_over_all_samples_leave_what_the_library_leaves(four_digits, short, norm, eps, attacks):
+    """Each stage sees the survivors of the ones before, batched anew across the batches they were in."""
+    from pyautoattack import AutoAttack as Library
+
+    model, x, y = four_digits[0], four_digits[1][:64], four_digits[2][:64]
+    y = torch.where(torch.arange(64) % 21 == 0, (y + 1) % 4, y)  # some are wrong to begin with
+    ensemble = AutoAttack(norm=norm, eps=eps, attacks=attacks, batch_size=12)
+    stages = ensemble.stages(model, x[:0])
+    assert [stage.attacks for stage in stages] == [[name] for name in attacks or STANDARD]
+    robust, left = ~wrong(model, x, y), []
+    for stage in stages:
+        for index in robust.nonzero().squeeze(1).split(stage.batch_size):
+            generator = SampleGenerator.for_images(x[index], 3)
+            found = stage(model, x[index], y[index], generator=generator)
+            robust[index] = ~wrong(model, found, y[index])
+        left.append(int(robust.sum()))
+    assert 60 > left[0] >= left[-1] > 12  # every stage had several batches
+    assert left[0] > left[-1] or attacks is None
+
+    with torch.random.fork_rng([]):
+        library = Library(model, eps=eps, norm=norm, seed=3)
+        library.attacks_to_run = attacks or STANDARD
+        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = 3
+        theirs, _ = library.run_standard_evaluation(x, y, batch_size=12)
+    assert torch.equal(robust, ~wrong(model, theirs, y))
 
 
-def test_custom_runs_what_it_is_told(digits, short):
-    model, x, y = digits[0], digits[1][:8], digits[2][:8]
-    settings = {"version": "custom", "attacks": ["fab-t", "apgd-dlr"], "individual": True}
-    assert list(attack(model, x, y, **settings)) == ["fab-t", "apgd-dlr"]
+def test_stages_of_few_classes(short):
+    model, x, y = train(classes=3, epochs=1)
+    with collect_warnings() as messages:
+        stages = AutoAttack(eps=1.0).stages(model, x[:0])
+        for stage in stages:
+            stage(model, x[:2], y[:2], generator=SampleGenerator.for_images(x[:2], 3))
+    assert [stage.attacks for stage in stages] == [["apgd-ce"], ["apgd-dlr"], ["fab-t"], ["square"]]
+    assert len(messages) == 1 and "instead of" in messages[0]
+
+
+def test_part_of_a_version_keeps_its_settings(digits, monkeypatch):
+    from pyautoattack import AutoAttack as Library
+
+    seen = []
+
+    def look(library, x, y, **_):
+        seen.append((library.attacks_to_run, library.apgd.n_restarts, library.apgd.eot_iter))
+        seen.append(
+            (library.fab.n_restarts, library.square.n_queries, library.apgd_targeted.n_target_classes)
+        )
+        return x, y
+
+    monkeypatch.setattr(Library, "run_standard_evaluation", look)
+    model, x, y = digits[0], digits[1][:2], digits[2][:2]
+    attack(model, x, y, attacks=["square", "apgd-ce"], queries=70)
+    attack(model, x, y, version="rand", attacks=["apgd-ce"])
+    attack(model, x, y, version="custom", attacks=["fab"])
+    assert seen == [
+        (["square", "apgd-ce"], 1, 1), (1, 70, 9),
+        (["apgd-ce"], 1, 20), (5, 5000, 9),
+        (["fab"], 5, 1), (5, 5000, 9),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda z: z.detach(), lambda z: z.detach() + torch.zeros(1).requires_grad_()]
+)
+def test_square_alone_attacks_a_model_without_gradients(digits, short, forward):
+    model, x, y = Through(digits[0], forward), digits[1][:20], digits[2][:20]
+    for component in ("apgd-ce", "apgd-t", "fab", "fab-t"):
+        with pytest.raises(NoGradient, match="do not depend differentiably"):
+            attack(model, x, y, attacks=[component])
+    with pytest.raises(NoGradient):
+        attack(model, x, y)
+    assert len(attack(model, x[:0], y[:0])) == 0  # what checks the settings does not forbid the model
+    expected = attack(digits[0], x, y, eps=1.0, attacks=["square"])
+    assert wrong(model, expected, y).any()
+    assert torch.equal(attack(model, x, y, eps=1.0, attacks=["square"]), expected)
 
 
 def test_tiny_images_do_without_square_in_l2(digits, short):
@@ -291,7 +360,7 @@ def test_the_seed_is_the_generators(digits, short):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attacks": ["square"]}, r"attacks=\['square'\] with version=standard"),
+        ({"attacks": []}, r"attacks=\[\] with version=standard: name one"),
         ({"version": "custom"}, "attacks=None with version=custom: name one or more of apgd-ce"),
         ({"version": "custom", "attacks": []}, r"attacks=\[\] with version=custom"),
         ({"version": "custom", "attacks": ["apgd"]}, "'apgd' is none of apgd-ce"),

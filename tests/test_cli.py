@@ -82,7 +82,7 @@ def test_tab_completion_completes_options(launch):
         (["trainer.schedule.warmup=2"], r"trainer.schedule.warmup=2: should be less than or equal to 1"),
         (["trainer.clip=0"], r"trainer.clip=0: should be greater than 0"),
         (["trainer.select=val_adversarial_accuracy"], r"trainer.select=val_adversarial_accuracy: needs a .*"),
-        (["attack.autoattack.attacks=[square]"], r"attack.autoattack.attacks=.*square.* needs version=custom"),
+        (["attack.autoattack.version=custom"], r"attack.autoattack.attacks=None with version=custom: name one .*"),
         (
             ["attack=pgd", "attack.pgd.restarts=2", "attack.pgd.random_start=false"],
             r"attack.pgd.restarts=2: repeats one run.*",

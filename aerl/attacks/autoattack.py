@@ -5,13 +5,13 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from aerl.attacks.modes import attacking, warn
+from aerl.attacks.modes import attacking, count_classes, input_gradient, warn
 from aerl.attacks.projections import norms
 from aerl.attacks.random import Noise
 from aerl.types import Count, NonNegative, Norm, UserError
@@ -30,15 +30,17 @@ _TOLERANCE = 1e-6  # float32 rounding of image + perturbation, in units of the i
 class AutoAttack:
     """AutoAttack as `attack(model, x, y, *, generator)`; its settings are checked when it is made.
 
-    version: "standard" (APGD-CE, targeted APGD-DLR, targeted FAB, Square), "plus" (also the untargeted
-        ones, with restarts), "rand" (APGD averaged over 20 passes, for randomised models), or "custom":
-        the library's defaults (five restarts of APGD and FAB) for the components in `attacks`.
-    attacks: the components of version "custom", in order; null otherwise.
-    individual: run every component on every sample from its clean image and return a dict from component
-        to images. Otherwise each works on what the ones before have left, and one tensor comes back, in
-        which a robust sample is its clean image: no source of transfer attacks.
+    version: which components run, with which of the library's settings: "standard" (APGD-CE, targeted
+        APGD-DLR, targeted FAB, Square), "plus" (also the untargeted ones, with restarts), "rand" (APGD-CE
+        and APGD-DLR averaged over 20 passes, for randomised models), or "custom": the library's defaults
+        (five restarts of APGD and FAB) for the components in `attacks`.
+    attacks: the components to run, in order; null means those of the version.
+    queries: forward passes that Square may spend on a sample.
     batch_size: samples attacked at a time. A batch shares its random numbers, so that, unlike PGD's, the
         outcome may depend on this and on the order of the samples.
+
+    Each component works on what the ones before have left, and a robust sample comes back as its clean
+    image: no source of transfer attacks.
 
     Few classes: targeted components aim at min(9, K - 1) classes. Targeted DLR needs four classes and is
     replaced by plain DLR for three; DLR needs three and is left out for two. Square in L2 needs images of
@@ -50,26 +52,36 @@ class AutoAttack:
     norm: Norm = "L2"
     version: Literal["standard", "plus", "rand", "custom"] = "standard"
     attacks: list[Component] | None = None
-    individual: bool = False
+    queries: Count = 5000
     batch_size: Count = 250
 
     def __post_init__(self) -> None:
         known = ", ".join(get_args(Component))
-        if self.version != "custom" and self.attacks is not None:
-            raise UserError(f"attacks={self.attacks} with version={self.version}: needs version=custom")
-        if self.version == "custom" and not self.attacks:
-            raise UserError(f"attacks={self.attacks} with version=custom: name one or more of {known}")
+        if self.attacks == [] or (self.version == "custom" and self.attacks is None):
+            raise UserError(
+                f"attacks={self.attacks} with version={self.version}: name one or more of {known}"
+            )
         for name in self.attacks or []:
             if name not in get_args(Component):
                 raise UserError(f"attacks={self.attacks}: {name!r} is none of {known}")
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise
-    ) -> Tensor | dict[str, Tensor]:
+    def stages(self, model: nn.Module, x: Tensor) -> list["AutoAttack"]:
+        """One AutoAttack for each component that can run on `model` and images like x (B, C, H, W), in order.
+
+        To run each over the whole test set, in batches of `batch_size` of the samples that the ones before
+        have left, in their order, is what the library does with a whole test set: the outcomes are the same.
+        x may be empty. Raises UserError if no component can run.
+        """
+        with attacking(model):
+            components = self._components(count_classes(model, x), x)
+        return [replace(self, attacks=[component]) for component in components]
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
 
-        Raises UserError, also for an empty batch, if no component can run on so few classes, and for
-        logits that are not finite.
+        Raises UserError if no component can run on so few classes, also for an empty batch, and for logits
+        that are not finite; NoGradient if a component other than Square meets logits that do not depend
+        differentiably on the images.
         """
 
         def logits(images: Tensor) -> Tensor:
@@ -80,38 +92,35 @@ class AutoAttack:
             return output
 
         with attacking(model), _contained():
+            from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
+
+            classes = count_classes(logits, x)
+            components = self._components(classes, x)
+            if len(x) == 0 or self.eps == 0:
+                return x.clone()
             # AutoAttack computes in float32, and reshapes by .view, which needs contiguous images.
             clean = x.detach().float().contiguous()
-            with torch.no_grad():  # on a blank image, so that an empty batch checks the settings as well
-                classes = logits(clean.new_zeros(1, *clean.shape[1:])).shape[1]
+            if components != ["square"]:
+                probe = clean[:1].clone().requires_grad_()
+                input_gradient(logits(probe), probe)  # or NoGradient, where the library would crash
+            # A new object each time: a run of targeted FAB changes the restarts of FAB for good.
+            library = Library(
+                logits,
+                device=x.device,
+                eps=self.eps,
+                norm=self.norm,
+                seed=generator.seed,
+                version=self.version,
+            )
+            library.attacks_to_run = components
+            library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
+            library.square.n_queries = self.queries
+            found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
+            return self._valid(found, x)
 
-            def run(components: list[Component]) -> Tensor:
-                from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
-
-                if len(x) == 0 or self.eps == 0:
-                    return x.clone()
-                # A new object each time: a run of targeted FAB changes the restarts of FAB for good.
-                library = Library(
-                    logits,
-                    attacks=self.attacks,
-                    device=x.device,
-                    eps=self.eps,
-                    norm=self.norm,
-                    seed=generator.seed,
-                    version=self.version,
-                )
-                library.attacks_to_run = components
-                library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
-                found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
-                return self._valid(found, x)
-
-            components = self._components(classes, (x.shape[2], x.shape[3]))
-            if self.individual:
-                return {component: run([component]) for component in components}
-            return run(components)
-
-    def _components(self, classes: int, size: tuple[int, int]) -> list[Component]:
-        """What to run on a model of so many classes and images of such (height, width)."""
+    def _components(self, classes: int, x: Tensor) -> list[Component]:
+        """What to run on a model of so many classes and on images like x (B, C, H, W)."""
+        size = x.shape[2:]
         wanted = list(self.attacks or _VERSIONS[self.version])
         able: list[Component] = ["apgd-dlr" if name == "apgd-t" and classes < 4 else name for name in wanted]
         if classes < 3:

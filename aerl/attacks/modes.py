@@ -2,13 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aerl.types import UserError
 
@@ -16,7 +16,29 @@ _log = logging.getLogger("aerl.attacks")
 
 
 class NoGradient(UserError):
-    """The model's logits do not depend differentiably on the image: only black-box attacks can judge it."""
+    """The model's logits do not depend differentiably on its images: only a black-box attack can judge it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits do not depend differentiably on the image: no gradient to follow; "
+            "square and noise need none"
+        )
+
+
+def input_gradient(value: Tensor, point: Tensor) -> Tensor:
+    """The gradient of value.sum() with respect to the images `point`; NoGradient if there is none."""
+    if not value.requires_grad:
+        raise NoGradient
+    (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+    if gradient is None:
+        raise NoGradient
+    return gradient
+
+
+def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Ask the model with a blank image like those of x (B, C, H, W), so that an empty batch will do."""
+    with torch.no_grad():
+        return model(x.new_zeros(1, *x.shape[1:])).shape[1]
 
 
 @contextmanager

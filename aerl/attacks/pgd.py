@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.attacks import losses
-from aerl.attacks.modes import NoGradient, attacking
+from aerl.attacks.modes import attacking, count_classes, input_gradient
 from aerl.attacks.projections import ascent_direction, clip, random_in_ball
 from aerl.attacks.random import Noise
 from aerl.types import Count, NonNegative, Norm, UserError
@@ -102,7 +102,7 @@ def pgd(
                     point = point.detach().requires_grad_(climbing)
                     logits = model(point).to(x.dtype)
                     value = -objective(logits, aim) if targeted else objective(logits, aim)
-                    gradient = _input_gradient(value, point) if climbing else point
+                    gradient = input_gradient(value, point) if climbing else point
                 sound &= logits.isfinite().all()
                 wrong = logits.argmax(1) != label
 
@@ -130,18 +130,9 @@ def pgd(
     return kept
 
 
-def _input_gradient(value: Tensor, point: Tensor) -> Tensor:
-    if not value.requires_grad:
-        raise NoGradient(
-            "the model's logits do not depend differentiably on the image: no gradient to follow"
-        )
-    return torch.autograd.grad(value.sum(), point)[0]
-
-
 def _check_classes(model: nn.Module, x: Tensor, loss: str, targets: int) -> None:
-    """Ask the model for its number of classes with a blank image, so that an empty batch checks as well."""
-    with attacking(model), torch.no_grad():
-        classes = model(x.new_zeros(1, *x.shape[1:])).shape[1]
+    with attacking(model):
+        classes = count_classes(model, x)
     if targets >= classes:
         raise UserError(f"restarts={targets}: targeted=true has only {classes - 1} wrong classes to aim at")
     if loss == "dlr" and classes < 3:
