@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl.attacks import SampleGenerator, attacking
+from aerl.attacks import NoGradient, SampleGenerator, attacking, warn
 from aerl.data import Split, to_unit
 from aerl.hardware import Hardware, seed_from
 from aerl.results import proportion
@@ -139,7 +139,11 @@ def run_attack(
             x, y = _batch(split, left, hardware)
             with _reproducible(seed, name, state.number, int(left[0]), device=hardware.device):
                 noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-                found = attacks[state.number](model, x, y, generator=noise)
+                try:
+                    found = attacks[state.number](model, x, y, generator=noise)
+                except NoGradient as error:
+                    warn(f"not run: {error}")
+                    break  # to the next stage: a black-box one can still judge the model
                 for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
                     key = f"{name}_{part}" if part else name
                     attacked = state.parts.setdefault(key, before.copy())

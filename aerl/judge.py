@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from aerl import evaluate
-from aerl.attacks import NoGradient, collect_warnings
+from aerl.attacks import collect_warnings
 from aerl.build import Parts, named
 from aerl.config import Config
 from aerl.data import Split, rows, subset
@@ -116,26 +116,20 @@ def _attack(
     stages = len(evaluate.stages(attack, parts.model, split, parts.hardware))
     start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
     with progress(name, total=total * stages, unit="samples", start=start) as bar:
-        try:
-            return evaluate.run_attack(
-                attack,
-                parts.model,
-                split,
-                before,
-                parts.hardware,
-                name=name,
-                seed=config.seed,
-                batch_size=batch_size(parts, config),
-                policy=policy,
-                progress=lambda advanced, robust: bar.update(advanced, acc=robust / len(split)),
-                resume=resume,
-                keep=_keeper(folder, name, warnings),
-            )
-        except NoGradient as error:
-            # Black-box attacks can still judge the model, so the run goes on.
-            warnings.append(f"not run: {error}")
-            log.warning("%s: not run: %s", name, error)
-            return {name: before.copy()}
+        return evaluate.run_attack(
+            attack,
+            parts.model,
+            split,
+            before,
+            parts.hardware,
+            name=name,
+            seed=config.seed,
+            batch_size=batch_size(parts, config),
+            policy=policy,
+            progress=lambda advanced, robust: bar.update(advanced, acc=robust / len(split)),
+            resume=resume,
+            keep=_keeper(folder, name, warnings),
+        )
 
 
 # --- An attack in progress: a file that says how far it has come ------------------------------------------

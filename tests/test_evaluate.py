@@ -1,14 +1,17 @@
 """Per-sample outcomes: which samples are attacked, that their order is no matter, and what is counted."""
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from aerl import evaluate
-from aerl.attacks import pgd
+from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
-from aerl.evaluate import run_attack
+from aerl.evaluate import Attacked, run_attack
 from aerl.types import UserError
 
 
@@ -37,8 +40,7 @@ def attacked(attack, model, split, hardware, batch_size=45, **options):
     )
 
 
-def weak_pgd(model, x, y, *, generator):
-    return pgd(model, x, y, generator=generator, norm="L2", eps=0.3, steps=3)
+weak_pgd = partial(pgd, norm="L2", eps=0.3, steps=3)
 
 
 def test_only_samples_that_are_right_are_attacked(model, split, hardware):
@@ -63,6 +65,114 @@ def test_neither_batch_size_nor_order_changes_an_outcome(model, split, hardware,
     other = attacked(weak_pgd, model, shuffled, hardware, batch_size)["a"]
     assert np.array_equal(straight.pred[order.numpy()], other.pred)
     np.testing.assert_allclose(straight.l2[order.numpy()], other.l2, atol=1e-5)
+
+
+def autoattack(**settings) -> AutoAttack:
+    return AutoAttack(norm="L2", eps=0.25, batch_size=8, queries=60, **settings)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "attack", [weak_pgd, autoattack(attacks=["apgd-ce", "square"])], ids=["pgd", "autoattack"]
+)
+def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, split, hardware, attack):
+    whole = attacked(attack, model, split, hardware, batch_size=8)["a"]
+    assert 0 < (whole.pred == split.labels.numpy()).sum() < 30  # some fall, some do not
+    state, batches = None, 0
+    while True:
+        kept = []
+
+        def stop_at_the_second(stage, kept=kept):
+            kept.append(copy.deepcopy(stage))
+            if len(kept) == 2:
+                raise Interrupted
+
+        try:
+            again = attacked(
+                attack, model, split, hardware, batch_size=8, resume=state, keep=stop_at_the_second
+            )
+            break
+        except Interrupted:
+            state, batches = kept[0], batches + 1  # what the second batch did is lost
+    assert batches >= 3
+    for key in (*evaluate.PER_SAMPLE, "examples"):
+        assert np.array_equal(getattr(whole, key), getattr(again["a"], key)), key
+
+
+def test_stages_hand_on_survivors_only(model, split, hardware):
+    """As a whole attack and as one stage after another it marks the same samples, and none twice."""
+    seen = []
+
+    class Staged:
+        def stages(self, model, x):
+            return [partial(self.one, 0.0), partial(self.one, 0.5)]
+
+        def one(self, threshold, model, x, y, *, generator):
+            seen.append(len(x))
+            black = (x.mean((1, 2, 3)) > 0.5) == (threshold == 0.0)
+            return torch.where(black[:, None, None, None], torch.zeros_like(x), x)
+
+    found = attacked(Staged(), model, split, hardware)["a"]
+    fallen = int(((found.linf > 0) & (found.pred != split.labels.numpy())).sum())
+    assert len(seen) == 2 and seen[0] == 30 and 30 - seen[1] <= fallen
+
+
+def test_a_model_without_a_gradient_is_left_to_black_box_attacks(split, hardware):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return (
+                torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), x[:, 0, 0, 0]], 1)
+                .detach()
+                .round(decimals=2)
+            )
+
+    labels = torch.from_numpy(evaluate.predict(Broken(), split, hardware, 45).pred)
+    right = Split(split.images, labels)
+    with collect_warnings() as warnings:
+        found = attacked(autoattack(), Broken(), right, hardware)["a"]
+        unharmed = attacked(weak_pgd, Broken(), right, hardware)["a"]
+    assert any("not run" in warning for warning in warnings)
+    assert (found.pred != labels.numpy()).any()  # Square needs no gradient
+    assert (unharmed.pred == labels.numpy()).all() and (unharmed.l2 == 0).all()
+
+
+def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardware):
+    """The worst case of a sampled policy is the mean, over samples, of its least expected reward."""
+    attack = partial(weak_pgd, drop_fooled=False)
+    clean = evaluate.predict(model, split, hardware, 45)
+    found = attacked(attack, model, split, hardware, policy="sample")["a"]
+    outcomes = {"label": split.labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.p,
+                "a_pred": found.pred, "a_p": found.p}  # fmt: skip
+    assert (found.l2 > 0).all()  # also those whose argmax is wrong
+    assert (found.p <= clean.p + 1e-6).all()
+    value = evaluate.accuracy(outcomes, ["a"], "sample")["value"]
+    assert value == pytest.approx(float(np.minimum(clean.p, found.p).mean()), abs=1e-6)
+    with torch.no_grad():
+        x = split.images.float() / 255
+        draws = torch.multinomial(model(x).softmax(1), 4000, replacement=True,
+                                  generator=torch.Generator().manual_seed(0))  # fmt: skip
+    drawn = (draws == split.labels[:, None]).float().mean().item()
+    assert evaluate.accuracy(outcomes, [], "sample")["value"] == pytest.approx(drawn, abs=0.01)
+
+
+def test_survivors_are_what_every_counted_attack_has_left():
+    outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
+    zeros = np.zeros(4, np.float32)
+    clean = Attacked(outcomes["clean_pred"], zeros, zeros, zeros, np.zeros((0, 1, 2, 2)))
+    for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
+        outcomes |= {
+            f"{name}_pred": np.array(pred),
+            f"{name}_p": zeros,
+            f"{name}_l2": zeros + size,
+            f"{name}_linf": zeros,
+        }
+    state = evaluate.so_far(outcomes, clean, ["a", "b"])
+    assert state.pred.tolist() == [0, 1, 2, 1]  # the wrong one stays wrong, each other as the first left it
+    np.testing.assert_allclose(state.l2, [0, 0.1, 0.2, 0])
+    assert (clean.pred == [0, 0, 0, 1]).all()
 
 
 def test_with_nothing_right_there_is_nothing_to_attack(model, split, hardware):
@@ -117,3 +227,10 @@ def test_an_attack_that_leaves_its_ball_is_not_counted(model, split, hardware):
     with pytest.raises(UserError, match=r"attack.a: left its Linf ball: a perturbation of 0.5"):
         evaluate.check_within("a", found, "Linf", 0.1)
     evaluate.check_within("a", found, "Linf", 0.5)
+
+
+def test_an_attack_that_leaves_the_box_is_not_counted(model, split, hardware):
+    found = attacked(lambda model, x, y, *, generator: x + 0.1, model, split, hardware)["a"]
+    with pytest.raises(UserError, match=r"attack.a: left the box: a pixel lies 0.1"):
+        evaluate.check_within("a", found, "Linf", 0.2)
+    evaluate.check_within("a", found, "Linf", 0.2, boxed=False)

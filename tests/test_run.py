@@ -175,8 +175,16 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
 
 @pytest.mark.parametrize("moment", ["training", "evaluation"])
 def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_dir, moment):
-    """A real SIGKILL in mid-training, or after the first attack; the repeated command goes on."""
-    words = (*SMALL, "logger=none", "trainer.epochs=8" if moment == "training" else "trainer.epochs=2")
+    """A real SIGKILL in mid-training, or between two batches of AutoAttack; the repeated command goes on."""
+    if moment == "training":
+        words = (*SMALL, "logger=none", "trainer.epochs=8")
+    else:
+        attack = (
+            "attack=[fgsm,autoattack]",
+            "attack.autoattack.batch_size=6",
+            "attack.autoattack.queries=50",
+        )
+        words = ("trainer.epochs=2", "evaluation.samples=24", *attack, "eps=0.3", "logger=none")
     env = {**os.environ, "AERL_DATA": str(data_dir)}
     process = subprocess.Popen(
         [sys.executable, "-c", _FREQUENT, *words, "name=cut"],
@@ -184,7 +192,7 @@ def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_di
         env=env,
         stderr=subprocess.DEVNULL,
     )
-    wanted = "checkpoints/last.pt" if moment == "training" else "outcomes.npz"
+    wanted = "checkpoints/last.pt" if moment == "training" else "progress.npz"
     deadline = time.monotonic() + 120
     while not (tmp_path / "runs/cut" / wanted).exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -213,8 +221,10 @@ def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_di
 # The command line with a checkpoint after every epoch, so that the test need not wait for one.
 _FREQUENT = f"""
 import runpy, sys
+import aerl.judge
 import aerl.train
 aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
+aerl.judge._SECONDS_BETWEEN_SAVES = 0
 sys.argv = ["launch.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """

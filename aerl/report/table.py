@@ -24,7 +24,8 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(name, no_wrap=True, justify="right")
     table.add_row(*_cells("clean", {}, summary.get("clean_accuracy")))
     for name, attack in (summary.get("attacks") or {}).items():
-        table.add_row(*_cells(name, attack, attack.get("robust_accuracy")))
+        shown = name if attack.get("counts", True) else f"{name} *"
+        table.add_row(*_cells(shown, attack, attack.get("robust_accuracy")))
     if worst := summary.get("worst_case_accuracy"):
         table.add_section()
         table.add_row(*_cells("worst case", {}, worst), style="bold")
@@ -86,6 +87,11 @@ def _duration(seconds: float) -> str:
 
 def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines below the table: label and text."""
+    attacks = summary.get("attacks") or {}
+    if aside := [name for name, attack in attacks.items() if not attack.get("counts", True)]:
+        yield "*", f"not in the worst case, being outside the run's threat model: {', '.join(aside)}"
+    if not all(attack.get("alone", True) for attack in attacks.values()):
+        yield "survivors", "each attack got what those before it had left; its accuracy is after all of them"
     for name, attack in (summary.get("attacks") or {}).items():
         for warning in attack.get("warnings") or ():
             yield "warning", f"{name}: {warning}"
