@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from aerl.attacks import (
+    AutoAttack,
     BatchGenerator,
+    NoGradient,
+    PaperPGD,
     SampleGenerator,
     attacking,
     collect_warnings,
     evaluating,
     frozen,
     losses,
+    noise,
     pgd,
     warn,
 )
@@ -86,15 +91,18 @@ class Wave(nn.Module):
 class Linear(nn.Module):
     """Logits W x, whose distance to the decision boundary between y and k is known in closed form."""
 
-    def __init__(self, classes):
+    def __init__(self, classes, unlikely=0):
         super().__init__()
         generator = torch.Generator().manual_seed(2)
         # Rows of unequal length: the second likeliest class is not always the nearest.
         lengths = torch.linspace(1, 3, classes)[:, None]
-        self.weight = nn.Parameter(torch.randn(classes, 108, generator=generator) * lengths)
+        weight = torch.randn(classes, 108, generator=generator) * lengths
+        # Losses that compare several logits get more classes, all far away.
+        self.weight = nn.Parameter(torch.cat([weight, torch.zeros(unlikely, 108)]))
+        self.bias = nn.Parameter(torch.cat([torch.zeros(classes), torch.full([unlikely], -1000.0)]))
 
     def forward(self, x):
-        return (x - 0.5).flatten(1) @ self.weight.T
+        return (x - 0.5).flatten(1) @ self.weight.T + self.bias
 
     @torch.no_grad()
     def distances(self, x, y, norm):
@@ -110,17 +118,34 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", ["log_odds", "ce", "margin"])
-def test_linear_model_gives_its_closed_form_robust_accuracy(norm, loss):
-    model, x = Linear(2), images(200, low=0.35, high=0.65)
+@pytest.mark.parametrize(
+    ("call", "unlikely"),
+    [
+        (partial(pgd, loss="log_odds"), 0),
+        (partial(pgd, loss="ce"), 0),
+        (partial(pgd, loss="rescaled_ce"), 0),
+        (partial(pgd, loss="margin"), 0),
+        (partial(pgd, loss="dlr"), 1),
+        (partial(pgd, loss="margin", eot=2), 0),
+        (partial(AutoAttack, attacks=["apgd-ce"]), 0),
+        (partial(AutoAttack, attacks=["apgd-t"]), 2),
+        (partial(AutoAttack, attacks=["fab-t"]), 0),
+    ],
+    ids=lambda value: " ".join(map(str, value.keywords.values())) if isinstance(value, partial) else None,
+)
+def test_linear_model_gives_its_closed_form_robust_accuracy(norm, call, unlikely):
+    model, x = Linear(2, unlikely), images(200, low=0.35, high=0.65)
     y = predictions(model, x)
     distance = model.distances(x, y, norm)
     for share in (0.2, 0.5, 0.8):
         eps = distance.quantile(share).item()
-        away = (distance / eps - 1).abs() > 0.005  # PGD comes that close to the boundary of the ball
+        away = (distance / eps - 1).abs() > 0.005  # that close do they come to the boundary of the ball
         assert eps < 0.3 and away.double().mean() > 0.9
-        fooled = predictions(model, attack(model, x, y, norm=norm, eps=eps, steps=100, loss=loss)) != y
-        assert torch.equal(fooled[away], (distance < eps)[away])
+        attack = partial(call, norm=norm, eps=eps)
+        if call.func is AutoAttack:
+            attack = attack()
+        adversarial = attack(model, x, y, generator=SampleGenerator.for_images(x, 0))
+        assert torch.equal((predictions(model, adversarial) != y)[away], (distance < eps)[away])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -151,17 +176,34 @@ def test_result_is_in_ball_and_box(norm, settings):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("drop_fooled", [True, False])
-def test_batch_size_and_order_change_nothing(norm, drop_fooled):
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(pgd, steps=8, restarts=2),
+        partial(pgd, steps=8, restarts=2, drop_fooled=False),
+        partial(pgd, steps=8, loss="rescaled_ce", eot=2),
+        partial(pgd, steps=8, loss="dlr", keep="last"),
+        partial(PaperPGD, steps=8),
+        partial(noise, draws=20),
+    ],
+    ids=lambda call: f"{call.func.__name__} {call.keywords}",
+)
+def test_batch_size_and_order_change_nothing(norm, call):
     model, x = small_net(dtype=torch.float64), images(16, dtype=torch.float64)
     y = predictions(model, x)
-    settings = {"norm": norm, "eps": EPS[norm], "steps": 8, "restarts": 2, "drop_fooled": drop_fooled}
-    whole = attack(model, x, y, **settings)
+    call = partial(call, norm=norm, eps=EPS[norm] * (2 if call.func is noise else 1))
+    if call.func is PaperPGD:
+        call = call()
+
+    def attack(index):
+        return call(model, x[index], y[index], generator=SampleGenerator.for_images(x[index], 0))
+
+    whole = attack(torch.arange(len(x)))
     fooled = predictions(model, whole) != y
     assert 0 < fooled.sum() < len(x)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
     for batch in (1, 10):
-        parts = [attack(model, x[part], y[part], **settings) for part in order.split(batch)]
+        parts = [attack(part) for part in order.split(batch)]
         again = torch.empty_like(whole).index_copy_(0, order, torch.cat(parts))
         assert torch.equal(predictions(model, again) != y, fooled)
         torch.testing.assert_close(again, whole, rtol=0, atol=1e-9)
@@ -238,24 +280,24 @@ def test_one_step_from_the_image_is_fgsm():
         torch.testing.assert_close(result, (x + 0.02 * gradient.sign()).clamp(0, 1))
 
 
-class Counting(nn.Module):
+class Recording(nn.Module):
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.batches = inner, []
+        self.inner, self.seen = inner, []
 
     def forward(self, x):
-        self.batches.append(len(x))
+        self.seen.append(x)
         return self.inner(x)
 
 
 def test_forwards_are_not_wasted():
-    model, x = Counting(small_net()), images()
+    model, x = Recording(small_net()), images()
     y = predictions(model, x)
 
     def batches(**settings):
-        model.batches.clear()
+        model.seen.clear()
         attack(model, x, y, eps=0.05, **settings)
-        return list(model.batches)
+        return [len(points) for points in model.seen]
 
     assert batches(steps=5, drop_fooled=False) == [24] * 6
     # In training nothing depends on the last iterate's outcome: one forward for one gradient.
@@ -264,29 +306,141 @@ def test_forwards_are_not_wasted():
     assert shrinking == sorted(shrinking, reverse=True) and shrinking[-1] < 24
 
 
-# --- gradients that vanish --------------------------------------------------------------------------
+# --- starting points, averages, noise -----------------------------------------------------------------
 
 
-class Scaled(nn.Module):
-    def __init__(self, inner, scale):
+def test_given_starts_replace_the_first_random_start():
+    model, x = small_net(dtype=torch.float64), images(dtype=torch.float64)
+    y = predictions(model, x)
+    settings = {"eps": 0.15, "drop_fooled": False, "keep": "last", "step_size": 0, "steps": 1}
+    start = (x + 0.05 * x.sin()).clamp(0, 1)
+    torch.testing.assert_close(attack(model, x, y, start=start, **settings | {"eps": 0.6}), start)
+    far = attack(model, x, y, start=torch.zeros_like(x), **settings)
+    assert (sizes(far - x, "L2") - 0.15).abs().max() < 1e-9 and far.min() >= 0
+    torch.testing.assert_close(F.normalize((far - x).flatten(1)), F.normalize(-x.flatten(1)))
+    # An example found before is found again, with or without random starts and other samples in between.
+    settings = {"eps": 0.15, "steps": 20}
+    found = attack(model, x, y, **settings)
+    fooled = predictions(model, found) != y
+    assert 0 < fooled.sum() < len(x)
+    for random_start in (True, False):
+        again = attack(model, x, y, start=found, eps=0.15, steps=1, step_size=0, random_start=random_start)
+        torch.testing.assert_close(again[fooled], found[fooled])
+    # What is wrong to begin with comes back as it is, whatever the start.
+    other = (y + 1) % 4
+    assert torch.equal(attack(model, x, other, start=found, random_start=False, **settings), x)
+
+
+class Alternating(nn.Module):
+    """A model of two minds: its passes take turns, so that the mean of two is the mean of all."""
+
+    def __init__(self, *minds):
         super().__init__()
-        self.inner, self.scale = inner, scale
+        self.minds, self.calls = nn.ModuleList(minds), 0
 
     def forward(self, x):
-        return self.inner(x) * self.scale
+        self.calls += 1
+        return self.minds[self.calls % 2](x)
+
+
+def test_averaging_over_passes_judges_and_climbs_the_mean():
+    model = Recording(Alternating(wavy_net(), nn.Sequential(nn.AvgPool2d(3, 1, 1), wavy_net())))
+    minds, x = model.inner.minds, images(48)
+
+    @torch.no_grad()
+    def wrong(x, y):
+        return sum(mind(x).softmax(1) for mind in minds).argmax(1) != y
+
+    y = torch.zeros(48, dtype=torch.int64)
+    y = torch.stack([wrong(x, y + k) for k in range(4)]).int().argmin(0)
+    adversarial = attack(model, x, y, eps=0.1, steps=5, random_start=False, eot=2)
+    first, second = model.seen[0::2], model.seen[1::2]
+    label, outvoted = y, 0
+    for one, other, after in zip(first, second, [*first[1:], None], strict=True):
+        assert torch.equal(one, other)
+        fooled = wrong(one, label)
+        outvoted += int((predictions(minds[1], one) != label).logical_and(~fooled).sum())
+        label = label[~fooled]
+        assert after is None or len(after) == len(label)
+    assert 0 < len(label) == int((~wrong(adversarial, y)).sum()) < 48
+    assert outvoted > 0  # one pass alone would have taken them for fooled
+
+    settings = {"eps": 0.1, "steps": 1, "random_start": False, "drop_fooled": False, "keep": "last"}
+    result = attack(model, x, y, loss="ce", step_size=0.01, eot=2, **settings)
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(F.cross_entropy(mind(point), y) for mind in minds), point)
+    expected = (x + 0.01 * F.normalize(gradient.flatten(1)).view_as(x)).clamp(0, 1)
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", ["log_odds", "margin", "dlr"])
+def test_noise_returns_the_worst_point_it_saw(norm):
+    model, x = Recording(wavy_net()), images(32, low=0.4, high=0.6)
+    y = predictions(model.inner, x)
+
+    def attack(eps, y):
+        model.seen.clear()
+        return noise(model, x, y, generator=SampleGenerator.for_images(x, 0), norm=norm, eps=eps, draws=20)
+
+    # Too little to fool anyone: every sample sees every draw, in turn on the surface and inside.
+    eps = 1e-4
+    result, seen = attack(eps, y), torch.stack(model.seen)
+    assert seen.shape == (21, 32, 3, 6, 6)
+    with torch.no_grad():
+        margins = torch.stack([losses.margin(model.inner(point), y) for point in seen])
+    assert torch.equal(result, seen[margins.argmax(0), torch.arange(32)])
+    delta = (seen - x).double()
+    on_surface = delta[1::2].flatten(2).norm(dim=2) if norm == "L2" else delta[1::2].abs()
+    torch.testing.assert_close(on_surface, torch.full_like(on_surface, eps), rtol=0, atol=1e-6)
+    inside = delta[2::2].flatten(2).norm(2 if norm == "L2" else torch.inf, dim=2)
+    assert (inside < eps + 1e-6).all() and inside.std() > 1e-9
+
+    result = attack({"L2": 0.6, "Linf": 0.06}[norm], torch.where(torch.arange(32) < 4, (y + 1) % 4, y))
+    fooled = predictions(model.inner, result)[4:] != y[4:]
+    assert torch.equal(result[:4], x[:4]) and 0 < fooled.sum() < 28
+    counts = [len(point) for point in model.seen]
+    assert counts[:2] == [32, 28] and counts == sorted(counts, reverse=True) and counts[-1] < 28
+
+
+def test_noise_needs_no_gradient_and_refuses_nonsense():
+    model, x = wavy_net(), images()
+    y = predictions(model, x)
+    generator = partial(SampleGenerator.for_images, x, 0)
+    expected = noise(model, x, y, generator=generator(), eps=0.5)
+    broken = Through(model, lambda logits: logits.detach())
+    assert torch.equal(noise(broken, x, y, generator=generator(), eps=0.5), expected)
+    assert torch.equal(noise(model, x, y, generator=generator(), eps=0), x)
+    with pytest.raises(UserError, match="NaN or infinite logits"):
+        noise(Through(model, lambda logits: logits / 0), x, y, generator=generator(), eps=0.5)
+
+
+# --- gradients that vanish --------------------------------------------------------------------------
+
+
+class Through(nn.Module):
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x):
+        return self.change(self.inner(x))
+
+
+def scaled(model, scale):
+    return Through(model, lambda logits: logits * scale)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", ["log_odds", "rescaled_ce", "margin", "dlr"])
 @pytest.mark.parametrize("scale", [1e-25, 1e6])
 def test_the_scale_of_the_logits_is_no_defence(norm, loss, scale):
     model, x = small_net(), images(64)
     y = predictions(model, x)
     settings = {"norm": norm, "eps": EPS[norm], "steps": 20, "loss": loss}
     plain = (predictions(model, attack(model, x, y, **settings)) != y).sum()
-    scaled = (predictions(model, attack(Scaled(model, scale), x, y, **settings)) != y).sum()
+    found = (predictions(model, attack(scaled(model, scale), x, y, **settings)) != y).sum()
     assert 10 < plain < 64
-    assert scaled >= plain - 2
+    assert found >= plain - 2
 
 
 def test_literal_cross_entropy_survives_tiny_gradients_but_not_saturation():
@@ -294,8 +448,8 @@ def test_literal_cross_entropy_survives_tiny_gradients_but_not_saturation():
     model, x = small_net(), images(64)
     y = predictions(model, x)
     settings = {"eps": 0.15, "steps": 40, "random_start": False, "loss": "ce"}
-    assert (predictions(model, attack(Scaled(model, 30), x, y, **settings)) != y).sum() > 10
-    stuck = attack(Scaled(model, 1e6), x, y, **settings)
+    assert (predictions(model, attack(scaled(model, 30), x, y, **settings)) != y).sum() > 10
+    stuck = attack(scaled(model, 1e6), x, y, **settings)
     assert (sizes(stuck - x, "L2") == 0).double().mean() > 0.8
 
 
@@ -308,6 +462,10 @@ def test_losses():
     torch.testing.assert_close(losses.ce(logits, y), F.cross_entropy(logits, y, reduction="none"))
     torch.testing.assert_close(losses.margin(logits, y), other - own)
     torch.testing.assert_close(losses.dlr(logits, y), (other - own) / (ordered[:, 0] - ordered[:, 2]))
+    scaled = 10 * logits / logits.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(losses.rescaled_ce(logits, y), losses.ce(scaled, y))
+    (slope,) = torch.autograd.grad(losses.rescaled_ce(logits, y).sum(), logits)
+    torch.testing.assert_close(slope.sum(1), torch.zeros(50).double())  # a constant scale: it has no slope
     torch.testing.assert_close(F.softplus(losses.log_odds(logits, y)), losses.ce(logits, y))
     a, b = (torch.autograd.grad(f(logits, y).sum(), logits)[0] for f in (losses.ce, losses.log_odds))
     torch.testing.assert_close(F.normalize(a), F.normalize(b))
@@ -429,9 +587,9 @@ class Broken(nn.Module):
     [
         (small_net(), {"targeted": True, "restarts": 4}, "restarts=4: .* only 3 wrong classes"),
         (small_net(), {"restarts": 2, "random_start": False}, "restarts=2: "),
+        (small_net(), {"start": images(23)}, r"start=\(23, 3, 6, 6\): must have the images' shape"),
         (small_net(2), {"loss": "dlr"}, "loss=dlr: needs 3 classes"),
         (Broken(lambda x: x.flatten(1)[:, :4] / 0), {}, "NaN or infinite logits"),
-        (Broken(lambda x: x.flatten(1)[:, :4].detach()), {"drop_fooled": False}, "do not depend"),
         (Broken(lambda x: (x - x).flatten(1)[:, :4].sqrt()), {"drop_fooled": False}, "NaN or infinite"),
     ],
 )
@@ -440,6 +598,15 @@ def test_faults_are_told_in_one_line(model, settings, message):
     with pytest.raises(UserError, match=message) as error:
         attack(model, x, torch.zeros(len(x), dtype=torch.int64), **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros((), requires_grad=True)])
+def test_a_model_without_gradients_is_told_apart(other):
+    model, x = Through(small_net(), lambda z: z.detach() + other), images()
+    y = predictions(model, x)
+    for call in (partial(pgd, eps=0.3), PaperPGD(eps=0.3)):
+        with pytest.raises(NoGradient, match="do not depend differentiably on the image"):
+            call(model, x, y, generator=SampleGenerator.for_images(x, 0))
 
 
 def test_an_empty_batch_checks_the_settings():

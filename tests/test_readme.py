@@ -21,18 +21,18 @@ def test_the_attack_it_shows_works_as_one_file_and_one_yaml(tmp_path, data_dir):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "launch.py", tmp_path)
     (tmp_path / "my_attacks.py").write_text(block("python", "my_attacks.py"))
-    (tmp_path / "conf/attack/noise.yaml").write_text(block("yaml", "conf/attack/noise.yaml"))
+    (tmp_path / "conf/attack/uniform.yaml").write_text(block("yaml", "conf/attack/uniform.yaml"))
     env = {name: value for name, value in os.environ.items() if name != "AERL_ROOT"}
     env |= {"AERL_DATA": str(data_dir), "PYTHONPATH": str(ROOT)}
-    words = ["attack=noise", "eps=0.1", "trainer.epochs=1", "logger=none", "analysis=none"]
+    words = ["attack=uniform", "eps=0.1", "trainer.epochs=1", "logger=none", "analysis=none"]
     command = [sys.executable, "launch.py", *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"noise\s+Linf\s+0\.1\s", done.stdout)
+    assert re.search(r"uniform\s+Linf\s+0\.1\s", done.stdout)
     wrong = subprocess.run(
-        [*command, "attack.noise.eps=-1"], cwd=tmp_path, env=env, capture_output=True, text=True
+        [*command, "attack.uniform.eps=-1"], cwd=tmp_path, env=env, capture_output=True, text=True
     )
-    assert wrong.stderr.strip() == "error: attack.noise.eps=-1: should be greater than or equal to 0"
+    assert wrong.stderr.strip() == "error: attack.uniform.eps=-1: should be greater than or equal to 0"
 
 
 def test_its_table_of_groups_names_every_option():

@@ -1,4 +1,4 @@
-"""Attacks: `attack(model, x, y, *, generator) -> x_adv`, in [0, 1] and within eps of x.
+"""Attacks: `attack(model, x, y, *, generator) -> x_adv`, in [0, 1] and within eps of x (`PaperPGD` leaves the box).
 
 In each of them the model is in eval mode with frozen parameters and computes in float32, all of it restored
 afterwards, and the global random state is neither used nor changed.
@@ -6,6 +6,8 @@ afterwards, and the global random state is neither used nor changed.
 
 from aerl.attacks.autoattack import AutoAttack
 from aerl.attacks.modes import NoGradient, attacking, collect_warnings, evaluating, frozen, warn
+from aerl.attacks.noise import noise
+from aerl.attacks.paper import PaperPGD
 from aerl.attacks.pgd import pgd
 from aerl.attacks.random import BatchGenerator, Noise, SampleGenerator
 
@@ -14,11 +16,13 @@ __all__ = [
     "BatchGenerator",
     "NoGradient",
     "Noise",
+    "PaperPGD",
     "SampleGenerator",
     "attacking",
     "collect_warnings",
     "evaluating",
     "frozen",
+    "noise",
     "pgd",
     "warn",
 ]

@@ -24,10 +24,12 @@ def pgd(
     step_size: NonNegative | None = None,
     restarts: Count = 1,
     random_start: bool = True,
-    loss: Literal["log_odds", "ce", "margin", "dlr", "kl"] = "log_odds",
+    loss: Literal["log_odds", "ce", "rescaled_ce", "margin", "dlr", "kl"] = "log_odds",
     targeted: bool = False,
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
+    eot: Count = 1,
+    start: Tensor | None = None,
 ) -> Tensor:
     """PGD (Madry et al. 2018, section 2.1): climb a loss in steps of fixed length, staying in the ball.
 
@@ -48,6 +50,11 @@ def pgd(
         begin with, and the batch goes on without it: cheaper, and the same samples are fooled.
     keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
         "last" returns the last iterate.
+    eot: forward passes per step, for randomised models. Loss and gradient are averaged over them (expectation
+        over transformation, Athalye et al. 2018, section 4.2), and a sample is misclassified if the mean of
+        their softmax is.
+    start: images like x from which the first run starts, instead of at random or at x; they are projected into
+        the ball and the box. For callers in Python.
 
     Raises UserError for settings that do not go together or with the number of classes, also for an empty
     batch; for images outside [0, 1]; for logits that are not finite or do not depend on the images.
@@ -64,16 +71,25 @@ def pgd(
     low, high = (bound.item() for bound in x.aminmax())
     if not (low >= 0 and high <= 1):
         raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
+    if start is not None and start.shape != x.shape:
+        raise UserError(f"start={tuple(start.shape)}: must have the images' shape {tuple(x.shape)}")
     length = eps / 10 if step_size is None else step_size
     objective = getattr(losses, loss)
+
+    def look(point: Tensor, aim: Tensor, climbing: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward pass: logits, loss and, if climbing, the loss's gradient."""
+        with torch.set_grad_enabled(climbing):
+            logits = model(point).to(x.dtype)
+            value = -objective(logits, aim) if targeted else objective(logits, aim)
+            return logits, value, input_gradient(value, point) if climbing else point
 
     with attacking(model), torch.no_grad():
         kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
         targets = y[:, None].expand(-1, restarts)
-        if targeted or loss == "kl" or (drop_fooled and random_start):
-            clean = model(x)
+        if targeted or loss == "kl" or (drop_fooled and (random_start or start is not None)):
+            clean = _mean_prediction([model(x) for _ in range(eot)])
             sound &= clean.isfinite().all()
             fooled = (clean.argmax(1) != y) & drop_fooled
             if targeted:
@@ -90,7 +106,9 @@ def pgd(
             origin, label, aim = x[index], y[index], targets[index, restart]
             best, best_loss, hit = kept[index], highest[index], fooled[index]
             point = origin
-            if random_start:
+            if start is not None and restart == 0:
+                point = clip(origin, start[index].to(origin) - origin, norm, eps)
+            elif random_start:
                 point = clip(origin, random_in_ball(origin, norm, eps, generator[index]), norm, eps)
 
             # One forward judges an iterate and gives its gradient. The last iterate is only judged, or, where
@@ -98,11 +116,15 @@ def pgd(
             judged = keep == "worst" or drop_fooled or restart < restarts - 1
             for step in range(steps + judged):
                 climbing = step < steps
-                with torch.set_grad_enabled(climbing):
-                    point = point.detach().requires_grad_(climbing)
-                    logits = model(point).to(x.dtype)
-                    value = -objective(logits, aim) if targeted else objective(logits, aim)
-                    gradient = input_gradient(value, point) if climbing else point
+                point = point.detach().requires_grad_(climbing)
+                logits, value, gradient = look(point, aim, climbing)
+                if eot > 1:
+                    passes = [logits]
+                    for _ in range(eot - 1):
+                        logits, another, more = look(point, aim, climbing)
+                        # Sums will do: only the order of losses and the direction of gradients matter.
+                        passes, value, gradient = [*passes, logits], value + another, gradient + more
+                    logits = _mean_prediction(passes)
                 sound &= logits.isfinite().all()
                 wrong = logits.argmax(1) != label
 
@@ -128,6 +150,13 @@ def pgd(
         if not (sound & kept.isfinite().all()):
             raise UserError("the model returned NaN or infinite logits or gradients: no attack can judge it")
     return kept
+
+
+def _mean_prediction(passes: list[Tensor]) -> Tensor:
+    """The logits (B, K) of one pass; of several, logits whose softmax is the mean of theirs."""
+    if len(passes) == 1:
+        return passes[0]
+    return torch.stack([logits.log_softmax(1) for logits in passes]).logsumexp(0)
 
 
 def _check_classes(model: nn.Module, x: Tensor, loss: str, targets: int) -> None:

@@ -60,9 +60,14 @@ def random_in_ball(like: Tensor, norm: Norm, eps: float, generator: Noise) -> Te
     """
     if norm == "Linf":
         return generator.uniform(like).mul_(2 * eps).sub_(eps)
-    direction = ascent_direction(generator.normal(like), "L2")
+    direction = random_extreme(like, norm, 1, generator)
     radius = generator.uniform(like[:, :1, :1, :1]) ** (1 / math.prod(like.shape[1:]))
     return direction.mul_(radius.mul_(eps))
+
+
+def random_extreme(like: Tensor, norm: Norm, eps: float, generator: Noise) -> Tensor:
+    """Points uniform on the eps-sphere (L2) or the corners of the eps-cube (Linf), like `random_in_ball`."""
+    return ascent_direction(generator.normal(like), norm).mul_(eps)
 
 
 def clip(x: Tensor, delta: Tensor, norm: Norm, eps: float) -> Tensor:

@@ -1,0 +1,50 @@
+"""Random points of the ball: what any attack should beat, and what needs no gradient."""
+
+import torch
+from torch import Tensor, nn
+
+from aerl.attacks.losses import margin
+from aerl.attacks.modes import attacking
+from aerl.attacks.projections import clip, random_extreme, random_in_ball
+from aerl.attacks.random import Noise
+from aerl.types import Count, NonNegative, Norm, UserError
+
+
+def noise(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    generator: Noise,
+    norm: Norm = "L2",
+    eps: NonNegative,
+    draws: Count = 100,
+) -> Tensor:
+    """The worst of `draws` random points around each image, or the image itself if none is worse.
+
+    `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Every other
+    point is uniform in the ball of radius `eps`, the others are on its sphere (L2) or at its corners (Linf);
+    all are clipped into [0, 1]. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once
+    it is fooled. A gradient-based attack that finds less than this is broken (Carlini et al. 2019, "On
+    Evaluating Adversarial Robustness", section 4.3).
+
+    Raises UserError for logits that are not finite.
+    """
+    with attacking(model), torch.no_grad():
+        kept = x.clone()
+        highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
+        index, point = torch.arange(len(x), device=x.device), x  # the samples that are still right
+        for draw in range(draws + 1):
+            if len(index) == 0 or eps == 0:
+                break
+            if draw > 0:
+                sample = random_extreme if draw % 2 else random_in_ball
+                point = clip(x[index], sample(x[index], norm, eps, generator[index]), norm, eps)
+            logits = model(point).to(x.dtype)
+            if not logits.isfinite().all():
+                raise UserError("the model returned NaN or infinite logits: no attack can judge it")
+            value, wrong = margin(logits, y[index]), logits.argmax(1) != y[index]
+            better = (value > highest[index]) | wrong
+            kept[index[better]], highest[index[better]] = point[better], value[better]
+            index = index[~wrong]
+    return kept
