@@ -97,14 +97,18 @@ def outcomes(**pred: list[int]) -> dict[str, np.ndarray]:
     return arrays | {f"{name}_pred": np.array(values) for name, values in pred.items()}
 
 
-def run_folder(path, arrays, *, status="finished", dataset="digits", attacks=None, settings=None):
+def run_folder(
+    path, arrays, *, status="finished", dataset="digits", attacks=None, settings=None, policy="argmax"
+):
     """A run's folder as a run leaves it, as far as a comparison reads it."""
     path.mkdir()
     if attacks is None:
         attacks = {name.removesuffix("_pred"): {**THREAT, "of": name.removesuffix("_pred")} for name in arrays
                    if name.endswith("_pred") and name != "clean_pred"}  # fmt: skip
     write_summary(path, {"status": status, "dataset": dataset, "attacks": attacks})
-    (path / "config.yaml").write_text(yaml.safe_dump({"attack": settings or {}}))
+    (path / "config.yaml").write_text(
+        yaml.safe_dump({"attack": settings or {}, "evaluation": {"policy": policy}})
+    )
     np.savez(path / "outcomes.npz", **arrays)
     return attacks
 
@@ -174,6 +178,29 @@ def test_with_itself_a_run_has_no_difference(against, tmp_path):
         assert row["difference"] == 0 and row["p"] == 1 and row["low"] < 0 < row["high"]
 
 
+def test_the_worst_case_is_of_shared_attacks_that_count(against, tmp_path):
+    ours = outcomes(
+        big=[1, 1, 1, 1, 0, 0], pgd=[0, 1, 2, 0, 1, 0], fgsm=[0, 1, 2, 0, 0, 0], dead=[0] * 6, late=[0] * 6
+    )
+    theirs = ours | outcomes(fgsm=[0, 0, 0, 0, 0, 0])
+    here = {name: {**THREAT, "of": name, "counts": True} for name in ("big", "pgd", "fgsm", "dead", "late")}
+    here["big"] |= {"eps": 9.0, "counts": False}
+    here["fgsm"]["alone"] = False  # it got the survivors of pgd, in both runs
+    there = json.loads(json.dumps(here))
+    there["late"]["alone"] = False
+    here["dead"]["warnings"] = ["not run: no gradient"]
+    run_folder(tmp_path / "there", theirs, attacks=there, policy="sample")
+    comparisons, _ = against(ours, "there", attacks=here)
+    rows = comparisons["there"]["rows"]
+    assert list(rows) == ["clean", "big", "pgd", "fgsm", "worst_case"]
+    assert (rows["worst_case"]["accuracy"], rows["worst_case"]["other_accuracy"]) == (4 / 6, 2 / 6)
+    assert comparisons["there"]["warnings"] == [
+        "dead is not compared: not run here, L2 eps 1 there",
+        "late is not compared: L2 eps 1 here, L2 eps 1 on the survivors of pgd fgsm dead there",
+        "compared by the likeliest class, although evaluation.policy is sample",
+    ]
+
+
 def test_attacks_that_are_not_the_same_are_said(against, tmp_path):
     ours = outcomes(fgsm=[0] * 6, pgd=[0] * 6)
     there = {"fgsm": {"norm": "L2", "eps": 0.5, "of": "fgsm"}, "pgd": {**THREAT, "of": "pgd"}}
@@ -190,7 +217,10 @@ def test_attacks_that_are_not_the_same_are_said(against, tmp_path):
     ("change", "line"),
     [
         ({"label": LABEL[::-1]}, "there: has other samples than this run (their labels differ)"),
-        ({"index": np.arange(6)}, "there: has other samples than this run (their indexs differ)"),
+        (
+            {"index": np.arange(6)},
+            "there: has other samples than this run (their places in the test set differ)",
+        ),
         ({"label": LABEL[:5]}, "there: has 5 samples, this run 6; the same evaluation.samples"),
         ({"label": np.array(["0", None], dtype=object)}, "cannot read there/outcomes.npz: "),
     ],

@@ -5,6 +5,7 @@ import io
 import logging
 import zipfile
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
 from aerl.files import atomic_write
-from aerl.results import Result, read_summary
+from aerl.results import Result, eps_text, read_summary
 from aerl.statistics import mcnemar, paired_difference
 from aerl.types import UserError
 
@@ -44,13 +45,14 @@ FinishedRun = Annotated[str, AfterValidator(_finished)]
 
 
 def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result]:
-    """Compare with each of `runs` on clean images, under every attack that both runs share, and the worst of them.
+    """Compare with each of `runs`: on clean images, under every attack that both runs share, and their worst case.
 
     Of each: `difference` in accuracy (this run's minus the other's) with its 95 % interval `low` to `high`
     (Newcombe 1998, method 10), the discordant counts `b` (samples right here only) and `c` (there only), and
-    McNemar's exact two-sided `p`, which knows nothing of how many rows are looked at. The worst case is that
-    of the shared attacks. An attack of another norm or eps there is not compared; one whose other settings
-    differ is, with a warning. They are in summary.json under `comparisons`, in compare.csv and in results.jsonl.
+    McNemar's exact two-sided `p`, which knows nothing of how many rows are looked at. An attack is shared if
+    norm and eps are the same and, where it got only the survivors of earlier ones, so are those; one whose other
+    settings differ is compared with a warning. The worst case is that of the shared attacks that count in both
+    runs. All of it is in summary.json under `comparisons`, in compare.csv and in results.jsonl.
     Raises UserError where the other run is of another dataset or of other samples.
     """
     comparisons = {run: _comparison(context, run) for run in runs}
@@ -70,23 +72,26 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
     summary, theirs = read_summary(folder) or {}, _outcomes(folder / "outcomes.npz")
     _check_same_samples(run, read_summary(here) or {}, summary, context.outcomes, theirs)
-    shared, warnings = [], []
-    for name, ours in context.attacks.items():
-        other = summary.get("attacks", {}).get(name)
-        if other is None:
+    attacks, warnings = summary.get("attacks", {}), []
+    settings, other_settings = _settings(here), _settings(folder)
+    shared = []
+    for name in context.attacks:
+        if name not in attacks:
             continue
-        if (ours["norm"], ours["eps"]) != (other["norm"], other["eps"]):
-            warnings.append(
-                f"{name} is not compared: {ours['norm']} eps {ours['eps']:g} here, "
-                f"{other['norm']} eps {other['eps']:g} there"
-            )
+        ours, other = _threat(context.attacks, name), _threat(attacks, name)
+        if ours != other or ours.startswith("not run"):
+            warnings.append(f"{name} is not compared: {ours} here, {other} there")
             continue
         shared.append(name)
-        if differing := _differing(_settings(here, ours.get("of")), _settings(folder, other.get("of"))):
+        of = context.attacks[name].get("of", name)
+        if differing := _differing(settings["attack"].get(of, {}), other_settings["attack"].get(of, {})):
             warnings.append(f"{name} is not the same attack: {differing}")
+    if "sample" in (settings["policy"], other_settings["policy"]):
+        warnings.append("compared by the likeliest class, although evaluation.policy is sample")
+    counted = [n for n in shared if context.attacks[n].get("counts", True) and attacks[n].get("counts", True)]
     for warning in warnings:
         log.warning("compared with %s: %s", run, warning)
-    here_right, there_right = _right(context.outcomes, shared), _right(theirs, shared)
+    here_right, there_right = _right(context.outcomes, shared, counted), _right(theirs, shared, counted)
     rows = {name: _row(here_right[name], there_right[name]) for name in here_right}
     return {"rows": rows, "warnings": warnings}
 
@@ -111,20 +116,34 @@ def _check_same_samples(
             f"{key}: has {len(theirs['label'])} samples, this run {len(ours['label'])}; "
             "the same evaluation.samples makes them the same"
         )
-    for name in ("label", "index"):
+    for name, what in (("label", "labels"), ("index", "places in the test set")):
         if name in ours and name in theirs and not np.array_equal(ours[name], theirs[name]):
             raise UserError(
-                f"{key}: has other samples than this run (their {name}s differ), so they are no pairs"
+                f"{key}: has other samples than this run (their {what} differ), so they are no pairs"
             )
 
 
-def _settings(folder: Path, attack: str | None) -> dict[str, Any]:
-    """What a run's config.yaml says of one attack; nothing where it cannot be read."""
+def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """What must be the same of an attack for its outcomes to be comparable, in words."""
+    told = attacks[name]
+    if any(str(warning).startswith("not run") for warning in told.get("warnings", ())):
+        return "not run"
+    words = f"{told['norm']} eps {eps_text(told['eps'])}"
+    if told.get("alone", True):
+        return words
+    earlier = [
+        other for other in takewhile(lambda other: other != name, attacks) if attacks[other].get("counts")
+    ]
+    return " ".join([words, "on the survivors of", *(earlier or ["none"])])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a run's config.yaml says of its attacks and its policy; nothing where it cannot be read."""
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())["attack"][attack]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        return {"attack": dict(config["attack"]), "policy": config["evaluation"].get("policy")}
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {"attack": {}, "policy": None}
 
 
 def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
@@ -135,12 +154,13 @@ def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     )
 
 
-def _right(outcomes: Outcomes, attacks: list[str]) -> dict[str, Right]:
-    """bool (N,) for each row of the comparison: clean, under each attack, and under all of them."""
-    clean = outcomes["clean_pred"] == outcomes["label"]
-    right = {"clean": clean}
-    right |= {name: clean & (outcomes[f"{name}_pred"] == outcomes["label"]) for name in attacks}
-    return right | {"worst_case": np.logical_and.reduce(list(right.values()))} if attacks else right
+def _right(outcomes: Outcomes, attacks: list[str], counted: list[str]) -> dict[str, Right]:
+    """bool (N,) for each row of the comparison: clean, under each of `attacks`, and under all of `counted`."""
+    right = {"clean": outcomes["clean_pred"] == outcomes["label"]}
+    for name in attacks:
+        right[name] = right["clean"] & (outcomes[f"{name}_pred"] == outcomes["label"])
+    worst = {"worst_case": np.logical_and.reduce([right[name] for name in counted])} if counted else {}
+    return right | worst
 
 
 def _row(here: Right, there: Right) -> dict[str, Any]:
