@@ -14,9 +14,10 @@ from torch import nn
 from aerl import checkpoint, hardware
 from aerl.attacks import SampleGenerator
 from aerl.config import Config, bind
-from aerl.data import DataSplits, augment, prepare, subset
+from aerl.data import DataSplits, augment, prepare, subset, to_unit
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
+from aerl.probe import drawn, probe
 from aerl.train import Adversary, Recipe
 from aerl.types import UserError
 
@@ -26,7 +27,10 @@ _SIZES = ("num_classes", "channels", "size")
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of. `recipe` is None where nothing is trained."""
+    """Everything a run is made of.
+
+    `recipe` is None where nothing is trained; `doubts` are what `aerl.probe` has to say about the model.
+    """
 
     hardware: Hardware
     data: DataSplits
@@ -34,6 +38,7 @@ class Parts:
     recipe: Recipe | None
     attacks: Mapping[str, Callable[..., Any]]
     analyses: Mapping[str, Callable[..., Any]]
+    doubts: tuple[str, ...] = ()
 
 
 def build(config: Config) -> Parts:
@@ -46,9 +51,10 @@ def build(config: Config) -> Parts:
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
         raise UserError(
-            "checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file"
+            "checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file; "
+            "checkpoint=own judges the weights that model.net._target_ comes with"
         )
-    weights = checkpoint.find(config.checkpoint) if config.checkpoint is not None else None
+    weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = hardware.set_up(**config.hardware.model_dump())
     data = build_data(config)
     model = build_model(config, data)
@@ -58,16 +64,19 @@ def build(config: Config) -> Parts:
         # batch is none the worse for it.
         with named(f"attack.{name}"), _only(UserError):
             call(model, nothing, data.test.labels[:0], generator=SampleGenerator.for_images(nothing, seed=0))
-    if weights is not None:
-        carries_normalization = checkpoint.load_weights(model, weights)
-        if not carries_normalization and config.model.mean is None:
+    if config.checkpoint is not None:
+        carries_normalization = weights is not None and checkpoint.load_weights(model, weights)
+        if not carries_normalization and None in (config.model.mean, config.model.std):
             raise UserError(
-                f"checkpoint={weights}: holds weights without their normalisation; state what the model was trained "
-                "with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
+                f"checkpoint={config.checkpoint}: holds weights without their normalisation; state what the model was "
+                "trained with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
             )
     if recipe is not None:
         _optimizer(recipe, model)
-    return Parts(machine, data, machine.place(model), recipe, attacks, analyses)
+    untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
+    model = machine.place(model)
+    doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
+    return Parts(machine, data, model, recipe, attacks, analyses, (*untrained, *doubts))
 
 
 @contextmanager
@@ -157,21 +166,45 @@ def build_data(config: Config) -> DataSplits:
 
 def build_model(config: Config, data: DataSplits) -> Classifier:
     """The network, initialised from the run's seed, behind its normalisation; tried on two images."""
-    channels, height, width = data.image_shape
-    sizes = dict(zip(_SIZES, (data.num_classes, channels, (height, width)), strict=True))
-    torch.manual_seed(seed_from(config.seed, "weights"))
-    net = bind(config.model.net, "model.net", given=sizes)()
-    if not isinstance(net, nn.Module):
-        raise UserError(
-            f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module"
-        )
+    net = _net(config, data, config.seed, "weights")
     mean, std = (
-        _per_channel(stated, own, channels, key)
+        _per_channel(stated, own, data.image_shape[0], key)
         for stated, own, key in ((config.model.mean, data.mean, "mean"), (config.model.std, data.std, "std"))
     )
     model = Classifier(net, mean, std)
     _try(model, config.model.name, data)
     return model
+
+
+def _net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
+    """The bare network, its random weights drawn from a seed of `words`."""
+    channels, height, width = data.image_shape
+    sizes = dict(zip(_SIZES, (data.num_classes, channels, (height, width)), strict=True))
+    torch.manual_seed(seed_from(*words))
+    make = bind(config.model.net, "model.net", given=sizes)
+    try:
+        net = make()
+    except UserError:
+        raise
+    except Exception as error:  # another library's constructor can raise anything
+        raise UserError(
+            f"model.net: {_call(make)} raised {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise UserError(
+            f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module"
+        )
+    return net
+
+
+def _call(bound: partial[Any]) -> str:
+    """A bound target as the call that it makes, for a reader."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())
+    return f"{getattr(bound.func, '__name__', bound.func)}({settings})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: int, key: str) -> list[float]:
@@ -187,15 +220,18 @@ def _try(model: Classifier, name: str, data: DataSplits) -> None:
     was_training = model.training
     try:
         with torch.no_grad():
-            logits = model.eval()(torch.zeros(2, *data.image_shape))
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+            logits = model.eval().net(model.normalize(torch.zeros(2, *data.image_shape)))
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"model={name}: does not take {shape} images ({reason}); dataset.size= resizes them, "
+            f"model={name}: does not take {shape} images ({_first_line(error)}); dataset.size= resizes them, "
             "model.net.resize=224 lets torchvision's networks do so themselves"
         ) from error
     finally:
         model.train(was_training)
+    if not isinstance(logits, torch.Tensor):
+        raise UserError(
+            f"model={name}: gives a {type(logits).__name__}, not a tensor of logits (images, classes)"
+        )
     if logits.shape != (2, data.num_classes):
         raise UserError(
             f"model={name}: gives outputs of shape {tuple(logits.shape[1:])} for {data.num_classes} classes"

@@ -1,6 +1,7 @@
 """Save and load, atomically, without executing what a file contains."""
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 
 from aerl.files import atomic_write
 from aerl.types import UserError
+
+# Under which key a training script keeps the weights, and what wrappers put before the name of each tensor:
+# DataParallel, torch.compile, a module that holds the network as its attribute `model`.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -58,13 +64,15 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     """Put the weights in `path` into `model` (a Classifier); a UserError where they do not fit.
 
     Takes aerl's own checkpoints, and a bare state_dict of the network alone, such as the paper's `.pth`
-    files. Returns whether the file carried its normalisation: a bare state_dict does not.
+    files, by itself or as a training script keeps it ({"state_dict": ...}, names with "module." before them).
+    Nothing else in the file is looked at. Returns whether it carried its normalisation: a bare state_dict
+    does not, though the network in it may have one of its own.
     """
-    state = load(path)
-    weights = state.get("model", state) if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    net = {name.removeprefix("net.") for name in model.state_dict() if name.startswith("net.")}
+    weights = _unwrapped(load(path), net | set(model.state_dict()))
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"checkpoint={path}: is neither one of aerl's checkpoints nor a state_dict")
-    carries_normalization = "normalize.mean" in weights
+    carries_normalization = "normalize.mean" in weights and set(weights) != net
     if not carries_normalization:
         weights = {f"net.{name}": tensor for name, tensor in weights.items()}
         weights |= {name: t for name, t in model.state_dict().items() if name.startswith("normalize.")}
@@ -85,3 +93,21 @@ def load_weights(model: nn.Module, path: Path) -> bool:
             )
     model.load_state_dict(weights)
     return carries_normalization
+
+
+def _unwrapped(state: Any, known: Collection[str]) -> dict[str, Any]:
+    """The tensors by name, out of the wrappers around them; empty if there is no such thing."""
+    while isinstance(state, dict):
+        inner = [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]
+        if not inner:
+            break
+        state = inner[0]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        return {}
+    weights: dict[str, Any] = state
+    while weights and not any(name in known for name in weights):
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
+        if prefix is None:
+            break
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights

@@ -20,7 +20,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from yaml import YAMLError
 
 from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, quotient
@@ -226,16 +234,20 @@ def bind(
     """What `spec["_target_"]` names, with the other keys bound to its parameters.
 
     The values are checked against the annotations of its signature. `given` are values that aerl knows,
-    bound where the signature takes them; `later` names the parameters that the caller will pass. Raises
+    bound where the signature takes them, and of them `num_classes`, which every library calls so, also where
+    it takes any keyword; `later` names the parameters that the caller will pass. Raises
     UserError for a target that cannot be imported, a key it does not take, a value of the wrong type or
     out of range, and a parameter that is nowhere given.
     """
     target = _locate(spec["_target_"], key)
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError as error:  # written in C
+        raise UserError(f"{key}._target_={spec['_target_']}: its parameters cannot be read") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     try:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    except (NameError, TypeError):  # a library whose annotations exist for type checkers only
+    except Exception:  # a library whose annotations exist for type checkers only
         hints = {}
     reserved = {*(given or {}), *later}
     settings = {name: value for name, value in spec.items() if name != "_target_"}
@@ -245,7 +257,9 @@ def bind(
             raise UserError(f"{key}.{name}={_short(value)}: no such key; {_suggest(name, known)}")
         if name in hints:
             settings[name] = _checked(value, hints[name], f"{key}.{name}")
-    settings |= {name: value for name, value in (given or {}).items() if name in parameters}
+    for name, value in (given or {}).items():
+        if name in parameters or (takes_any and name == "num_classes"):
+            settings[name] = value
     for name, parameter in parameters.items():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variadic and name not in {*settings, *later}:
@@ -269,7 +283,11 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
         if isinstance(hint, type) and issubclass(hint, BaseModel):
             return hint.model_validate(value)
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except PydanticUserError:
+        return value  # an annotation that pydantic does not understand; the target judges for itself
     except ValidationError as error:
+        if any(part["type"] in ("is_instance_of", "enum") for part in error.errors()):
+            return value  # YAML has no such objects: the target takes a name for one, or refuses it itself
         raise UserError(_pydantic_line(error, key)) from error
 
 
@@ -308,10 +326,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+_NORMALIZATION = (
+    "what the network was trained with, per channel of images in [0, 1], for example model.mean=[0.5] "
+    "model.std=[0.25]; one that normalises inside itself says model.mean=[0] model.std=[1]"
+)
+_TO_GIVE = {
+    "model.mean": _NORMALIZATION,
+    "model.std": _NORMALIZATION,
+    "model.net._target_": "the network's function or class, for example torchvision.models.resnet18",
+    "analysis.compare.runs": "the run folders to compare with, for example 'analysis.compare.runs=[FOLDER]'",
+}
+
+
 def _omegaconf_line(error: OmegaConfBaseException) -> str:
     key = error.full_key
     if "MissingMandatoryValue" in type(error).__name__ or "Missing mandatory value" in str(error):
-        return f"{key}: must be given, for example {key}=..."
+        return f"{key}: must be given, {_TO_GIVE.get(str(key), f'for example {key}=...')}"
     message = str(error.msg or error).splitlines()[0]
     return f"{key}: {message}" if key else message
 
@@ -348,6 +378,8 @@ def explain(error: BaseException) -> str | None:
 def _unknown_override(key: str, cause: OmegaConfBaseException) -> str:
     parent, leaf = cause.parent_node, str(cause.key)
     known = [str(name) for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else []
+    if known == ["_target_"]:
+        return f"{key}: not in the YAML file; +{key}=... gives it to what {key.rpartition('.')[0]}._target_ names"
     if not known:
         return f"{key}: no such key; {key.rpartition('.')[0]} is null here"
     return f"{key}: no such key; {_suggest(leaf, known)}"
@@ -359,7 +391,7 @@ def adopt(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
     Only names of our own config groups and plain values are taken from the run folder. What its files
     name as code to import is compared with ours and refused where it differs.
     """
-    if cfg.trainer is not None or cfg.checkpoint is None:
+    if cfg.trainer is not None or cfg.checkpoint in (None, "own"):
         return cfg
     folder = Path(cfg.checkpoint).expanduser()
     if folder.is_file():

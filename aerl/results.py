@@ -33,7 +33,8 @@ class Result:
     """One measured number, one line of results.jsonl.
 
     `n` is the number of samples behind `value`, `step` the epoch (None for what is measured once),
-    `eps` is in the [0, 1] scale of the images, `source` names the model a transferred attack was made on.
+    `eps` is in the [0, 1] scale of the images, `source` names the model a transferred attack was made on,
+    or the run that this one is compared with.
     JSON knows no NaN and no infinity: such a value is written as null, and null is read back as NaN.
     """
 

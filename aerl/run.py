@@ -58,6 +58,9 @@ def run(cfg: DictConfig) -> float | None:
         choices={group: options[group] for group in ("dataset", "model")},
         environment=describe(parts.hardware),
     ) as record:
+        for doubt in parts.doubts:
+            log.warning("model: %s", doubt)
+        record.save(doubts=list(parts.doubts))
         if parts.recipe is not None:
             _train(parts, config, record)
         outcomes, split = judge(parts, config, record)

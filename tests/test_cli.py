@@ -94,6 +94,9 @@ def test_tab_completion_completes_options(launch):
         (["trainer=none"], r"checkpoint=null: trainer=none needs a model to judge.*"),
         (["trainer=none", "checkpoint=nowhere"], r"checkpoint=nowhere: no such file or folder.*"),
         (["trainer=none", "checkpoint=damaged.pt"], r"checkpoint=damaged.pt: damaged or not a PyTorch file.*"),
+        (["model=foreign", "trainer=none", "checkpoint=own"], r"model.mean: must be given, what the network was .*"),
+        (["analysis=compare"], r"analysis.compare.runs: must be given, the run folders to compare with, .*"),
+        (["analysis=compare", "analysis.compare.runs=[x]"], r"analysis.compare.runs.0=x: must be a run folder; .*"),
         (["dataset=huggingface"], r"dataset.path: must be given.*"),
         (["dataset=npz", "dataset.path=nowhere.npz"], r"dataset.path=nowhere.npz: .*"),
         (["dataset=npz", "dataset.path=tiny.npz"], r"model=alicnn: 4x4 images are too small .*"),
@@ -145,7 +148,12 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
     from aerl.build import attack, build_recipe
     from aerl.config import bind, read
 
-    required = {"huggingface": ["dataset.path=x"], "npz": ["dataset.path=x"]}
+    required = {
+        "huggingface": ["dataset.path=x"],
+        "npz": ["dataset.path=x"],
+        "foreign": ["model.mean=[0]", "model.std=[1]", "model.net._target_=torchvision.models.resnet18"],
+        "compare": ["analysis.compare.runs=[]"],
+    }
     checked = 0
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):

@@ -32,6 +32,27 @@ def results_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def comparison_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The paired comparison with one other run, as `aerl.analyses.compare` leaves it in the summary."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("attack", overflow="fold", min_width=10)
+    for name in ("this", "other", "difference", "95 % interval", "b", "c", "p"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for name, row in rows.items():
+        cells = [
+            name.replace("_", " ") if name == "worst_case" else name,
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['other_accuracy']:.1f} %",
+            f"{100 * row['difference']:+.1f} %",
+            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f} %",
+            str(row["b"]),
+            str(row["c"]),
+            f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001",
+        ]
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print what a run found and where its files are, on standard output unless told otherwise.
 
@@ -50,6 +71,12 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     console.print()
     console.print(results_table(summary))
     console.print()
+    for run, comparison in (summary.get("comparisons") or {}).items():
+        console.print(Text(f"compared with {run}"), soft_wrap=True)
+        console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test", style="dim"))
+        console.print()
+        console.print(comparison_table(comparison["rows"]))
+        console.print()
     for label, text in _notes(summary):
         console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True)
 
@@ -87,6 +114,8 @@ def _duration(seconds: float) -> str:
 
 def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines below the table: label and text."""
+    for doubt in summary.get("doubts") or ():
+        yield "warning", f"model: {doubt}"
     attacks = summary.get("attacks") or {}
     if aside := [name for name, attack in attacks.items() if not attack.get("counts", True)]:
         yield "*", f"not in the worst case, being outside the run's threat model: {', '.join(aside)}"
@@ -95,6 +124,9 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, attack in (summary.get("attacks") or {}).items():
         for warning in attack.get("warnings") or ():
             yield "warning", f"{name}: {warning}"
+    for run, comparison in (summary.get("comparisons") or {}).items():
+        for warning in comparison["warnings"]:
+            yield "warning", f"compared with {run}: {warning}"
     masking = summary.get("masking")
     if verdict := masking.get("verdict") if isinstance(masking, Mapping) else masking:
         yield "verdict", str(verdict)

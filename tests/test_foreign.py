@@ -1,0 +1,351 @@
+"""Other people's models: how they are made and loaded, what is said about them, and what their files cannot do."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn import functional as F
+
+from aerl import checkpoint
+from aerl.build import build
+from aerl.config import bind, read
+from aerl.models import CNN, AliCNN, Classifier
+from aerl.probe import drawn, probe
+from aerl.types import UserError
+from tests.conftest import ROOT
+
+SIZES = {"num_classes": 7, "channels": 3, "size": (8, 8)}
+
+
+def composed(*words: str):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return read(compose("config", overrides=["logger=none", "attack=none", "analysis=none", *words]))
+
+
+def refusal(call, *args) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+# ------------------------------------------------------------------------------- functions and classes
+
+
+def keyword_function(width: int = 4, **kwargs: int) -> nn.Module:
+    assert set(kwargs) == {"num_classes"}
+    return nn.Linear(width, **{"out_features": kwargs["num_classes"]})
+
+
+def plain_function(depth: int) -> nn.Module:
+    return nn.Linear(depth, 7)
+
+
+class KeywordClass(nn.Module):
+    def __init__(self, **kwargs: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(2, kwargs.pop("num_classes"))
+        assert not kwargs
+
+
+def test_num_classes_reaches_every_kind_of_target():
+    squeezenet = bind({"_target_": "torchvision.models.squeezenet1_1"}, "model.net", given=SIZES)()
+    assert squeezenet.classifier[1].out_channels == 7
+    for target in (keyword_function, KeywordClass):
+        spec = {"_target_": f"tests.test_foreign.{target.__name__}"}
+        assert bind(spec, "model.net", given=SIZES).keywords == {"num_classes": 7}
+        assert list(bind(spec, "model.net", given=SIZES)().parameters())[-1].shape == (7,)
+    spec = {"_target_": "tests.test_foreign.plain_function", "depth": 3}
+    assert bind(spec, "model.net", given=SIZES)().in_features == 3
+
+
+def test_what_only_a_library_can_judge_is_left_to_it():
+    """torchvision takes the name of weights where its annotation says an enumeration."""
+    spec = {"_target_": "torchvision.models.resnet18", "weights": "IMAGENET1K_V1"}
+    assert bind(spec, "model.net", given=SIZES).keywords["weights"] == "IMAGENET1K_V1"
+    wrong = {"_target_": "torchvision.models.resnet18", "progress": "perhaps"}
+    assert refusal(bind, wrong, "model.net").startswith(
+        "model.net.progress=perhaps: should be a valid boolean"
+    )
+
+
+def test_a_target_that_fails_is_told_in_one_line(data_dir):
+    words = (
+        "model=foreign",
+        "model.mean=[0]",
+        "model.std=[1]",
+        "trainer=none",
+        "checkpoint=own",
+        f"data_dir={data_dir}",
+    )
+    target = "model.net._target_=torchvision.models.resnet18"
+    line = refusal(build, composed(*words, target, "+model.net.weights=NOT_THERE"))
+    assert line.startswith("model.net: resnet18(weights='NOT_THERE', num_classes=10) raised KeyError")
+    target = "model.net._target_=tests.test_foreign.gives_a_tuple"
+    assert refusal(build, composed(*words, target)) == (
+        "model=foreign: gives a tuple, not a tensor of logits (images, classes)"
+    )
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def gives_a_tuple():
+    return Pair()
+
+
+def test_the_normalisation_must_be_stated():
+    words = ("model=foreign", "model.net._target_=torchvision.models.resnet18")
+    line = refusal(composed, *words)
+    assert line.startswith("model.mean: must be given") and "model.mean=[0] model.std=[1]" in line
+    assert refusal(composed, *words, "model.mean=[0]").startswith("model.std: must be given")
+    line = refusal(composed, "model=foreign", "model.mean=[0]", "model.std=[1]")
+    assert line.startswith("model.net._target_: must be given")
+
+
+# --------------------------------------------------------------------------------------- files of weights
+
+
+def classifier(net: nn.Module | None = None) -> Classifier:
+    return Classifier(net or AliCNN(num_classes=10, channels=1, size=(8, 8), hidden=8), (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: {"state_dict": net.state_dict(), "epoch": 3, "best": 0.9},
+        lambda net: {"model_state_dict": net.state_dict(), "optimizer_state_dict": {"state": {}}},
+        lambda net: {"net": net.state_dict(), "acc": 93.5},
+        lambda net: {"net": nn.DataParallel(net).state_dict()},
+        lambda net: {"model": {"state_dict": nn.DataParallel(net).state_dict()}},
+        lambda net: {f"module._orig_mod.{name}": tensor for name, tensor in net.state_dict().items()},
+        lambda net: {"state_dict": {f"model.{name}": tensor for name, tensor in net.state_dict().items()}},
+    ],
+    ids=["state_dict", "model_state_dict", "net", "DataParallel", "nested", "compiled", "Lightning"],
+)
+def test_weights_are_found_as_training_scripts_keep_them(tmp_path, wrap):
+    net, model = classifier().net, classifier()
+    torch.save(wrap(net), tmp_path / "weights.pt")
+    assert not checkpoint.load_weights(model, tmp_path / "weights.pt")
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in model.net.state_dict().items())
+    assert model.normalize.mean.item() == 0.5
+
+
+def test_the_papers_file_fits_its_network(tmp_path):
+    net = CNN(num_classes=10, channels=3, size=(32, 32), width=0.05)
+    model = Classifier(CNN(num_classes=10, channels=3, size=(32, 32), width=0.05), (0.5,), (0.5,))
+    torch.save(net.state_dict(), tmp_path / "paper.pth")
+    assert not checkpoint.load_weights(model, tmp_path / "paper.pth")
+    assert torch.equal(model.net.fc2.bias, net.fc2.bias)
+
+
+def test_a_network_named_like_ours_keeps_its_own_normalisation(tmp_path):
+    """Its state_dict has normalize.mean, too, and even a net: still a bare one, not a Classifier's."""
+    inside, model = classifier(), classifier(classifier())
+    inside.normalize.mean.fill_(0.1)
+    torch.save(inside.state_dict(), tmp_path / "weights.pt")
+    assert not checkpoint.load_weights(model, tmp_path / "weights.pt")
+    assert model.normalize.mean.item() == 0.5 and model.net.normalize.mean.item() == pytest.approx(0.1)
+    checkpoint.save({"model": model.state_dict()}, tmp_path / "ours.pt")
+    assert checkpoint.load_weights(classifier(classifier()), tmp_path / "ours.pt")
+
+
+def test_what_a_file_says_beside_its_weights_is_not_looked_at(tmp_path):
+    pwned = tmp_path / "pwned"
+    saved, model = classifier(), classifier()
+    config = {
+        "_target_": "os.system",
+        "command": f"touch {pwned}",
+        "model": {"net": {"_target_": "os.mkdir"}},
+    }
+    torch.save({"model": saved.state_dict(), "config": config}, tmp_path / "weights.pt")
+    assert checkpoint.load_weights(model, tmp_path / "weights.pt")
+    assert torch.equal(model.net.fc2.bias, saved.net.fc2.bias)
+    assert not pwned.exists()
+
+
+class Malicious:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_objects_beside_the_weights_are_refused_unexecuted(tmp_path):
+    pwned = tmp_path / "pwned"
+    weights = classifier().state_dict()
+    for number, thing in enumerate((OmegaConf.create({"_target_": "os.system"}), Malicious(str(pwned)))):
+        path = tmp_path / f"{number}.pt"
+        torch.save({"model": weights, "config": thing}, path)
+        model = classifier()
+        before = model.net.fc2.bias.clone()
+        assert "holds something other than tensors" in refusal(checkpoint.load_weights, model, path)
+        assert torch.equal(model.net.fc2.bias, before)
+    assert not pwned.exists()
+    torch.load(path, weights_only=False)  # the bait is real
+    assert pwned.exists()
+
+
+# ----------------------------------------------------------------------------------------------- the probe
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Then(nn.Module):
+    """A small network with what `f` does to its logits, or to the images before."""
+
+    def __init__(self, f=lambda z: z, before=lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        self.f, self.before = f, before
+
+    def forward(self, x):
+        return self.f(self.net(self.before(x)))
+
+
+def stuck(layer: nn.Module) -> nn.Module:
+    """A network that eval() does not reach."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), layer, nn.Linear(16, 5))
+    net.train = lambda mode=True: net
+    return net
+
+
+def numpy_inside(z: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(z.detach().numpy() * 2)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z * 2
+
+
+@torch.inference_mode()
+def inferred(z: torch.Tensor) -> torch.Tensor:
+    return z * 2
+
+
+def head_at_zero() -> nn.Module:
+    model = Then()
+    nn.init.zeros_(model.net[3].weight)
+    return model
+
+
+def test_a_model_as_it_should_be_is_not_remarked_upon(x):
+    regular = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(288, 5)
+    )
+    for model in (Then(), classifier(), regular, Then(lambda z: F.log_softmax(z, 1)), head_at_zero()):
+        assert probe(model, x) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Then(lambda z: z.softmax(1)), ["its outputs are probabilities"]),
+        (lambda: Then(lambda z: z / 0), ["its outputs are not finite"]),
+        (lambda: stuck(nn.BatchNorm1d(16)), [r"^1 of .* first is 2\) are in training", "depends on the other"]),
+        (lambda: stuck(nn.Dropout()), ["are in training mode although eval", "two passes .* differ"]),
+        (lambda: Then(lambda z: F.dropout(z, 0.5)), ["two passes over the same images differ"]),
+        (lambda: Then(before=lambda x: x + 0.1 * torch.randn_like(x)), ["two passes over the same images differ"]),
+        (lambda: Then(lambda z: z - z.mean(0)), ["depends on the other images of the batch"]),
+        (lambda: Then(torch.Tensor.detach), ["do not depend on the images as far as autograd sees"]),
+        (lambda: Then(torch.no_grad()(lambda z: z * 1)), ["do not depend on the images as far as autograd sees"]),
+        (lambda: Then(numpy_inside), ["do not depend on the images as far as autograd sees"]),
+        (lambda: Then(inferred), ["cannot be differentiated|do not depend on the images"]),
+        (lambda: Then(NoBackward.apply), ["cannot be differentiated"]),
+        (lambda: Then(before=lambda x: (x * 15).round() / 15), ["gradient is exactly zero on all 8 images"]),
+        (lambda: Then(before=lambda x: (x - x).sqrt() + x), ["its gradient is not finite"]),
+    ],
+)  # fmt: skip
+def test_each_fault_is_said_and_no_other(x, make, expected):
+    said = probe(make(), x)
+    assert len(said) == len(expected), said
+    for sentence, pattern in zip(said, expected, strict=True):
+        assert re.search(pattern, sentence) and "\n" not in sentence
+
+
+def test_the_probe_leaves_no_trace(x):
+    net = nn.Sequential(stuck(nn.BatchNorm1d(16)), nn.Dropout())
+    net[0][1].weight.requires_grad_(False)
+    net[1].eval()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    buffers = [id(buffer) for buffer in net.buffers()]
+    modes = [module.training for module in net.modules()]
+    random = torch.get_rng_state()
+    assert probe(net, x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert [id(buffer) for buffer in net.buffers()] == buffers
+    assert [module.training for module in net.modules()] == modes
+    assert [p.requires_grad for p in net.parameters()].count(False) == 1
+    assert all(p.grad is None for p in net.parameters()) and x.grad is None and not x.requires_grad
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_weights_that_a_target_does_not_bring_are_said(x):
+    one, other = Then(), Then()
+    assert drawn(one, other) == []
+    nn.init.normal_(other.net[3].weight)
+    (sentence,) = drawn(one, other)
+    assert sentence.startswith("1 of its 4 tensors (the first is net.3.weight) are drawn at random")
+
+
+# ------------------------------------------------------------------------------------------ the whole way
+
+
+def test_our_weights_as_a_foreign_file_are_the_same_model(tmp_path, data_dir):
+    ours = classifier()
+    weights = {"state_dict": nn.DataParallel(ours.net).state_dict(), "epoch": 90}
+    torch.save(weights, tmp_path / "theirs.pth")
+    words = ("trainer=none", "model=foreign", "model.mean=[0.5]", "model.std=[0.5]", f"data_dir={data_dir}")
+    target = ("model.net._target_=aerl.models.AliCNN", "+model.net.hidden=8")
+    parts = build(composed(*words, *target, f"checkpoint={tmp_path / 'theirs.pth'}"))
+    assert parts.doubts == ()
+    x = parts.data.test.images[:20] / 255
+    torch.testing.assert_close(parts.model.eval()(x), ours.eval()(x))
+
+
+def test_a_doubt_is_in_the_log_the_summary_and_the_table(launch, tmp_path):
+    (tmp_path / "my_nets.py").write_text(
+        "import torch\nfrom aerl.models import AliCNN\n\n\n"
+        "def softmax(weights, **kwargs):\n"
+        "    net = AliCNN(channels=1, size=(8, 8), hidden=8, **kwargs)\n"
+        "    net.load_state_dict(torch.load(weights))\n"
+        "    return torch.nn.Sequential(net, torch.nn.Softmax(1))\n"
+    )
+    torch.save(classifier().net.state_dict(), tmp_path / "plain.pth")
+    done = launch(
+        "trainer=none", "checkpoint=own", "model=foreign", "model.mean=[0]", "model.std=[1]", "logger=none",
+        "model.net._target_=my_nets.softmax", "+model.net.weights=plain.pth", "evaluation.samples=9",
+        "attack=fgsm", "analysis=none", "name=soft", PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (doubt,) = json.loads((tmp_path / "runs/soft/summary.json").read_text())[
+        "doubts"
+    ]  # none about its weights
+    assert doubt.startswith("its outputs are probabilities")
+    assert f"warning    model: {doubt}" in done.stdout
+    assert done.stderr.count(doubt) == 1
+    assert doubt in (tmp_path / "runs/soft/run.log").read_text()
+
+
+def test_own_weights_of_a_network_that_has_none(data_dir):
+    words = ("trainer=none", "checkpoint=own", f"data_dir={data_dir}")
+    assert "checkpoint=own: holds weights without their normalisation" in refusal(build, composed(*words))
+    parts = build(composed(*words, "model.mean=[0.5]", "model.std=[0.5]", "+model.net.hidden=8"))
+    (doubt,) = parts.doubts
+    assert doubt.startswith("12 of its 12 tensors") and "drawn at random" in doubt
+    assert "checkpoint=own" in refusal(build, composed("trainer=none", f"data_dir={data_dir}"))
