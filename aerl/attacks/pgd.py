@@ -28,6 +28,7 @@ def pgd(
     targeted: bool = False,
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
+    start: Tensor | None = None,
 ) -> Tensor:
     """PGD (Madry et al. 2018, section 2.1): climb a loss in steps of fixed length, staying in the ball.
 
@@ -48,6 +49,8 @@ def pgd(
         begin with, and the batch goes on without it: cheaper, and the same samples are fooled.
     keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
         "last" returns the last iterate.
+    start: images like x from which the first run starts, instead of at random or at x; they are projected into
+        the ball and the box. For callers in Python.
 
     Raises UserError for settings that do not go together or with the number of classes, also for an empty
     batch; for images outside [0, 1]; for logits that are not finite or do not depend on the images.
@@ -64,6 +67,8 @@ def pgd(
     low, high = (bound.item() for bound in x.aminmax())
     if not (low >= 0 and high <= 1):
         raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
+    if start is not None and start.shape != x.shape:
+        raise UserError(f"start={tuple(start.shape)}: must have the images' shape {tuple(x.shape)}")
     length = eps / 10 if step_size is None else step_size
     objective = getattr(losses, loss)
 
@@ -72,7 +77,7 @@ def pgd(
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
         targets = y[:, None].expand(-1, restarts)
-        if targeted or loss == "kl" or (drop_fooled and random_start):
+        if targeted or loss == "kl" or (drop_fooled and (random_start or start is not None)):
             clean = model(x)
             sound &= clean.isfinite().all()
             fooled = (clean.argmax(1) != y) & drop_fooled
@@ -90,7 +95,9 @@ def pgd(
             origin, label, aim = x[index], y[index], targets[index, restart]
             best, best_loss, hit = kept[index], highest[index], fooled[index]
             point = origin
-            if random_start:
+            if start is not None and restart == 0:
+                point = clip(origin, start[index].to(origin) - origin, norm, eps)
+            elif random_start:
                 point = clip(origin, random_in_ball(origin, norm, eps, generator[index]), norm, eps)
 
             # One forward judges an iterate and gives its gradient. The last iterate is only judged, or, where
