@@ -22,10 +22,10 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """(B, C, H, W) float32 in [0, 1] -> logits (B, K) float32.
+    """(B, C, H, W) float32 in [0, 1] -> logits (B, K) float32, or float64 throughout.
 
     Normalisation is layer 0: an attack perturbs the dataset's own pixels, and no caller can forget it.
-    Logits are returned in float32 whatever autocast did inside: the softmax of bfloat16 logits is too
+    Logits are returned in float32 at least, whatever autocast did inside: the softmax of bfloat16 logits is too
     coarse for input gradients, whose signs then often differ from those in float32.
     """
 
@@ -36,4 +36,4 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(self.normalize(x))
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
