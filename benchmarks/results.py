@@ -1,0 +1,172 @@
+"""The table of docs/results.md: train, judge, compare, write. `python -m benchmarks.results --cifar10 FOLDER`
+
+Every step is a command of launch.py, which says itself what is finished: repeated, this goes on where it
+was stopped. `--paper` does the same with the 6-layer CNN at the paper's settings, for a GPU.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+TRAINERS = ("sl", "sl_adv", "rl", "rl_adv", "rl_expected", "pgd_at")
+SOURCES = ("sl", "sl_adv", "rl", "rl_adv")  # of the paper's transfer matrix
+_PAPER = {
+    **{name: [f"experiment=paper_{name}"] for name in SOURCES},
+    "rl_expected": ["experiment=paper_rl", "trainer.act.expected=true"],
+    "pgd_at": ["dataset=cifar10", "model=cnn", "trainer=pgd_at"],
+}
+STEPS = ("train", "judge", "matrix", "write")
+
+
+def launch(*words: str) -> None:
+    print("+ launch.py", *words, file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, str(_LAUNCH), *words], check=True)
+
+
+def train(args: argparse.Namespace, trainer: str, seed: int) -> None:
+    what = _PAPER[trainer] if args.paper else ["dataset=cifar10_small", f"trainer={trainer}"]
+    where = [f"dataset.path={args.cifar10}"] if args.cifar10 else []
+    launch(*what, *where, f"eps={args.eps}", f"seed={seed}", "attack=none", "analysis=none",
+           f"runs_dir={args.runs}", f"name={trainer}-{seed}")  # fmt: skip
+
+
+def judge(args: argparse.Namespace, trainer: str, seed: int) -> None:
+    sources = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES if name != trainer)
+    launch("trainer=none", f"checkpoint={args.runs}/{trainer}-{seed}", f"seed={seed}", f"eps={args.eps}",
+           f"evaluation.samples={args.samples}", "attack=[pgd_paper,pgd,autoattack,transfer]",
+           f"attack.transfer.sources=[{sources}]", "analysis=[masking]",
+           f"runs_dir={args.runs}", f"name=judged-{trainer}-{seed}")  # fmt: skip
+
+
+def matrix(args: argparse.Namespace, seed: int) -> None:
+    runs = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES)
+    launch("trainer=none", f"checkpoint={args.runs}/sl-{seed}", f"seed={seed}", f"eps={args.eps}",
+           f"evaluation.samples={args.samples}", "attack=none", "analysis=transfer_matrix",
+           f"analysis.transfer_matrix.runs=[{runs}]", f"runs_dir={args.runs}", f"name=matrix-{seed}")  # fmt: skip
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    if told["status"] != "finished":
+        raise SystemExit(f"{folder} is {told['status']}: repeat the command without --only")
+    return told
+
+
+def _share(accuracy: dict[str, float]) -> str:
+    return f"{100 * accuracy['value']:.1f} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})"
+
+
+def robustness(args: argparse.Namespace) -> list[str]:
+    """One row for each model: every accuracy in %, with its 95 % interval."""
+    lines = [
+        "| trainer | seed | clean | pgd_paper | pgd | AutoAttack | worst transfer | worst case | masking audit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for trainer in args.trainers:
+        for seed in args.seeds:
+            told = summary(args.runs / f"judged-{trainer}-{seed}")
+            attacks = told["attacks"]
+            transfers = {
+                name: attack["robust_accuracy"]
+                for name, attack in attacks.items()
+                if attack["of"] == "transfer" and not name.endswith("_refined")
+            }
+            worst = min(transfers, key=lambda name: transfers[name]["value"])
+            source = worst.removeprefix("transfer_").rpartition("_seed")[0] or worst
+            cells = [trainer, str(seed), _share(told["clean_accuracy"])]
+            cells += [_share(attacks[name]["robust_accuracy"]) for name in ("pgd_paper", "pgd", "autoattack")]
+            cells += [f"{_share(transfers[worst])} from {source}", _share(told["worst_case_accuracy"])]
+            cells.append(f"{told['masking']['verdict']}: {told['masking']['mechanism']}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def means(args: argparse.Namespace) -> list[str]:
+    """Per trainer the mean over seeds of the paper's number, the honest one, and what lies between them."""
+    names = ("pgd_paper", "pgd", "autoattack")
+    lines = ["| trainer | clean | pgd_paper | pgd | AutoAttack | worst case |", "|---|---|---|---|---|---|"]
+    for trainer in args.trainers:
+        told = [summary(args.runs / f"judged-{trainer}-{seed}") for seed in args.seeds]
+        columns = [[t["clean_accuracy"]["value"] for t in told]]
+        columns += [[t["attacks"][name]["robust_accuracy"]["value"] for t in told] for name in names]
+        columns.append([t["worst_case_accuracy"]["value"] for t in told])
+        cells = [f"{100 * np.mean(column):.1f}" for column in columns]
+        lines.append(f"| {trainer} | {' | '.join(cells)} |")
+    return lines
+
+
+def transfers(args: argparse.Namespace) -> list[str]:
+    """The source x target matrix, the mean over seeds of accuracies in % on all images."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for seed in args.seeds:
+        lines = (args.runs / f"matrix-{seed}" / "transfer_matrix.csv").read_text().splitlines()
+        header = lines[0].split(",")
+        for line in lines[1:]:
+            row = dict(zip(header, line.split(","), strict=True))
+            pair = (row["source"].rpartition("_seed")[0], row["target"].rpartition("_seed")[0])
+            cells.setdefault(pair, []).append(float(row["accuracy"]))
+    lines = [f"| crafted on \\ judged on | {' | '.join(SOURCES)} |", "|---|" + "---|" * len(SOURCES)]
+    for source in SOURCES:
+        shares = [f"{100 * np.mean(cells[source, target]):.1f}" for target in SOURCES]
+        lines.append(f"| {source} | {' | '.join(shares)} |")
+    return lines
+
+
+def write(args: argparse.Namespace) -> None:
+    environment = summary(args.runs / f"judged-{args.trainers[0]}-{args.seeds[0]}")["environment"]
+    title = (
+        f"{datetime.date.today().isoformat()}; {environment['device']}, torch {environment['torch']}; "
+        f"L2 eps {args.eps}, {args.samples} test images, seeds {', '.join(map(str, args.seeds))}; "
+        "accuracies in %, in brackets the 95 % interval over the images"
+    )
+    parts: Sequence[list[str]] = ([title], robustness(args), means(args), transfers(args))
+    text = "\n\n".join("\n".join(part) for part in parts) + "\n"
+    if args.out is None:
+        print(text)
+    else:
+        args.out.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cifar10", type=Path, help="a local copy of CIFAR-10; without it torchvision's download"
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="the 6-layer CNN at the paper's settings: for a GPU"
+    )
+    parser.add_argument(
+        "--eps", type=float, help="L2; 0.5 at 16x16, with --paper 1.0 at 32x32: equal per pixel"
+    )
+    parser.add_argument("--samples", type=int, default=500, help="test images that are attacked")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"))
+    parser.add_argument("--only", choices=STEPS, nargs="+", default=list(STEPS))
+    parser.add_argument("--out", type=Path, help="write the tables here, as Markdown")
+    args = parser.parse_args()
+    args.eps = args.eps or (1.0 if args.paper else 0.5)
+    for seed in args.seeds:
+        for trainer in args.trainers:
+            if "train" in args.only:
+                train(args, trainer, seed)
+    for seed in args.seeds:
+        if "matrix" in args.only:
+            matrix(args, seed)
+        for trainer in args.trainers:
+            if "judge" in args.only:
+                judge(args, trainer, seed)
+    if "write" in args.only:
+        write(args)
+
+
+if __name__ == "__main__":
+    main()
