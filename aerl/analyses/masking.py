@@ -319,9 +319,7 @@ class _Audit:
                 except Exception as error:
                     row["says"] = f"not measured: {_one_line(error)}"
                 passes = self.cost.passes / max(self.n, 1)
-                rows.append(
-                    row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes}
-                )
+                rows.append(row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes})
                 began, self.cost.passes = time.monotonic(), 0.0
                 bar.update(1)
         return rows
@@ -350,13 +348,9 @@ class _Audit:
     def _noise(self, index: Tensor, salt: str) -> SampleGenerator:
         return SampleGenerator.for_images(self.x[index], self.context.seed, f"masking/{salt}")
 
-    def gradients(
-        self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None
-    ) -> Tensor:
+    def gradients(self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None) -> Tensor:
         """The gradient of a loss at images x (n, C, H, W), one for each sample."""
-        parts = [
-            _gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()
-        ]
+        parts = [_gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()]
         return torch.cat(parts)
 
     @cached_property
@@ -399,9 +393,7 @@ class _Audit:
     def missed(self) -> Tensor:
         """The samples that plain PGD leaves: at every iterate, or at the last of a randomised model."""
         if self.randomised.any():
-            return ~torch.cat(
-                [self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()]
-            )
+            return ~torch.cat([self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()])
         return ~self.plain.wrong.any(1)
 
     @cached_property
@@ -446,16 +438,12 @@ class _Audit:
         gained = fooled & self.missed
         count, again = int(gained.sum()), int(self.again.sum())
         chance = _mcnemar(int((gained & ~self.again).sum()), int((self.again & ~gained).sum()))
-        return self._effect(
-            count, f"{name} fools {count}, a second start {again} (p = {chance:.1g})", chance, threshold
-        )
+        return self._effect(count, f"{name} fools {count}, a second start {again} (p = {chance:.1g})", chance, threshold)
 
     def _effect(self, count: int, says: str, chance: float, threshold: float) -> _Finding:
         flag = count / self.n > threshold and chance < self.significance
         left = int(self.missed.sum())
-        return _Finding(
-            count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}"
-        )
+        return _Finding(count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}")
 
     # Effects: an honest attack fools what plain PGD leaves.
 
@@ -481,9 +469,7 @@ class _Audit:
         affected = self.missed & self._numerics[1]
         if not affected.any():
             left = int(self.missed.sum())
-            return _Finding(
-                0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses"
-            )
+            return _Finding(0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses")
         fooled = self.fooled("again", self.pgd(), among=affected, model=self._double, dtype=torch.float64)
         return self.beats(fooled, threshold, "PGD in float64")
 
@@ -561,8 +547,7 @@ class _Audit:
             worst = max(worst, rise)
             flag |= rise > threshold and _mcnemar(lost, won) < self.significance
         shares = ", ".join(
-            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})"
-            for name, fooled in self.ladder.items()
+            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})" for name, fooled in self.ladder.items()
         )
         return _Finding(worst, flag, f"robust to plain PGD in growing balls: {shares}")
 
@@ -587,9 +572,7 @@ class _Audit:
 
     def zero_ce_gradient(self, threshold: float) -> _Finding:
         mask = _is_zero(self.ce_gradient) & ~_is_zero(self.margin_gradient)
-        return self.share(
-            mask, threshold, "the gradient of the cross-entropy is exactly zero, that of the margin is not,"
-        )
+        return self.share(mask, threshold, "the gradient of the cross-entropy is exactly zero, that of the margin is not,")
 
     def zero_gradient(self, threshold: float) -> _Finding:
         """Gone from every loss, though the outputs do depend on the image."""
@@ -597,16 +580,10 @@ class _Audit:
         for index in self._batches():
             x, noise = self.x[index], self._noise(index, "zero_gradient")
             for _ in range(4):
-                moved = self.model(
-                    clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps)
-                )
+                moved = self.model(clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps))
                 changed[index] |= (moved != self.logits[index]).any(1)
         mask = _is_zero(self.margin_gradient) & changed
-        return self.share(
-            mask,
-            threshold,
-            "the gradient of every loss is exactly zero though the output changes with the image",
-        )
+        return self.share(mask, threshold, "the gradient of every loss is exactly zero though the output changes with the image")
 
     @cached_property
     def _double(self) -> nn.Module:
@@ -630,20 +607,14 @@ class _Audit:
     def step_length(self, threshold: float) -> _Finding:
         """A normalised step has the length asked for unless the gradient is zero."""
         length = norms(ascent_direction(self.ce_gradient, "L2"), "L2").mean().item()
-        return _Finding(
-            length,
-            length < threshold,
-            f"an honest step along the cross-entropy has {length:.2f} of its length",
-        )
+        return _Finding(length, length < threshold, f"an honest step along the cross-entropy has {length:.2f} of its length")
 
     def paper_step_length(self, threshold: float) -> _Finding:
         size = norms(self.ce_gradient, "L2").flatten().double() / _PAPER_BATCH
         length = (size / size.clamp_min(_PAPER_FLOOR)).mean().item()
         says = f"a step by the paper's formula (floor {_PAPER_FLOOR:g}, batch of {_PAPER_BATCH}) has {length:.2f} of its length"
         under = int((size < _PAPER_FLOOR).sum())
-        return _Finding(
-            length, length < threshold, f"{says}; {under} of {self.n} samples are under the floor"
-        )
+        return _Finding(length, length < threshold, f"{says}; {under} of {self.n} samples are under the floor")
 
     def consistency(self, threshold: float) -> _Finding:
         """Noise a tenth of the ball in size hardly turns the gradient of an honest network."""
@@ -654,9 +625,7 @@ class _Audit:
                 random_in_ball(self.x[index], self.norm, self.eps / 10, self._noise(index, f"consistency/{draw}"))
                 for index in self._batches()
             ])  # fmt: skip
-            cosines.append(
-                _cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive]
-            )
+            cosines.append(_cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive])
         median = torch.stack(cosines).median().item()
         says = f"the median cosine between the margin's gradients at an image and beside it is {median:.2f}"
         return _Finding(median, median < threshold, says)
@@ -667,12 +636,7 @@ class _Audit:
         step = ascent_direction(self.margin_gradient, self.norm) * (self.eps / 50)
         promised = 2 * (step * self.margin_gradient).sum(_PIXELS)
         ahead, behind = (
-            torch.cat(
-                [
-                    losses.margin(self.model((self.x + sign * step)[index]), self.y[index])
-                    for index in self._batches()
-                ]
-            )
+            torch.cat([losses.margin(self.model((self.x + sign * step)[index]), self.y[index]) for index in self._batches()])
             for sign in (1, -1)
         )
         off = ((ahead - behind) / promised - 1).abs() > 0.5
@@ -690,11 +654,7 @@ class _Audit:
 
     def silent_success(self, threshold: float) -> _Finding:
         wrong = self.plain.wrong
-        return self.share(
-            wrong.any(1) & ~wrong[:, -1],
-            threshold,
-            "plain PGD passes an adversarial example and ends on none",
-        )
+        return self.share(wrong.any(1) & ~wrong[:, -1], threshold, "plain PGD passes an adversarial example and ends on none")
 
     def _failures(self) -> Tensor:
         """The cross-entropy on the way of the runs that fail (m, steps + 1), scaled to [0, 1]."""
@@ -707,9 +667,7 @@ class _Audit:
     def incomplete(self, threshold: float) -> _Finding:
         best = self._failures().cummax(1).values
         count, of = int((best[:, -1] - best[:, -10:][:, 0] > 0.05).sum()), len(best)
-        says = (
-            f"the loss still rises in the last ten steps on {count} of the {of} samples that plain PGD misses"
-        )
+        says = f"the loss still rises in the last ten steps on {count} of the {of} samples that plain PGD misses"
         return _Finding(count / of, count / of > threshold, says)
 
     def break_point(self, threshold: float) -> _Finding:
@@ -723,11 +681,7 @@ class _Audit:
         off = (beside - (beside * chord).sum(2, keepdim=True) * chord).norm(dim=2)
         knee = way[torch.arange(len(way)), off[:, 1:-1].argmax(1) + 1]
         mean = torch.cosine_similarity(knee - way[:, 0], knee - way[:, -1], dim=1).abs().mean().item()
-        return _Finding(
-            mean,
-            mean > threshold,
-            f"the break-point angle of plain PGD's loss has a mean |cosine| of {mean:.2f}",
-        )
+        return _Finding(mean, mean > threshold, f"the break-point angle of plain PGD's loss has a mean |cosine| of {mean:.2f}")
 
     def increasing_loss(self, threshold: float) -> _Finding:
         """The attacker's loss, 1 - the scaled cross-entropy, over those steps that raise it."""
@@ -735,20 +689,12 @@ class _Audit:
         rises = cost.diff(dim=1) > 0
         height = ((cost[:, 1:] + cost[:, :-1]) / 2 * rises).sum(1) / rises.sum(1).clamp_min(1)
         mean = height.mean().item()
-        return _Finding(
-            mean,
-            mean > threshold,
-            f"plain PGD's steps that go back do so at a mean height of {mean:.2f} of its loss",
-        )
+        return _Finding(mean, mean > threshold, f"plain PGD's steps that go back do so at a mean height of {mean:.2f} of its loss")
 
     def zero_on_path(self, threshold: float) -> _Finding:
         before = self.plain.wrong.cumsum(1)[:, :-1] == 0
         share = ((self.plain.zero & before).sum(1) / before.sum(1).clamp_min(1)).mean().item()
-        return _Finding(
-            share,
-            share > threshold,
-            f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps",
-        )
+        return _Finding(share, share > threshold, f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps")
 
 
 # ------------------------------------------------------------------------------------ models and tools
