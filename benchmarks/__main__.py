@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl import hardware
-from benchmarks import attacks, memory, startup, training
+from benchmarks import attacks, judging, memory, startup, training
 from benchmarks.victim import images_32, trained
 
-PARTS = ("startup", "training", "attacks", "memory")
+PARTS = ("startup", "training", "attacks", "judging", "memory")
 
 
 def main() -> None:
@@ -44,6 +44,8 @@ def main() -> None:
             model = trained(data, machine, Path(scratch), images=500 if args.smoke else 8_000)
             samples, steps = (16, 3) if args.smoke else (128, 20)
             rows += attacks.measure(model, data, machine, rounds, samples=samples, steps=steps)
+        if "judging" in parts:
+            rows += judging.measure(args.cifar10, Path(scratch), rounds, args.smoke)
         if "memory" in parts and args.cifar10 is not None:
             rows += memory.measure(args.cifar10, Path(scratch))
     show(rows, args, machine, rounds)

@@ -1,0 +1,58 @@
+"""What a number to be believed costs: the suite and the masking audit against AutoAttack standard, as whole runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paired import ratio
+
+_LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+
+
+def _run(folder: Path, *words: str) -> dict[str, Any]:
+    command = [sys.executable, str(_LAUNCH), *words, "logger=none", "overwrite=true"]
+    subprocess.run(
+        [*command, f"runs_dir={folder.parent}", f"name={folder.name}"], check=True, capture_output=True
+    )
+    told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return told
+
+
+def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> list[tuple[str, str, str]]:
+    """Rows of (what, measured, goal), on a plainly and on a PGD-trained AliCNN of cifar10_small, or of digits."""
+    data = ["dataset=digits"] if cifar10 is None else ["dataset=cifar10_small", f"dataset.path={cifar10}"]
+    samples = 24 if smoke else 500 if cifar10 is not None else 360
+    quick = ["trainer.epochs=2"] if smoke else []
+    for trainer in ("sl", "pgd_at"):
+        _run(
+            scratch / trainer, *data, f"trainer={trainer}", *quick, "eps=0.5", "attack=none", "analysis=none"
+        )
+
+    def judged(trainer: str, *words: str) -> dict[str, Any]:
+        return _run(scratch / "judged", "trainer=none", f"checkpoint={scratch / trainer}", "eps=0.5",
+                    f"evaluation.samples={samples}", *words)  # fmt: skip
+
+    audit = ("attack=none", "analysis=masking", f"analysis.masking.samples={samples}")
+    seconds: dict[str, list[float]] = {}
+    worst: dict[str, float] = {}
+    for _ in range(rounds):
+        for trainer in ("sl", "pgd_at"):
+            for attack in ("suite", "autoattack"):
+                told = judged(trainer, f"attack={attack}", "analysis=none")
+                seconds.setdefault(f"{attack} {trainer}", []).append(told["seconds"]["attack"])
+                worst[f"{attack} {trainer}"] = told["worst_case_accuracy"]["value"]
+            told = judged(trainer, *audit)
+            seconds.setdefault(f"audit {trainer}", []).append(told["masking"]["seconds"])
+    rows = []
+    for trainer, goal in (("sl", ">= 3, no higher accuracy"), ("pgd_at", "")):
+        speed = ratio(seconds[f"autoattack {trainer}"], seconds[f"suite {trainer}"])
+        told = f"{speed:.1f} (robust: {worst[f'suite {trainer}']:.1%} against {worst[f'autoattack {trainer}']:.1%})"
+        rows.append((f"attack=suite, {samples} samples, trainer={trainer}: AutoAttack standard's time over the suite's",
+                     told, goal))  # fmt: skip
+    for trainer in ("sl", "pgd_at"):
+        cost = ratio(seconds[f"audit {trainer}"], seconds["autoattack pgd_at"])
+        what = f"analysis=masking, {samples} samples, trainer={trainer}: time over AutoAttack's on the PGD-trained net"
+        rows.append((what, f"{cost:.2f}", "<= 1"))
+    return rows
