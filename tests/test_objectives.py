@@ -49,6 +49,19 @@ def test_mean_policy_gradient_is_that_of_the_closed_form(batch, exploration):
     torch.testing.assert_close(sampled, expected, rtol=0, atol=0.012)
 
 
+@pytest.mark.parametrize("exploration", [0.0, 0.1, 1.0])
+def test_the_expected_gradient_is_that_of_the_closed_form_exactly(batch, exploration):
+    logits, labels = batch
+    behaviour = EpsilonGreedy(exploration, expected=True)(logits.detach(), labels, stream(0))
+    torch.testing.assert_close(behaviour.sum(1), torch.ones(6, dtype=torch.float64))
+    (ours,) = torch.autograd.grad(policy_loss(logits, labels, behaviour).sum(), logits, retain_graph=True)
+    pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    closed = (1 - exploration) * (1 - pi_y)
+    closed = closed + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
+    (expected,) = torch.autograd.grad(closed.sum(), logits)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_coin_per_sample_explores_within_a_batch_and_per_batch_does_not():
     """A policy that is sure of class 0: whatever else is drawn was exploration."""
     logits = torch.full((2_000, 4), -1e4)

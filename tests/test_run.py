@@ -160,6 +160,29 @@ def test_the_same_seed_gives_the_same_run_and_batch_size_of_the_evaluation_chang
         assert np.array_equal(outcomes[0][key], outcomes[1][key]), key
 
 
+def test_the_suite_hands_survivors_on_and_an_attack_outside_the_threat_model_does_not_count(launch, tmp_path):
+    """Accuracies fall from one attack to the next down to the worst case; a larger eps is told, but not counted."""
+    words = ("trainer.epochs=2", "evaluation.samples=40", "eps=0.3", "logger=none", "analysis=none", "name=s")
+    short = ("attack.pgd.steps=4", "attack.pgd_targeted.steps=4", "attack.autoattack.attacks=[apgd-ce]")
+    done = launch(*words, *short, "attack=[suite,fgsm]", "attack.fgsm.eps=3", "attack.fgsm.step_size=3")
+    assert done.returncode == 0, done.stderr
+    summary = summary_of(tmp_path / "runs/s")
+    told = summary["attacks"]
+    assert list(told) == ["pgd", "pgd_targeted", "autoattack", "fgsm"]
+    values = [told[name]["robust_accuracy"]["value"] for name in ("pgd", "pgd_targeted", "autoattack")]
+    assert summary["clean_accuracy"]["value"] >= values[0] >= values[1] >= values[2] > 0
+    assert summary["worst_case_accuracy"]["value"] == values[2]
+    assert not told["fgsm"]["counts"] and told["fgsm"]["robust_accuracy"]["value"] < values[2]
+    assert "not in the worst case, being outside the run's threat model: fgsm" in done.stdout
+    outcomes = dict(np.load(tmp_path / "runs/s/outcomes.npz"))
+    fooled_first = (outcomes["clean_pred"] == outcomes["label"]) & (outcomes["pgd_pred"] != outcomes["label"])
+    assert fooled_first.any()
+    for key in ("pred", "p", "l2", "linf"):  # whom PGD fooled, nobody attacks again
+        assert np.array_equal(
+            outcomes[f"pgd_{key}"][fooled_first], outcomes[f"autoattack_{key}"][fooled_first]
+        )
+
+
 def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
     words = ("trainer.epochs=1", "logger=none", "name=mine", "attack=none", "analysis=none")
     assert launch(*words).returncode == 0

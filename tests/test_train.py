@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aerl import checkpoint
-from aerl.attacks import pgd
+from aerl.attacks import BatchGenerator, pgd
 from aerl.data import DataSplits, Split, augment
 from aerl.hardware import stream
 from aerl.models import Classifier
@@ -96,6 +96,39 @@ def test_a_supervised_step_is_cross_entropy_and_an_adversary_adds_its_weighted_l
     expected = F.cross_entropy(model(x_adv), y)
     torch.testing.assert_close(both.adversarial_loss, expected)
     torch.testing.assert_close(both.loss, plain.loss + 0.5 * expected)
+
+
+def test_pgd_training_is_cross_entropy_on_the_examples_alone():
+    """Madry et al. 2018, equation 2.1, with one step that can be written down; the clean batch is never seen."""
+    model = network().eval()  # no dropout, so that the step can be done by hand
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 2
+    step = train_step(model, x, y, Labels(), stream(0), adversary=Adversary(FGSM, 1.0, 0, "alone"))
+    x_adv = FGSM(model, x, y, generator=None)
+    torch.testing.assert_close(step.loss, F.cross_entropy(model(x_adv), y))
+
+
+def test_trades_is_clean_cross_entropy_plus_the_kl_to_the_examples():
+    """Zhang et al. 2019, equation 5, against torch's own divergence; both predictions get a gradient."""
+    model = network().eval()
+    x, y = torch.rand(16, 1, 8, 8), torch.arange(16) % 2
+    settings = {"norm": "Linf", "eps": 0.05, "steps": 2, "loss": "kl", "drop_fooled": False, "keep": "last"}
+    adversary = Adversary(partial(pgd, **settings), 6.0, 0, "kl")
+    step = train_step(model, x, y, Labels(), stream(0), adversary=adversary)
+    generator = stream(0)
+    x_adv = pgd(model, x, y, generator=BatchGenerator(generator), **settings)
+    p, q = model(x).softmax(1), model(x_adv).log_softmax(1)
+    expected = F.cross_entropy(model(x), y) + 6 * F.kl_div(q, p, reduction="batchmean")
+    torch.testing.assert_close(step.loss, expected)
+    gradients = torch.autograd.grad(step.loss, list(model.parameters()), retain_graph=True)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_pgd_needs_a_random_start():
+    model = network().eval()
+    with pytest.raises(UserError, match=r"loss=kl: its gradient is zero at the clean image"):
+        pgd(model, torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), generator=BatchGenerator(stream(0)),
+            norm="L2", eps=0.1, loss="kl", random_start=False)  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", [True, False])
