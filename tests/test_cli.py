@@ -159,8 +159,9 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
         for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
             for option in sorted(path.stem for path in folder.glob("*.yaml")):
                 if folder.name == "recipe":
-                    dataset, _, trainer = option.partition("_")
-                    words = [f"dataset={dataset}", f"trainer={trainer}"]
+                    datasets = (path.stem for path in (CONF / "dataset").glob("*.yaml"))
+                    dataset = max((name for name in datasets if option.startswith(f"{name}_")), key=len)
+                    words = [f"dataset={dataset}", f"trainer={option.removeprefix(f'{dataset}_')}"]
                 else:
                     words = [f"{folder.name}={option}", *required.get(option, [])]
                 config = read(compose("config", overrides=words))

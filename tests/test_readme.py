@@ -24,7 +24,7 @@ def test_the_attack_it_shows_works_as_one_file_and_one_yaml(tmp_path, data_dir):
     (tmp_path / "conf/attack/uniform.yaml").write_text(block("yaml", "conf/attack/uniform.yaml"))
     env = {name: value for name, value in os.environ.items() if name != "AERL_ROOT"}
     env |= {"AERL_DATA": str(data_dir), "PYTHONPATH": str(ROOT)}
-    words = ["attack=uniform", "eps=0.1", "trainer.epochs=1", "logger=none", "analysis=none"]
+    words = ["attack=uniform", "norm=Linf", "eps=0.1", "trainer.epochs=1", "logger=none", "analysis=none"]
     command = [sys.executable, "launch.py", *words]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
