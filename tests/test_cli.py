@@ -56,9 +56,9 @@ def test_tab_completion_completes_options(launch):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["dataset=nope"], r"dataset=nope: no such option; known: cifar10, cifar100, digits, .*"),
+        (["dataset=nope"], r"dataset=nope: no such option; known: cifar10, .*, npz"),
         (["trainer=r"], r"trainer=r: no such option; did you mean rl\? known: .*"),
-        (["attack=[pgd,xyz]"], r"attack=xyz: no such option; known: autoattack, fgsm, .*"),
+        (["attack=[pgd,xyz]"], r"attack=xyz: no such option; known: apgd_ce, .*, fgsm, .*"),
         (["trainer.batchsize=3"], r"trainer.batchsize: no such key; did you mean batch_size\? known: .*"),
         (["trainer.adversary.weight=2"], r"trainer.adversary.weight: no such key; trainer.adversary is null here"),
         (["+trainer.new=1"], r"trainer.new=1: no such key; known: .*"),

@@ -25,8 +25,8 @@ def noise(
     `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Every other
     point is uniform in the ball of radius `eps`, the others are on its sphere (L2) or at its corners (Linf);
     all are clipped into [0, 1]. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once
-    it is fooled. A gradient-based attack that finds less than this is broken (Carlini et al. 2019, "On
-    Evaluating Adversarial Robustness", section 4.3).
+    it is fooled. That this finds what a gradient-based attack does not is a sign of masked gradients (Athalye
+    et al. 2018, section 3.1).
 
     Raises UserError for logits that are not finite.
     """
