@@ -1,7 +1,7 @@
 """From a checked configuration to the objects of a run. Nothing is written here but the dataset cache."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import nn
 
 from aerl import checkpoint, hardware
 from aerl.attacks import SampleGenerator
-from aerl.config import Config, bind
+from aerl.config import Config, Model, bind, of_run, run_names
 from aerl.data import DataSplits, augment, prepare, subset, to_unit
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
@@ -21,6 +21,8 @@ from aerl.probe import drawn, probe
 from aerl.train import Adversary, Recipe
 from aerl.types import UserError
 
+# What attacks and analyses that take the models of other runs are told.
+_ELSEWHERE = ("load", "store")
 # What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
 _SIZES = ("num_classes", "channels", "size")
 
@@ -43,10 +45,10 @@ class Parts:
 
 def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
-    attacks = {name: attack(spec, f"attack.{name}") for name, spec in config.attack.items()}
-    analyses = {
-        name: bind(spec, f"analysis.{name}", later=["context"]) for name, spec in config.analysis.items()
-    }
+    for name, spec in config.attack.items():
+        attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
+    for name, spec in config.analysis.items():
+        bind(spec, f"analysis.{name}", given=dict.fromkeys(_ELSEWHERE), later=["context"])
     bind(config.model.net, "model.net", given=dict.fromkeys(_SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
@@ -58,6 +60,15 @@ def build(config: Config) -> Parts:
     machine = hardware.set_up(**config.hardware.model_dump())
     data = build_data(config)
     model = build_model(config, data)
+    elsewhere = {
+        "load": partial(load_models, config=config, data=data, hardware=machine),
+        "store": Path(config.data_dir).expanduser() / "crafted",
+    }
+    attacks = {name: attack(spec, f"attack.{name}", given=elsewhere) for name, spec in config.attack.items()}
+    analyses = {
+        name: _made(bind(spec, f"analysis.{name}", given=elsewhere, later=["context"]), f"analysis.{name}")
+        for name, spec in config.analysis.items()
+    }
     nothing = torch.zeros(0, *data.image_shape)
     for name, call in attacks.items():
         # An attack checks its settings against each other when it is called; one that cannot take an empty
@@ -65,12 +76,7 @@ def build(config: Config) -> Parts:
         with named(f"attack.{name}"), _only(UserError):
             call(model, nothing, data.test.labels[:0], generator=SampleGenerator.for_images(nothing, seed=0))
     if config.checkpoint is not None:
-        carries_normalization = weights is not None and checkpoint.load_weights(model, weights)
-        if not carries_normalization and None in (config.model.mean, config.model.std):
-            raise UserError(
-                f"checkpoint={config.checkpoint}: holds weights without their normalisation; state what the model was "
-                "trained with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
-            )
+        _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
         _optimizer(recipe, model)
     untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
@@ -88,9 +94,12 @@ def _only(kind: type[Exception]) -> Iterator[None]:
             raise
 
 
-def attack(spec: Mapping[str, Any], key: str) -> Callable[..., Any]:
+def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
-    bound = bind(spec, key, later=["model", "x", "y", "generator"])
+    return _made(bind(spec, key, given=given, later=["model", "x", "y", "generator"]), key)
+
+
+def _made(bound: partial[Any], key: str) -> Callable[..., Any]:
     with named(key):
         return bound() if inspect.isclass(bound.func) else bound
 
@@ -205,6 +214,50 @@ def _call(bound: partial[Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
+
+
+def load_models(
+    runs: Sequence[str], key: str, *, config: Config, data: DataSplits, hardware: Hardware
+) -> dict[str, Classifier]:
+    """The trained models of other runs on this run's hardware, each under a short name (config.run_names)."""
+    models = [hardware.place(load_model(run, config, data, key)) for run in runs]
+    return dict(zip(run_names(runs), models, strict=True))
+
+
+def load_model(source: str, config: Config, data: DataSplits, key: str = "sources") -> Classifier:
+    """The trained model of another run (its folder, or a .pt file in it), in eval mode.
+
+    The architecture is taken from that folder, as with `checkpoint=`. Raises UserError about the `key` that
+    named it, also where that run's images were of other classes or of another shape than this one's.
+    """
+    weights = checkpoint.find(source, key)
+    other = of_run(source, key)
+    theirs, ours = other.dataset, config.dataset
+    same_classes = theirs.name == ours.name or theirs.source == ours.source
+    if not same_classes or (theirs.size, theirs.channels) != (ours.size, ours.channels):
+        told = [
+            f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)
+        ]
+        raise UserError(
+            f"{key}={source}: was trained on {told[0]}, this run is on {told[1]}; "
+            "classes and image shape must be the same"
+        )
+    try:
+        model = build_model(other, data)
+    except UserError as error:
+        raise UserError(f"{key}={source}: {error}") from error
+    _load_weights(model, weights, other.model, key, source)
+    return model.eval()
+
+
+def _load_weights(model: Classifier, path: Path | None, stated: Model, key: str, value: str) -> None:
+    """Load the weights, if they are in a file, and make sure that somebody has said their normalisation."""
+    carries_normalization = path is not None and checkpoint.load_weights(model, path, key)
+    if not carries_normalization and None in (stated.mean, stated.std):
+        raise UserError(
+            f"{key}={value}: holds weights without their normalisation; state what the model was "
+            "trained with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
+        )
 
 
 def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: int, key: str) -> list[float]:

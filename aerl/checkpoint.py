@@ -26,41 +26,44 @@ def save(state: dict[str, Any], path: Path) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-def load(path: Path) -> Any:
-    """Read tensors and plain containers; `weights_only` refuses anything that would run code."""
+def load(path: Path, key: str = "checkpoint") -> Any:
+    """Read tensors and plain containers; `weights_only` refuses anything that would run code.
+
+    What cannot be read is a UserError about the `key` that named it, here and in the functions below.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"checkpoint={path}: no such file") from None
+        raise UserError(f"{key}={path}: no such file") from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint={path}: holds something other than tensors and plain containers, which is not loaded; "
+            f"{key}={path}: holds something other than tensors and plain containers, which is not loaded; "
             "save the model's state_dict() instead"
         ) from error
     except Exception as error:  # what a damaged file makes the reader raise depends on where it is damaged
-        raise UserError(f"checkpoint={path}: damaged or not a PyTorch file ({_first_line(error)})") from error
+        raise UserError(f"{key}={path}: damaged or not a PyTorch file ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def find(checkpoint: str) -> Path:
+def find(checkpoint: str, key: str = "checkpoint") -> Path:
     """The file behind `checkpoint=`: a run folder's best (else last) checkpoint, or the file itself."""
     path = Path(checkpoint).expanduser()
     if not path.exists():
-        raise UserError(f"checkpoint={checkpoint}: no such file or folder; give a run folder or a .pt file")
+        raise UserError(f"{key}={checkpoint}: no such file or folder; give a run folder or a .pt file")
     if path.is_file():
         return path
     for name in ("best.pt", "last.pt"):
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
     raise UserError(
-        f"checkpoint={checkpoint}: the folder has no checkpoints/best.pt or last.pt; is it a run folder?"
+        f"{key}={checkpoint}: the folder has no checkpoints/best.pt or last.pt; is it a run folder?"
     )
 
 
-def load_weights(model: nn.Module, path: Path) -> bool:
+def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
     """Put the weights in `path` into `model` (a Classifier); a UserError where they do not fit.
 
     Takes aerl's own checkpoints, and a bare state_dict of the network alone, such as the paper's `.pth`
@@ -69,9 +72,9 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     does not, though the network in it may have one of its own.
     """
     net = {name.removeprefix("net.") for name in model.state_dict() if name.startswith("net.")}
-    weights = _unwrapped(load(path), net | set(model.state_dict()))
+    weights = _unwrapped(load(path, key), net | set(model.state_dict()))
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"checkpoint={path}: is neither one of aerl's checkpoints nor a state_dict")
+        raise UserError(f"{key}={path}: is neither one of aerl's checkpoints nor a state_dict")
     carries_normalization = "normalize.mean" in weights and set(weights) != net
     if not carries_normalization:
         weights = {f"net.{name}": tensor for name, tensor in weights.items()}
@@ -82,13 +85,13 @@ def load_weights(model: nn.Module, path: Path) -> bool:
     if missing or surplus:
         examples = ", ".join([*missing[:1], *surplus[:1]])
         raise UserError(
-            f"checkpoint={path}: is of another architecture ({len(missing)} of the model's tensors are missing, "
+            f"{key}={path}: is of another architecture ({len(missing)} of the model's tensors are missing, "
             f"{len(surplus)} are unknown: {examples}); choose the model= it was trained with"
         )
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"checkpoint={path}: {name} is {tuple(tensor.shape)}, in the model {tuple(expected[name].shape)}; "
+                f"{key}={path}: {name} is {tuple(tensor.shape)}, in the model {tuple(expected[name].shape)}; "
                 "choose the model= and dataset= (classes, channels, size) it was trained with"
             )
     model.load_state_dict(weights)

@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -31,6 +31,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from aerl.results import read_summary
 from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, quotient
 
 
@@ -386,20 +387,68 @@ def _unknown_override(key: str, cause: OmegaConfBaseException) -> str:
 
 
 def adopt(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
-    """With trainer=none and the checkpoint of a run: that run's dataset and model, unless chosen here.
+    """With trainer=none and the checkpoint of a run: that run's dataset and model, unless chosen here."""
+    if cfg.trainer is not None or cfg.checkpoint in (None, "own"):
+        return cfg
+    chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    groups = [group for group in ("dataset", "model") if group not in chosen]
+    folder = _run_folder(cfg.checkpoint)
+    if not groups or folder is None:
+        return cfg
+    try:
+        return _taken_from(folder, groups, overrides)
+    except UserError as error:
+        raise UserError(
+            f"checkpoint={cfg.checkpoint}: {error}; state dataset= and model= on the command line"
+        ) from error
+
+
+def of_run(run: str, key: str) -> Config:
+    """A configuration with the dataset and the model of another run (its folder, or a .pt file in it).
+
+    The rest is at its default. Raises UserError, under the `key` that named the run.
+    """
+    try:
+        folder = _run_folder(run)
+        if folder is None:
+            raise UserError("no run folder, nor a .pt file in one: there is no config.yaml and summary.json")
+        return read(_taken_from(folder, ["dataset", "model"], []))
+    except UserError as error:
+        raise UserError(f"{key}={run}: {error}") from error
+
+
+def run_names(runs: Sequence[str]) -> list[str]:
+    """A short name for each of these runs, of [a-z0-9_.-]: the shortest that tells them all apart.
+
+    Trainer and seed (rl_seed0), with the model before (cnn_rl_seed0), the folder's name, that with its
+    parent's, or else trainer, seed and a number.
+    """
+    candidates = []
+    for run in runs:
+        folder = _run_folder(run) or Path(run)
+        summary = read_summary(folder) or {}
+        short = f"{summary.get('trainer')}_seed{summary.get('seed')}"
+        place = folder.resolve()
+        names = [short, f"{summary.get('model')}_{short}", place.name, f"{place.parent.name}_{place.name}"]
+        candidates.append([re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-") for name in names])
+    for alike in zip(*candidates, strict=True):
+        if len(set(alike)) == len(alike):
+            return list(alike)
+    return [f"{names[0]}_{number}" for number, names in enumerate(candidates, start=1)]
+
+
+def _run_folder(checkpoint: str) -> Path | None:
+    path = Path(checkpoint).expanduser()
+    folder = path.parent.parent if path.is_file() else path
+    return folder if all((folder / name).is_file() for name in ("config.yaml", "summary.json")) else None
+
+
+def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str]) -> DictConfig:
+    """The command line's configuration with these groups (dataset, model) as a run folder has them.
 
     Only names of our own config groups and plain values are taken from the run folder. What its files
     name as code to import is compared with ours and refused where it differs.
     """
-    if cfg.trainer is not None or cfg.checkpoint in (None, "own"):
-        return cfg
-    folder = Path(cfg.checkpoint).expanduser()
-    if folder.is_file():
-        folder = folder.parent.parent
-    chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    groups = [group for group in ("dataset", "model") if group not in chosen]
-    if not groups or not (folder / "config.yaml").is_file() or not (folder / "summary.json").is_file():
-        return cfg
     try:
         options = json.loads((folder / "summary.json").read_text())["choices"]
         saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
@@ -408,24 +457,26 @@ def adopt(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
         if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in wanted):
             raise ValueError(f"{wanted} is no choice of options")
     except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(
-            f"checkpoint={cfg.checkpoint}: its config.yaml or summary.json is damaged ({_first_line(error)}); "
-            "state dataset= and model= on the command line"
-        ) from error
-    adopted = compose("config", overrides=[*wanted, *overrides])
+        raise UserError(f"its config.yaml or summary.json is damaged ({_first_line(error)})") from error
+    chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    taken = compose("config", overrides=[*wanted, *overrides])
     for group in groups:
         for key, value in values[group].items():
             path = f"{group}.{key}"
-            here = OmegaConf.select(adopted, path, default=None)
+            here = OmegaConf.select(taken, path, default=None)
             if path in chosen or value == here:
                 continue
-            if key.rpartition(".")[2] == "_target_" or "${" in str(value):
+            # A key is plain names joined by dots: OmegaConf would also understand net[_target_].
+            plain = re.fullmatch(r"[\w.-]+", key) and "${" not in str(value)
+            if not plain or key.rpartition(".")[2] == "_target_":
                 raise UserError(
-                    f"checkpoint={cfg.checkpoint}: its config.yaml says {path}={_short(value)}, which is not taken "
-                    f"from a run folder; state {group}= on the command line"
+                    f"its config.yaml says {path}={_short(value)}, which is not taken from a run folder"
                 )
-            OmegaConf.update(adopted, path, value, force_add=False)
-    return adopted
+            try:
+                OmegaConf.update(taken, path, value, force_add=False)
+            except OmegaConfBaseException as error:
+                raise UserError(f"its config.yaml says {path}={_short(value)}, a key unknown here") from error
+    return taken
 
 
 def _first_line(error: BaseException) -> str:

@@ -97,6 +97,9 @@ def test_tab_completion_completes_options(launch):
         (["model=foreign", "trainer=none", "checkpoint=own"], r"model.mean: must be given, what the network was .*"),
         (["analysis=compare"], r"analysis.compare.runs: must be given, the run folders to compare with, .*"),
         (["analysis=compare", "analysis.compare.runs=[x]"], r"analysis.compare.runs.0=x: must be a run folder; .*"),
+        (["attack=transfer"], r"attack.transfer.sources: must be given, .*"),
+        (["attack=transfer", "attack.transfer.sources=[]"], r"attack.transfer.sources=\[\]: name one run .*"),
+        (["analysis=transfer_matrix"], r"analysis.transfer_matrix.runs: must be given, .*"),
         (["dataset=huggingface"], r"dataset.path: must be given.*"),
         (["dataset=npz", "dataset.path=nowhere.npz"], r"dataset.path=nowhere.npz: .*"),
         (["dataset=npz", "dataset.path=tiny.npz"], r"model=alicnn: 4x4 images are too small .*"),
@@ -153,6 +156,8 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
         "npz": ["dataset.path=x"],
         "foreign": ["model.mean=[0]", "model.std=[1]", "model.net._target_=torchvision.models.resnet18"],
         "compare": ["analysis.compare.runs=[]"],
+        "transfer": ["attack.transfer.sources=[x]"],
+        "transfer_matrix": ["analysis.transfer_matrix.runs=[x]"],
     }
     checked = 0
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -167,9 +172,9 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
                 config = read(compose("config", overrides=words))
                 build_recipe(config)
                 for name, spec in config.attack.items():
-                    attack(spec, f"attack.{name}")
+                    attack(spec, f"attack.{name}", given={"load": None, "store": None})
                 for name, spec in config.analysis.items():
-                    bind(spec, f"analysis.{name}", later=["context"])
+                    bind(spec, f"analysis.{name}", given={"load": None, "store": None}, later=["context"])
                 bind(config.dataset.source, "dataset.source", given={"data_dir": Path()})
                 sizes = {"num_classes": 10, "channels": 3, "size": (32, 32)}
                 bind(config.model.net, "model.net", given=sizes)

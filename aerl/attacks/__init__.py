@@ -10,14 +10,17 @@ from aerl.attacks.noise import noise
 from aerl.attacks.paper import PaperPGD
 from aerl.attacks.pgd import pgd
 from aerl.attacks.random import BatchGenerator, Noise, SampleGenerator
+from aerl.attacks.transfer import Crafted, Transfer
 
 __all__ = [
     "AutoAttack",
     "BatchGenerator",
+    "Crafted",
     "NoGradient",
     "Noise",
     "PaperPGD",
     "SampleGenerator",
+    "Transfer",
     "attacking",
     "collect_warnings",
     "evaluating",
