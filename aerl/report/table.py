@@ -95,9 +95,12 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, attack in (summary.get("attacks") or {}).items():
         for warning in attack.get("warnings") or ():
             yield "warning", f"{name}: {warning}"
-    masking = summary.get("masking")
-    if verdict := masking.get("verdict") if isinstance(masking, Mapping) else masking:
-        yield "verdict", str(verdict)
+    masking = summary.get("masking") or {}
+    if verdict := masking.get("verdict"):
+        yield "masking", str(verdict)
+        if verdict != "no sign":
+            yield "mechanism", str(masking["mechanism"])
+            yield "trust", str(masking["trust"])
     if spent := _spent(summary):
         yield "time", spent
     folder = summary.get("folder")
