@@ -23,6 +23,7 @@ _PIXELS = (1, 2, 3)
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
 _PAPER_FLOOR, _PAPER_BATCH = 1e-6, 256
 _DRAWS = 32  # of noise in the ball
+_FEW = 5  # runs, from which on a mean over them says something
 _VOTES = 9  # passes that decide on the prediction of a randomised model
 _PASSES = 8  # gradients that one step of EOT averages
 
@@ -535,18 +536,19 @@ class Audit:
         """The margin on the way of the runs that fail (m, steps + 1), scaled to [0, 1]: the cross-entropy is
         exponential in it, so that it always seems to climb at the end."""
         loss = self.plain.margin[~self.plain.wrong.any(1)]
-        if len(loss) == 0:
-            raise _NotMeasured("plain PGD fails on no sample")
+        if len(loss) < _FEW:
+            raise _NotMeasured(f"plain PGD misses {len(loss)} samples, too few to judge its ways by")
         low, high = loss.amin(1, keepdim=True), loss.amax(1, keepdim=True)
         return (loss - low) / (high - low).clamp_min(torch.finfo(loss.dtype).tiny)
 
     def incomplete(self, threshold: float) -> Finding:
         best = self._failures().cummax(1).values
-        count, of = int((best[:, -1] - best[:, -10:][:, 0] > 0.05).sum()), len(best)
+        count = int((best[:, -1] - best[:, -1 - max(1, self.steps // 4)] > 0.05).sum())
         says = (
-            f"the loss still rises in the last ten steps on {count} of the {of} samples that plain PGD misses"
+            f"the margin still rises in the last quarter of plain PGD's steps on {count} of the {len(best)} of "
+            f"{self.n} samples that it misses"
         )
-        return Finding(count / of, count / of > threshold, says)
+        return Finding(count / self.n, count / self.n > threshold, says)
 
     def break_point(self, threshold: float) -> Finding:
         """Near 1 where the loss climbs in a straight line to the end, near 0 where it soon arrives."""
