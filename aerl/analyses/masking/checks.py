@@ -186,6 +186,8 @@ class Audit:
             loss, margin, wrong, zero = [], [], [], []
             for step in range(self.steps + 1):
                 drawn = [_gradient(self.model, losses.ce, point, label) for _ in range(passes)]
+                if not all(logits.isfinite().all() for logits, _ in drawn):
+                    raise _NotMeasured("the model returned NaN or infinite logits")
                 logits, gradient = drawn[0][0], torch.stack([part for _, part in drawn]).sum(0)
                 loss.append(losses.ce(logits, label))
                 margin.append(losses.margin(logits, label))
@@ -195,7 +197,7 @@ class Audit:
                     direction = ascent_direction(gradient, self.norm)
                     if paper:
                         direction *= _paper_step(gradient)[:, None, None, None]
-                    delta = point - origin + self.eps / 10 * direction
+                    delta = (point - origin).add_(direction, alpha=self.eps / 10)
                     point = clip(origin, delta, self.norm, self.eps)
             parts.append((*(torch.stack(told, 1) for told in (loss, margin, wrong, zero)), point))
         return _Path(*(torch.cat(part) for part in zip(*parts, strict=True)))
