@@ -100,21 +100,28 @@ def test_a_failed_run_is_shown_as_failed() -> None:
     assert "run: running" in shown({"status": "running"})
 
 
-def test_warnings_verdict_and_where_wandb_has_it() -> None:
+def test_warnings_and_where_wandb_has_it() -> None:
     attacks = {"pgd": {**SUMMARY["attacks"]["pgd"], "warnings": ["zero gradients on 12 % of the samples"]}}
     online = {"mode": "online", "path": "wandb/run-1-x", "url": "https://example.org/runs/x"}
-    found = rows(
-        shown(
-            {**SUMMARY, "attacks": attacks, "masking": {"verdict": "gradients are masked"}, "wandb": online}
-        )
-    )
+    found = rows(shown({**SUMMARY, "attacks": attacks, "wandb": online}))
     assert ["warning", "pgd: zero gradients on 12 % of the samples"] in found
-    assert ["verdict", "gradients are masked"] in found
     assert ["W&B", "https://example.org/runs/x"] in found
     assert "wandb sync" not in shown({**SUMMARY, "wandb": online})
     assert "incomplete; to upload: wandb sync" in shown(
         {**SUMMARY, "wandb": {**online, "mode": "interrupted"}}
     )
+
+
+def test_masked_gradients_are_told_with_the_reason_and_whom_to_trust() -> None:
+    told = {"mechanism": "saturated softmax: p is 1 on 36 of 100 samples", "trust": "PGD on the log-odds"}
+    found = rows(shown({**SUMMARY, "masking": {"verdict": "masked", **told}}))
+    assert ["masking", "masked"] in found
+    assert ["mechanism", told["mechanism"]] in found
+    assert ["trust", told["trust"]] in found
+    honest = shown({**SUMMARY, "masking": {"verdict": "no sign", **told}})
+    assert ["masking", "no sign"] in rows(honest)
+    assert "mechanism" not in honest and "trust" not in honest
+    assert "masking" not in shown(SUMMARY)
 
 
 def test_what_was_not_measured_is_a_dash() -> None:

@@ -127,9 +127,12 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for run, comparison in (summary.get("comparisons") or {}).items():
         for warning in comparison["warnings"]:
             yield "warning", f"compared with {run}: {warning}"
-    masking = summary.get("masking")
-    if verdict := masking.get("verdict") if isinstance(masking, Mapping) else masking:
-        yield "verdict", str(verdict)
+    masking = summary.get("masking") or {}
+    if verdict := masking.get("verdict"):
+        yield "masking", str(verdict)
+        if verdict != "no sign":
+            yield "mechanism", str(masking["mechanism"])
+            yield "trust", str(masking["trust"])
     if spent := _spent(summary):
         yield "time", spent
     folder = summary.get("folder")

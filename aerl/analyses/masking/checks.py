@@ -1,11 +1,11 @@
-"""The gradient-masking audit: whether this model's gradients mislead attacks, by what mechanism, whom to trust."""
+"""The checks of the masking audit, and what several of them share."""
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -18,25 +18,18 @@ from aerl.attacks.projections import ascent_direction, clip, norms, random_in_ba
 from aerl.data import Split, subset, to_unit
 from aerl.hardware import seed_from
 from aerl.report.progress import progress
-from aerl.results import Result
-from aerl.types import Count, Probability
 
 _PIXELS = (1, 2, 3)
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
 _PAPER_FLOOR, _PAPER_BATCH = 1e-6, 256
 _DRAWS = 32  # of noise in the ball
+_FEW = 5  # runs, from which on a mean over them says something
 _VOTES = 9  # passes that decide on the prediction of a randomised model
 _PASSES = 8  # gradients that one step of EOT averages
 
-_ATHALYE = "Athalye et al. 2018, section 3.1"
-_CARLINI = "Carlini & Wagner 2017, sections V and VIII"
-_LEE = "Lee et al. 2020"
-_PINTOR = "Pintor et al. 2022"
-_PINTOR_FIRST = "Pintor et al. 2021, arXiv:2106.09947v1"
-
 
 @dataclass(frozen=True)
-class _Finding:
+class Finding:
     """What a check found: a value, whether it is suspicious, and the sentence that says so."""
 
     value: float
@@ -49,219 +42,29 @@ class _NotMeasured(Exception):
 
 
 @dataclass(frozen=True)
-class _Check:
+class Check:
     """One row of the audit. An effect is an attack that beats plain PGD, a symptom what may explain one."""
 
     name: str
     role: Literal["effect", "symptom"]
     threshold: float
     source: str
-    run: Callable[[float], _Finding]
-
-
-def masking(
-    context: AnalysisContext,
-    *,
-    samples: Count = 100,
-    steps: Count = 40,
-    queries: Count = 1000,
-    gain: Probability = 0.05,
-    significance: Probability = 0.01,
-    unbounded: Probability = 0.05,
-    monotone: Probability = 0.05,
-    deterministic: Probability = 0.05,
-    probabilities: Probability = 0.5,
-    saturated: Probability = 0.05,
-    zero_gradient: Probability = 0.05,
-    float64: Probability = 0.05,
-    step_length: Probability = 0.95,
-    paper_step_length: Probability = 0.5,
-    consistency: Probability = 0.5,
-    slope: Probability = 0.25,
-    silent_success: Probability = 0.05,
-    incomplete: Probability = 0.25,
-    break_point: Probability = 0.95,
-    increasing_loss: Probability = 0.5,
-) -> list[Result]:
-    """Audit the run's model in the run's threat model; `masking` of summary.json says what was found.
-
-    Plain PGD on cross-entropy (from a random start, `steps` steps of eps / 10) runs on those of `samples`
-    test images that are classified rightly. Then two kinds of checks, after Athalye et al. 2018 (section
-    3.1), Carlini et al. 2019 and Pintor et al. 2022. An *effect* is an attack that fools samples which plain
-    PGD leaves: flagged if they are more than `gain` of all, and more than a second start of plain PGD finds
-    (exact one-sided McNemar test on what the first one leaves, p < `significance`). A *symptom* is what may
-    cause one: no gradient, a saturated softmax, noise. One flagged effect makes the verdict "masked", flagged
-    symptoms alone "suspicious", none of either "no sign"; where plain PGD cannot run at all it is "not
-    measured". A check that cannot be made has the value None and says why.
-
-    Every other setting is the threshold of the check of its name. `queries` are Square's. Costs are told
-    in forward and backward passes per sample, in which a forward pass alone counts a third; together they
-    stay under about 800. The outcome does not depend on `context.batch_size`. Returns each value as a
-    Result with attack="masking".
-    """
-    audit = _Audit(context, samples, steps, queries, gain, significance)
-    effects: dict[str, tuple[str, Callable[[float], _Finding]]] = {
-        "restarts": (_ATHALYE, audit.restarts),
-        "more_steps": (_ATHALYE, audit.more_steps),
-        "log_odds": (_CARLINI, partial(audit.loss, "log_odds")),
-        "margin": (_CARLINI, partial(audit.loss, "margin")),
-        "logit_scale": ("Croce & Hein 2020, section 4", audit.logit_scale),
-        "float64": (_LEE, audit.float64),
-        "fgsm": (_ATHALYE, audit.fgsm),
-        "noise": (_ATHALYE, audit.noise),
-        "square": (_ATHALYE, audit.square),
-        "transfer": (_ATHALYE, audit.transfer),
-        "eot": ("Athalye et al. 2018, section 4.2", audit.eot),
-    }
-    symptoms: dict[str, tuple[float, str, Callable[[float], _Finding]]] = {
-        "deterministic": (deterministic, "Athalye et al. 2018, section 3", audit.deterministic),
-        "probabilities": (probabilities, _CARLINI, audit.probabilities),
-        "saturated": (saturated, _CARLINI, audit.saturated),
-        "zero_ce_gradient": (zero_gradient, _CARLINI, audit.zero_ce_gradient),
-        "zero_gradient": (zero_gradient, "Athalye et al. 2018, section 3", audit.zero_gradient),
-        "float64_gradient": (float64, _LEE, audit.float64_gradient),
-        "step_length": (step_length, _LEE, audit.step_length),
-        "paper_step_length": (paper_step_length, _LEE, audit.paper_step_length),
-        "consistency": (consistency, "Athalye et al. 2018, section 3", audit.consistency),
-        "slope": (slope, "Uesato et al. 2018", audit.slope),
-        "monotone": (monotone, _ATHALYE, audit.monotone),
-        "silent_success": (silent_success, _PINTOR, audit.silent_success),
-        "incomplete": (incomplete, _PINTOR, audit.incomplete),
-        "break_point": (break_point, _PINTOR_FIRST, audit.break_point),
-        "increasing_loss": (increasing_loss, _PINTOR_FIRST, audit.increasing_loss),
-        "zero_on_path": (zero_gradient, _PINTOR_FIRST, audit.zero_on_path),
-    }
-    plan = [_Check(name, "symptom", *rest) for name, rest in symptoms.items()]
-    plan += [_Check(name, "effect", gain, source, run) for name, (source, run) in effects.items()]
-    plan.append(_Check("unbounded", "effect", unbounded, _ATHALYE, audit.unbounded))
-
-    began = time.monotonic()
-    checks = audit.make(plan)
-    found = {check["name"]: check for check in checks}
-    verdict = _verdict(checks, audit.reason)
-    saved = {
-        "verdict": verdict,
-        "mechanism": _mechanism(verdict, found, audit.reason),
-        "trust": _trust(verdict, found),
-        "n": audit.n,
-        "seconds": time.monotonic() - began,
-        "passes": sum(check["passes"] for check in checks),
-        "checks": checks,
-    }
-    context.save(masking=saved)
-    if context.log.tracker is not None:
-        columns = ["name", "role", "value", "threshold", "flag", "says", "source", "seconds", "passes"]
-        context.log.tracker.table("masking", columns, [[row[key] for key in columns] for row in checks])
-        told = {f"masking/{key}": saved[key] for key in ("verdict", "mechanism", "trust")}
-        context.log.tracker.summary(told)
-    values = {check["name"]: check["value"] for check in checks if check["value"] is not None}
-    return context.log.log(
-        values, n=audit.n, split="test", attack="masking", norm=context.norm, eps=context.eps
-    )
-
-
-# ---------------------------------------------------------------------------------------- the verdict
-
-
-def _verdict(checks: Sequence[Mapping[str, Any]], reason: str) -> str:
-    if reason:
-        return "not measured"
-    flagged = {check["role"] for check in checks if check["flag"]}
-    return "masked" if "effect" in flagged else "suspicious" if "symptom" in flagged else "no sign"
-
-
-# Which check is evidence for which mechanism, the surest first: a softmax inside the model, for instance,
-# makes the gradients of all losses vanish as well.
-_MECHANISMS = {
-    "deterministic": "randomised model",
-    "probabilities": "probabilities in place of logits",
-    "zero_gradient": "an operation without gradient",
-    "zero_ce_gradient": "saturated softmax",
-    "saturated": "saturated softmax",
-    "float64_gradient": "saturated softmax",
-    "consistency": "shattered gradients",
-    "slope": "shattered gradients",
-    "log_odds": "saturated softmax",
-    "float64": "saturated softmax",
-    "more_steps": "attack too weak",
-    "restarts": "attack too weak",
-}
-
-_ALTERNATIVES = {
-    "restarts": "PGD with restarts (attack.pgd.restarts)",
-    "more_steps": "PGD with more and shorter steps (attack.pgd.steps, attack.pgd.step_size)",
-    "log_odds": "PGD on the log-odds (attack=pgd)",
-    "margin": "PGD on the margin (attack=pgd attack.pgd.loss=margin)",
-    "logit_scale": "PGD on the cross-entropy of rescaled logits",
-    "float64": "PGD in float64",
-    "fgsm": "FGSM (attack=fgsm)",
-    "noise": "random noise",
-    "square": "Square (attack=autoattack)",
-    "transfer": "transferred examples (attack=transfer)",
-    "eot": "PGD with gradients averaged over passes (EOT)",
-}
-
-# Whom to trust where no alternative has won by itself.
-_REMEDIES = {
-    "randomised model": _ALTERNATIVES["eot"],
-    "probabilities in place of logits": "attacks on the logits, with the softmax taken out of the model",
-    "saturated softmax": _ALTERNATIVES["log_odds"],
-    "attack too weak": _ALTERNATIVES["more_steps"],
-}
-_BLACK_BOX = f"{_ALTERNATIVES['square']} and {_ALTERNATIVES['transfer']}"
-
-
-def _evidence(found: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The check that tells the mechanism: the first one flagged in the order of `_MECHANISMS`."""
-    return next((name for name in _MECHANISMS if found[name]["flag"]), None)
-
-
-def _mechanism(verdict: str, found: Mapping[str, Mapping[str, Any]], reason: str) -> str:
-    if verdict == "not measured":
-        return reason
-    if verdict == "no sign":
-        best = max(
-            (row for row in found.values() if row["role"] == "effect"), key=lambda row: row["value"] or 0
-        )
-        return f"none found; the nearest to one: {best['says']}"
-    if evidence := _evidence(found):
-        return f"{_MECHANISMS[evidence]}: {found[evidence]['says']}"
-    flagged = [row for row in found.values() if row["flag"]]
-    return "unexplained: " + max(flagged, key=lambda row: (row["role"] == "effect", row["value"]))["says"]
-
-
-def _trust(verdict: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    if verdict == "not measured":
-        return "nothing was measured, so no attack is to be trusted more than another"
-    if verdict == "no sign":
-        return "PGD, as nothing beats it by more than chance; AutoAttack has the last word"
-    winners = sorted(
-        (name for name in _ALTERNATIVES if found[name]["flag"]), key=lambda name: -found[name]["value"]
-    )
-    if winners:
-        named = " and ".join(
-            f"{_ALTERNATIVES[name]}, {100 * found[name]['value']:.0f} %" for name in winners[:2]
-        )
-        return f"not plain PGD on cross-entropy; of the samples it misses, these fool so many of all: {named}"
-    remedy = _REMEDIES.get(_MECHANISMS.get(_evidence(found) or "", ""), _BLACK_BOX)
-    return f"{remedy}, beside plain PGD on cross-entropy: take the worst case"
-
-
-# ----------------------------------------------------------------------------------------- the checks
+    run: Callable[[float], Finding]
 
 
 @dataclass(frozen=True)
 class _Path:
-    """Plain PGD's way: cross-entropy and "is misclassified" of the steps + 1 iterates (B, steps + 1), "the
-    gradient is zero" of all but the last (B, steps), and the last iterate (B, C, H, W)."""
+    """Plain PGD's way: cross-entropy, margin and "is misclassified" of the steps + 1 iterates (B, steps + 1),
+    "the gradient is zero" of all but the last (B, steps), and the last iterate (B, C, H, W)."""
 
     loss: Tensor
+    margin: Tensor
     wrong: Tensor
     zero: Tensor
     last: Tensor
 
 
-class _Audit:
+class Audit:
     """The samples under audit, and what several checks share: computed when the first of them asks.
 
     All masks are bool (n,), on the samples' device.
@@ -291,7 +94,7 @@ class _Audit:
         if self.n == 0 or self.eps == 0:
             self.reason = "no sample is classified rightly" if self.n == 0 else "eps is 0"
 
-    def make(self, plan: Sequence[_Check]) -> list[dict[str, Any]]:
+    def make(self, plan: Sequence[Check]) -> list[dict[str, Any]]:
         """Make every check of the plan, whatever happens in one; the model and the global random state are
         left as they were."""
         devices = [self.x.device] if self.x.device.type == "cuda" else []
@@ -319,7 +122,9 @@ class _Audit:
                 except Exception as error:
                     row["says"] = f"not measured: {_one_line(error)}"
                 passes = self.cost.passes / max(self.n, 1)
-                rows.append(row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes})
+                rows.append(
+                    row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes}
+                )
                 began, self.cost.passes = time.monotonic(), 0.0
                 bar.update(1)
         return rows
@@ -330,7 +135,8 @@ class _Audit:
     def randomised(self) -> Tensor:
         """Samples whose logits differ between two passes by more than 1 % of their spread."""
         first, second = self.model(self.x), self.model(self.x)
-        return (first - second).abs().amax(1) > 0.01 * (first.amax(1) - first.amin(1))
+        differs: Tensor = (first - second).abs().amax(1) > 0.01 * (first.amax(1) - first.amin(1))
+        return differs
 
     @property
     def _votes(self) -> int:
@@ -348,9 +154,13 @@ class _Audit:
     def _noise(self, index: Tensor, salt: str) -> SampleGenerator:
         return SampleGenerator.for_images(self.x[index], self.context.seed, f"masking/{salt}")
 
-    def gradients(self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None) -> Tensor:
+    def gradients(
+        self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None
+    ) -> Tensor:
         """The gradient of a loss at images x (n, C, H, W), one for each sample."""
-        parts = [_gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()]
+        parts = [
+            _gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()
+        ]
         return torch.cat(parts)
 
     @cached_property
@@ -365,24 +175,31 @@ class _Audit:
     def logits(self) -> Tensor:
         return torch.cat([self.model(self.x[index]) for index in self._batches()])
 
-    def path(self, passes: int = 1) -> _Path:
-        """Plain PGD (Madry et al. 2018), every step along the gradient averaged over `passes` passes."""
+    def path(self, among: Tensor | None = None, *, passes: int = 1, paper: bool = False) -> _Path:
+        """Plain PGD (Madry et al. 2018), every step along the gradient averaged over `passes` passes, or as
+        long as the paper's formula makes it."""
         parts = []
-        for index in self._batches():
+        for index in self._batches(among):
             origin, label = self.x[index], self.y[index]
             start = random_in_ball(origin, self.norm, self.eps, self._noise(index, "plain"))
             point = clip(origin, start, self.norm, self.eps)
-            loss, wrong, zero = [], [], []
+            loss, margin, wrong, zero = [], [], [], []
             for step in range(self.steps + 1):
-                told = [_gradient(self.model, losses.ce, point, label) for _ in range(passes)]
-                logits, gradient = told[0][0], torch.stack([part for _, part in told]).sum(0)
+                drawn = [_gradient(self.model, losses.ce, point, label) for _ in range(passes)]
+                if not all(logits.isfinite().all() for logits, _ in drawn):
+                    raise _NotMeasured("the model returned NaN or infinite logits")
+                logits, gradient = drawn[0][0], torch.stack([part for _, part in drawn]).sum(0)
                 loss.append(losses.ce(logits, label))
+                margin.append(losses.margin(logits, label))
                 wrong.append(logits.argmax(1) != label)
                 if step < self.steps:
                     zero.append(gradient.abs().amax(_PIXELS) == 0)
-                    delta = point - origin + self.eps / 10 * ascent_direction(gradient, self.norm)
+                    direction = ascent_direction(gradient, self.norm)
+                    if paper:
+                        direction *= _paper_step(gradient)[:, None, None, None]
+                    delta = (point - origin).add_(direction, alpha=self.eps / 10)
                     point = clip(origin, delta, self.norm, self.eps)
-            parts.append((torch.stack(loss, 1), torch.stack(wrong, 1), torch.stack(zero, 1), point))
+            parts.append((*(torch.stack(told, 1) for told in (loss, margin, wrong, zero)), point))
         return _Path(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     @cached_property
@@ -393,7 +210,9 @@ class _Audit:
     def missed(self) -> Tensor:
         """The samples that plain PGD leaves: at every iterate, or at the last of a randomised model."""
         if self.randomised.any():
-            return ~torch.cat([self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()])
+            return ~torch.cat(
+                [self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()]
+            )
         return ~self.plain.wrong.any(1)
 
     @cached_property
@@ -428,56 +247,62 @@ class _Audit:
             fooled[index] = self.wrong(x_adv.float(), y)
         return fooled
 
-    def share(self, mask: Tensor, threshold: float, says: str) -> _Finding:
+    def share(self, mask: Tensor, threshold: float, says: str) -> Finding:
         """A symptom: flagged where it concerns more than `threshold` of the samples."""
         count = int(mask.sum())
-        return _Finding(count / self.n, count / self.n > threshold, f"{says} on {count} of {self.n} samples")
+        return Finding(count / self.n, count / self.n > threshold, f"{says} on {count} of {self.n} samples")
 
-    def beats(self, fooled: Tensor, threshold: float, name: str) -> _Finding:
+    def beats(self, fooled: Tensor, threshold: float, name: str) -> Finding:
         """An effect: samples fooled beyond plain PGD, against what a second start of plain PGD finds."""
         gained = fooled & self.missed
         count, again = int(gained.sum()), int(self.again.sum())
         chance = _mcnemar(int((gained & ~self.again).sum()), int((self.again & ~gained).sum()))
-        return self._effect(count, f"{name} fools {count}, a second start {again} (p = {chance:.1g})", chance, threshold)
+        return self._effect(
+            count, f"{name} fools {count}, a second start {again} (p = {chance:.1g})", chance, threshold
+        )
 
-    def _effect(self, count: int, says: str, chance: float, threshold: float) -> _Finding:
+    def _effect(self, count: int, says: str, chance: float, threshold: float) -> Finding:
         flag = count / self.n > threshold and chance < self.significance
         left = int(self.missed.sum())
-        return _Finding(count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}")
+        return Finding(
+            count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}"
+        )
 
     # Effects: an honest attack fools what plain PGD leaves.
 
-    def restarts(self, threshold: float) -> _Finding:
+    def restarts(self, threshold: float) -> Finding:
         count = int(self.again.sum())
         chance = _mcnemar(count, 0)
         return self._effect(count, f"a second start fools {count} (p = {chance:.1g})", chance, threshold)
 
-    def more_steps(self, threshold: float) -> _Finding:
+    def more_steps(self, threshold: float) -> Finding:
         attack = self.pgd(steps=2 * self.steps, step_size=self.eps / 20)
         return self.beats(self.fooled("more_steps", attack), threshold, "PGD with twice as many half steps")
 
-    def loss(self, loss: Literal["log_odds", "margin"], threshold: float) -> _Finding:
+    def loss(self, loss: Literal["log_odds", "margin"], threshold: float) -> Finding:
         words = {"log_odds": "log-odds", "margin": "margin"}
         return self.beats(self.fooled(loss, self.pgd(loss=loss)), threshold, f"PGD on the {words[loss]}")
 
-    def logit_scale(self, threshold: float) -> _Finding:
+    def logit_scale(self, threshold: float) -> Finding:
         fooled = self.fooled("logit_scale", self.pgd(), model=_Rescaled(self.model))
         return self.beats(fooled, threshold, "PGD on the cross-entropy of rescaled logits")
 
-    def float64(self, threshold: float) -> _Finding:
+    def float64(self, threshold: float) -> Finding:
         """Only where the gradients differ is the outcome worth the cost."""
         affected = self.missed & self._numerics[1]
         if not affected.any():
             left = int(self.missed.sum())
-            return _Finding(0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses")
+            return Finding(
+                0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses"
+            )
         fooled = self.fooled("again", self.pgd(), among=affected, model=self._double, dtype=torch.float64)
         return self.beats(fooled, threshold, "PGD in float64")
 
-    def fgsm(self, threshold: float) -> _Finding:
+    def fgsm(self, threshold: float) -> Finding:
         attack = self.pgd(steps=1, step_size=self.eps, random_start=False)
         return self.beats(self.fooled("fgsm", attack), threshold, "one step of FGSM")
 
-    def noise(self, threshold: float) -> _Finding:
+    def noise(self, threshold: float) -> Finding:
         """The draw of the highest loss of all."""
 
         def best_draw(model: nn.Module, x: Tensor, y: Tensor, *, generator: SampleGenerator) -> Tensor:
@@ -491,22 +316,18 @@ class _Audit:
 
         return self.beats(self.fooled("noise", best_draw), threshold, f"the best of {_DRAWS} random draws")
 
-    def square(self, threshold: float) -> _Finding:
+    def square(self, threshold: float) -> Finding:
         """All samples at once: what Square finds depends on who shares its random numbers."""
-        if any(field.name == "queries" for field in fields(AutoAttack)):
-            attack = AutoAttack(norm=self.norm, eps=self.eps, attacks=["square"], queries=self.queries)
-        else:
-            attack = AutoAttack(norm=self.norm, eps=self.eps, version="custom", attacks=["square"])
+        attack = AutoAttack(norm=self.norm, eps=self.eps, attacks=["square"], queries=self.queries)
         everyone = self.missed.nonzero().squeeze(1)
         fooled = self.fooled("square", attack, batches=[everyone] if len(everyone) else [])
         return self.beats(fooled, threshold, f"Square with {self.queries} queries")
 
-    def transfer(self, threshold: float) -> _Finding:
-        """Transferred attacks that this run has made in no larger a ball."""
+    def transfer(self, threshold: float) -> Finding:
+        """What this run has transferred within its threat model, and not only to what others had left."""
         fooled, used = torch.zeros_like(self.missed), []
         for name, told in self.context.attacks.items():
-            same = told.get("norm", self.norm) == self.norm and told.get("eps", self.eps) <= self.eps
-            if name.startswith("transfer") and same and f"{name}_pred" in self.context.outcomes:
+            if name.startswith("transfer") and told["counts"] and told["alone"]:
                 wrong = self.context.outcomes[f"{name}_pred"] != self.context.outcomes["label"]
                 fooled |= torch.from_numpy(wrong)[self.rows].to(fooled.device)
                 used.append(name)
@@ -514,10 +335,10 @@ class _Audit:
             raise _NotMeasured("no source; add attack=transfer")
         return self.beats(fooled, threshold, f"transferred examples ({', '.join(used)})")
 
-    def eot(self, threshold: float) -> _Finding:
+    def eot(self, threshold: float) -> Finding:
         if not self.randomised.any():
-            return _Finding(0.0, False, "the model is deterministic: averaging gradients changes nothing")
-        last = self.path(_PASSES).last
+            return Finding(0.0, False, "the model is deterministic: averaging gradients changes nothing")
+        last = self.path(passes=_PASSES).last
         fooled = torch.cat([self.wrong(last[index], self.y[index]) for index in self._batches()])
         return self.beats(fooled, threshold, f"PGD with gradients averaged over {_PASSES} passes")
 
@@ -538,7 +359,7 @@ class _Audit:
             ),
         }
 
-    def monotone(self, threshold: float) -> _Finding:
+    def monotone(self, threshold: float) -> Finding:
         rungs = list(self.ladder.values())
         worst, flag = 0.0, False
         for smaller, larger in itertools.pairwise(rungs):
@@ -547,43 +368,54 @@ class _Audit:
             worst = max(worst, rise)
             flag |= rise > threshold and _mcnemar(lost, won) < self.significance
         shares = ", ".join(
-            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})" for name, fooled in self.ladder.items()
+            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})"
+            for name, fooled in self.ladder.items()
         )
-        return _Finding(worst, flag, f"robust to plain PGD in growing balls: {shares}")
+        return Finding(worst, flag, f"robust to plain PGD in growing balls: {shares}")
 
-    def unbounded(self, threshold: float) -> _Finding:
+    def unbounded(self, threshold: float) -> Finding:
         count = self.n - int(self.ladder["unbounded"].sum())
         says = f"plain PGD that may change the image at will leaves {count} of {self.n} samples"
-        return _Finding(count / self.n, count / self.n > threshold, says)
+        return Finding(count / self.n, count / self.n > threshold, says)
 
     # Symptoms.
 
-    def deterministic(self, threshold: float) -> _Finding:
+    def deterministic(self, threshold: float) -> Finding:
         return self.share(self.randomised, threshold, "two passes give different logits")
 
-    def probabilities(self, threshold: float) -> _Finding:
+    def probabilities(self, threshold: float) -> Finding:
         sums, low = self.logits.sum(1), self.logits.amin(1)
         mask = ((sums - 1).abs() < 1e-3) & (low >= 0)
         return self.share(mask, threshold, "the outputs are probabilities, not logits,")
 
-    def saturated(self, threshold: float) -> _Finding:
-        mask = self.logits.softmax(1).gather(1, self.y[:, None]).squeeze(1) == 1
-        return self.share(mask, threshold, "the probability of the true class is exactly 1 in float32")
+    def saturated(self, threshold: float) -> Finding:
+        """A confident network is saturated at the image; only where PGD does not get away does it matter."""
+        certain = self.logits.softmax(1).gather(1, self.y[:, None]).squeeze(1) == 1
+        says = f"the probability of the true class is exactly 1 in float32 on {int(certain.sum())} of {self.n} samples"
+        return self.share(self.plain.loss[:, -1] == 0, threshold, f"{says}, and after plain PGD still")
 
-    def zero_ce_gradient(self, threshold: float) -> _Finding:
+    def zero_ce_gradient(self, threshold: float) -> Finding:
         mask = _is_zero(self.ce_gradient) & ~_is_zero(self.margin_gradient)
-        return self.share(mask, threshold, "the gradient of the cross-entropy is exactly zero, that of the margin is not,")
+        return self.share(
+            mask, threshold, "the gradient of the cross-entropy is exactly zero, that of the margin is not,"
+        )
 
-    def zero_gradient(self, threshold: float) -> _Finding:
+    def zero_gradient(self, threshold: float) -> Finding:
         """Gone from every loss, though the outputs do depend on the image."""
         changed = torch.zeros_like(self.missed)
         for index in self._batches():
             x, noise = self.x[index], self._noise(index, "zero_gradient")
             for _ in range(4):
-                moved = self.model(clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps))
+                moved = self.model(
+                    clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps)
+                )
                 changed[index] |= (moved != self.logits[index]).any(1)
         mask = _is_zero(self.margin_gradient) & changed
-        return self.share(mask, threshold, "the gradient of every loss is exactly zero though the output changes with the image")
+        return self.share(
+            mask,
+            threshold,
+            "the gradient of every loss is exactly zero though the output changes with the image",
+        )
 
     @cached_property
     def _double(self) -> nn.Module:
@@ -594,55 +426,97 @@ class _Audit:
 
     @cached_property
     def _numerics(self) -> tuple[Tensor, Tensor]:
-        """Where the gradient of the cross-entropy is zero in float32 only, and where it has another direction."""
-        exact = self.gradients(losses.ce, self.x.double(), self._double)
-        zero = _is_zero(self.ce_gradient) & ~_is_zero(exact)
-        return zero, ~_is_zero(exact) & (_cosine(self.ce_gradient.double(), exact) < 0.9)
+        """Where plain PGD ends: is the cross-entropy's gradient zero in float32 only; has it another direction?"""
+        self._refuse_random()
+        end = self.plain.last
+        rounded, exact = self.gradients(losses.ce, end), self.gradients(losses.ce, end.double(), self._double)
+        zero = _is_zero(rounded) & ~_is_zero(exact)
+        return zero, ~_is_zero(exact) & (_cosine(rounded.double(), exact) < 0.9)
 
-    def float64_gradient(self, threshold: float) -> _Finding:
+    def _refuse_random(self) -> None:
+        if self.randomised.any():
+            raise _NotMeasured("the model is randomised")
+
+    def float64_gradient(self, threshold: float) -> Finding:
         zero, other = self._numerics
-        says = f"the gradient of the cross-entropy has another direction in float32 than in float64 (zero on {int(zero.sum())})"
+        says = (
+            f"where plain PGD ends, the gradient of the cross-entropy is exactly zero in float32 but not in float64 "
+            f"on {int(zero.sum())} of {self.n} samples, and has another direction"
+        )
         return self.share(other, threshold, says)
 
-    def step_length(self, threshold: float) -> _Finding:
+    def step_length(self, threshold: float) -> Finding:
         """A normalised step has the length asked for unless the gradient is zero."""
         length = norms(ascent_direction(self.ce_gradient, "L2"), "L2").mean().item()
-        return _Finding(length, length < threshold, f"an honest step along the cross-entropy has {length:.2f} of its length")
+        return Finding(
+            length,
+            length < threshold,
+            f"an honest step along the cross-entropy has {length:.2f} of its length",
+        )
 
-    def paper_step_length(self, threshold: float) -> _Finding:
-        size = norms(self.ce_gradient, "L2").flatten().double() / _PAPER_BATCH
-        length = (size / size.clamp_min(_PAPER_FLOOR)).mean().item()
-        says = f"a step by the paper's formula (floor {_PAPER_FLOOR:g}, batch of {_PAPER_BATCH}) has {length:.2f} of its length"
-        under = int((size < _PAPER_FLOOR).sum())
-        return _Finding(length, length < threshold, f"{says}; {under} of {self.n} samples are under the floor")
+    def paper_step_length(self, threshold: float) -> Finding:
+        length = _paper_step(self.ce_gradient)
+        mean, under = length.mean().item(), int((length < 1).sum())
+        says = (
+            f"a step by the paper's formula (floor {_PAPER_FLOOR:g}, batch of {_PAPER_BATCH}) has {mean:.2f} of its "
+            f"length at the image; {under} of {self.n} gradients are below the floor"
+        )
+        return Finding(mean, mean < threshold, says)
 
-    def consistency(self, threshold: float) -> _Finding:
-        """Noise a tenth of the ball in size hardly turns the gradient of an honest network."""
+    def paper_formula(self, threshold: float) -> Finding:
+        """From the same start, so that nothing but the length of the steps differs from plain PGD."""
+        self._refuse_random()
+        if self.norm != "L2":
+            raise _NotMeasured("the paper's formula is that of L2")
+        fooled = ~self.missed
+        count = int((~self.path(fooled, paper=True).wrong.any(1)).sum()) if fooled.any() else 0
+        chance = _mcnemar(count, 0)
+        says = (
+            f"PGD by the paper's formula, whose steps shrink with the gradient, misses {count} of the "
+            f"{int(fooled.sum())} of {self.n} samples that plain PGD fools (p = {chance:.1g})"
+        )
+        share = count / self.n
+        return Finding(share, share > threshold and chance < self.significance, says)
+
+    def consistency(self, threshold: float) -> Finding:
+        """Noise hardly turns the gradient of an honest network."""
+        self._refuse_random()
         alive = self._alive()
         cosines = []
         for draw in range(2):
             noise = torch.cat([
-                random_in_ball(self.x[index], self.norm, self.eps / 10, self._noise(index, f"consistency/{draw}"))
+                random_in_ball(self.x[index], self.norm, self.eps / 2, self._noise(index, f"consistency/{draw}"))
                 for index in self._batches()
             ])  # fmt: skip
-            cosines.append(_cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive])
+            cosines.append(
+                _cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive]
+            )
         median = torch.stack(cosines).median().item()
         says = f"the median cosine between the margin's gradients at an image and beside it is {median:.2f}"
-        return _Finding(median, median < threshold, says)
+        return Finding(median, median < threshold, says)
 
-    def slope(self, threshold: float) -> _Finding:
+    def slope(self, threshold: float) -> Finding:
         """Central differences over a fiftieth of the ball against the gradient's promise, both along it."""
+        self._refuse_random()
         alive = self._alive()
         step = ascent_direction(self.margin_gradient, self.norm) * (self.eps / 50)
         promised = 2 * (step * self.margin_gradient).sum(_PIXELS)
         ahead, behind = (
-            torch.cat([losses.margin(self.model((self.x + sign * step)[index]), self.y[index]) for index in self._batches()])
+            torch.cat(
+                [
+                    losses.margin(self.model((self.x + sign * step)[index]), self.y[index])
+                    for index in self._batches()
+                ]
+            )
             for sign in (1, -1)
         )
         off = ((ahead - behind) / promised - 1).abs() > 0.5
         count, of = int((off & alive).sum()), int(alive.sum())
-        says = f"the margin changes along its gradient by less than half or more than 1.5 times what it promises on {count} of {of} samples"
-        return _Finding(count / of, count / of > threshold, says)
+        says = (
+            f"the margin changes along its gradient by less than half or more than 1.5 times what it promises "
+            f"on {count} of {of} samples"
+        )
+        return Finding(count / of, count / of > threshold, says)
 
     def _alive(self) -> Tensor:
         alive = ~_is_zero(self.margin_gradient)
@@ -652,25 +526,33 @@ class _Audit:
 
     # Indicators of attack failure, on plain PGD's own way.
 
-    def silent_success(self, threshold: float) -> _Finding:
+    def silent_success(self, threshold: float) -> Finding:
         wrong = self.plain.wrong
-        return self.share(wrong.any(1) & ~wrong[:, -1], threshold, "plain PGD passes an adversarial example and ends on none")
+        return self.share(
+            wrong.any(1) & ~wrong[:, -1],
+            threshold,
+            "plain PGD passes an adversarial example and ends on none",
+        )
 
     def _failures(self) -> Tensor:
-        """The cross-entropy on the way of the runs that fail (m, steps + 1), scaled to [0, 1]."""
-        loss = self.plain.loss[~self.plain.wrong.any(1)]
-        if len(loss) == 0:
-            raise _NotMeasured("plain PGD fails on no sample")
+        """The margin on the way of the runs that fail (m, steps + 1), scaled to [0, 1]: the cross-entropy is
+        exponential in it, so that it always seems to climb at the end."""
+        loss = self.plain.margin[~self.plain.wrong.any(1)]
+        if len(loss) < _FEW:
+            raise _NotMeasured(f"plain PGD misses {len(loss)} samples, too few to judge its ways by")
         low, high = loss.amin(1, keepdim=True), loss.amax(1, keepdim=True)
         return (loss - low) / (high - low).clamp_min(torch.finfo(loss.dtype).tiny)
 
-    def incomplete(self, threshold: float) -> _Finding:
+    def incomplete(self, threshold: float) -> Finding:
         best = self._failures().cummax(1).values
-        count, of = int((best[:, -1] - best[:, -10:][:, 0] > 0.05).sum()), len(best)
-        says = f"the loss still rises in the last ten steps on {count} of the {of} samples that plain PGD misses"
-        return _Finding(count / of, count / of > threshold, says)
+        count = int((best[:, -1] - best[:, -1 - max(1, self.steps // 4)] > 0.05).sum())
+        says = (
+            f"the margin still rises in the last quarter of plain PGD's steps on {count} of the {len(best)} of "
+            f"{self.n} samples that it misses"
+        )
+        return Finding(count / self.n, count / self.n > threshold, says)
 
-    def break_point(self, threshold: float) -> _Finding:
+    def break_point(self, threshold: float) -> Finding:
         """Near 1 where the loss climbs in a straight line to the end, near 0 where it soon arrives."""
         loss = self._failures()
         time_ = torch.linspace(0, 1, loss.shape[1], device=loss.device).expand_as(loss)
@@ -681,20 +563,32 @@ class _Audit:
         off = (beside - (beside * chord).sum(2, keepdim=True) * chord).norm(dim=2)
         knee = way[torch.arange(len(way)), off[:, 1:-1].argmax(1) + 1]
         mean = torch.cosine_similarity(knee - way[:, 0], knee - way[:, -1], dim=1).abs().mean().item()
-        return _Finding(mean, mean > threshold, f"the break-point angle of plain PGD's loss has a mean |cosine| of {mean:.2f}")
+        return Finding(
+            mean,
+            mean > threshold,
+            f"the break-point angle of plain PGD's loss has a mean |cosine| of {mean:.2f}",
+        )
 
-    def increasing_loss(self, threshold: float) -> _Finding:
+    def increasing_loss(self, threshold: float) -> Finding:
         """The attacker's loss, 1 - the scaled cross-entropy, over those steps that raise it."""
         cost = 1 - self._failures()
         rises = cost.diff(dim=1) > 0
         height = ((cost[:, 1:] + cost[:, :-1]) / 2 * rises).sum(1) / rises.sum(1).clamp_min(1)
         mean = height.mean().item()
-        return _Finding(mean, mean > threshold, f"plain PGD's steps that go back do so at a mean height of {mean:.2f} of its loss")
+        return Finding(
+            mean,
+            mean > threshold,
+            f"plain PGD's steps that go back do so at a mean height of {mean:.2f} of its loss",
+        )
 
-    def zero_on_path(self, threshold: float) -> _Finding:
+    def zero_on_path(self, threshold: float) -> Finding:
         before = self.plain.wrong.cumsum(1)[:, :-1] == 0
         share = ((self.plain.zero & before).sum(1) / before.sum(1).clamp_min(1)).mean().item()
-        return _Finding(share, share > threshold, f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps")
+        return Finding(
+            share,
+            share > threshold,
+            f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps",
+        )
 
 
 # ------------------------------------------------------------------------------------ models and tools
@@ -751,19 +645,27 @@ def _gradient(
     return logits.detach(), gradient
 
 
+def _paper_step(gradient: Tensor) -> Tensor:
+    """The length (B,), at most 1, of the paper's step of unit length along a gradient (B, C, H, W)."""
+    size = norms(gradient, "L2").flatten().double() / _PAPER_BATCH
+    return (size / size.clamp_min(_PAPER_FLOOR)).to(gradient.dtype)
+
+
 def _is_zero(gradient: Tensor) -> Tensor:
     return gradient.abs().amax(_PIXELS) == 0
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per sample; 0 where one of them is zero."""
-    return (ascent_direction(a, "L2") * ascent_direction(b, "L2")).sum(_PIXELS)
+    cosine: Tensor = (ascent_direction(a, "L2") * ascent_direction(b, "L2")).sum(_PIXELS)
+    return cosine
 
 
 def _mcnemar(won: int, lost: int) -> float:
     """Exact one-sided McNemar test (1947): the chance of so many wins or more in won + lost fair tosses."""
     tosses = won + lost
-    return sum(math.comb(tosses, k) for k in range(won, tosses + 1)) / 2**tosses
+    as_many = sum(math.comb(tosses, k) for k in range(won, tosses + 1))
+    return float(as_many / 2**tosses)
 
 
 def _one_line(error: Exception) -> str:
