@@ -46,8 +46,8 @@ def masking(
 ) -> list[Result]:
     """Audit the run's model in the run's threat model; `masking` of summary.json says what was found.
 
-    Plain PGD on cross-entropy (from a random start, `steps` steps of eps / 10) runs on those of `samples`
-    test images that are classified rightly. Then two kinds of checks, after Athalye et al. 2018 (section
+    Plain PGD on cross-entropy (from a random start, `steps` steps of eps / 10) runs on `samples` test images
+    that are classified rightly, always the same ones. Then two kinds of checks, after Athalye et al. 2018 (section
     3.1), Carlini et al. 2019 and Pintor et al. 2022. An *effect* is an attack that fools samples which plain
     PGD leaves: flagged if they are more than `gain` of all, and more than a second start of plain PGD finds
     (exact one-sided McNemar test on what the first one leaves, p < `significance`). A *symptom* is what may

@@ -79,9 +79,9 @@ class Audit:
         gain: float,
         significance: float,
     ) -> None:
-        label, pred = context.outcomes["label"], context.outcomes["clean_pred"]
-        rows = subset(Split(torch.arange(len(context.labels)), context.labels), samples).images
-        self.rows = rows[torch.from_numpy(pred == label)[rows]]
+        right = torch.from_numpy(context.outcomes["label"] == context.outcomes["clean_pred"])
+        rows = right.nonzero().squeeze(1)
+        self.rows = subset(Split(rows, context.labels[rows]), samples).images
         self.n = len(self.rows)
         place = context.hardware.device
         self.x = to_unit(context.images[self.rows].to(place), context.hardware.memory_format)
