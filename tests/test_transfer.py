@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from aerl.attacks import Crafted, SampleGenerator, Transfer, attacking, collect_
 from aerl.attacks.projections import norms
 from aerl.models import AliCNN
 from aerl.results import read_results, wilson
+from aerl.types import UserError
 from tests.conftest import ROOT
 
 SETTINGS = {"norm": "L2", "eps": 0.5, "steps": 5, "step_size": None, "loss": "log_odds"}
@@ -371,16 +373,27 @@ def test_sources_that_will_not_do_are_told_in_one_line_each_and_nothing_is_left(
         f"error: attack.transfer.sources={run}: {reason}" for run, reason in refused.items()
     ]
     assert "Traceback" not in done.stderr
-    analysed = launch(
-        "attack=none",
-        "analysis=transfer_matrix",
-        "analysis.transfer_matrix.runs=[b,evil]",
-        *words[2:],
-        cwd=home,
-    )
-    assert analysed.stderr.splitlines() == [f"error: analysis.transfer_matrix.runs=evil: {refused['evil']}"]
     left = {path for path in home.rglob("*") if path.is_file() and "matplotlib" not in path.parts} - before
     assert {path.name for path in left} == {"multirun.yaml"}  # Hydra's own
+
+
+def test_the_runs_of_the_matrix_are_looked_at_before_anything_is_computed(home, data_dir):
+    from hydra import compose, initialize_config_dir
+
+    from aerl.build import build
+    from aerl.config import read
+
+    for runs, line in (
+        ([], "analysis.transfer_matrix.runs=[]: name the run folders to compare"),
+        ([home / "b", home / "x"], f"analysis.transfer_matrix.runs={home / 'x'}: no such file or folder; .*"),
+    ):
+        words = [f"data_dir={data_dir}", "attack=none", "analysis=transfer_matrix"]
+        listed = f"analysis.transfer_matrix.runs=[{','.join(map(str, runs))}]"
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = read(compose("config", overrides=[*words, listed]))
+            with pytest.raises(UserError) as error:
+                build(config)
+        assert re.fullmatch(line.replace("[", r"\["), str(error.value))
 
 
 # ------------------------------------------------------------------------------------------- the names
