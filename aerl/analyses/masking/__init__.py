@@ -47,11 +47,12 @@ def masking(
     """Audit the run's model in the run's threat model; `masking` of summary.json says what was found.
 
     Plain PGD on cross-entropy (from a random start, `steps` steps of eps / 10) runs on `samples` test images
-    that are classified rightly, always the same ones. Then two kinds of checks, after Athalye et al. 2018 (section
+    that are classified rightly, always the same ones. Then three kinds of checks, after Athalye et al. 2018 (section
     3.1), Carlini et al. 2019 and Pintor et al. 2022. An *effect* is an attack that fools samples which plain
     PGD leaves: flagged if they are more than `gain` of all, and more than a second start of plain PGD finds
     (exact one-sided McNemar test on what the first one leaves, p < `significance`). A *symptom* is what may
-    cause one: no gradient, a saturated softmax, noise. One flagged effect makes the verdict "masked", flagged
+    cause one: no gradient, a saturated softmax, noise. *Formula* checks show what the paper's own attack makes
+    of this model, and leave the verdict alone: they tell of that attack. One flagged effect makes the verdict "masked", flagged
     symptoms alone "suspicious", none of either "no sign"; where plain PGD cannot run at all it is "not
     measured". A check that cannot be made has the value None and says why.
 
@@ -83,8 +84,6 @@ def masking(
         "zero_gradient": (zero_gradient, "Athalye et al. 2018, section 3", audit.zero_gradient),
         "float64_gradient": (float64, _LEE, audit.float64_gradient),
         "step_length": (step_length, _LEE, audit.step_length),
-        "paper_step_length": (paper_step_length, _LEE, audit.paper_step_length),
-        "paper_formula": (paper_formula, _LEE, audit.paper_formula),
         "consistency": (consistency, "Athalye et al. 2018, section 3", audit.consistency),
         "slope": (slope, "Uesato et al. 2018", audit.slope),
         "monotone": (monotone, _ATHALYE, audit.monotone),
@@ -94,6 +93,8 @@ def masking(
         "zero_on_path": (zero_gradient, _PINTOR_FIRST, audit.zero_on_path),
     }
     plan = [Check(name, "symptom", *rest) for name, rest in symptoms.items()]
+    plan.append(Check("paper_step_length", "formula", paper_step_length, _LEE, audit.paper_step_length))
+    plan.append(Check("paper_formula", "formula", paper_formula, _LEE, audit.paper_formula))
     plan += [Check(name, "effect", gain, source, run) for name, (source, run) in effects.items()]
     plan.append(Check("unbounded", "effect", unbounded, _ATHALYE, audit.unbounded))
 
@@ -141,7 +142,6 @@ _MECHANISMS = {
     "zero_ce_gradient": "saturated softmax",
     "saturated": "saturated softmax",
     "float64_gradient": "saturated softmax",
-    "paper_formula": "saturated softmax",
     "consistency": "shattered gradients",
     "slope": "shattered gradients",
     "increasing_loss": "shattered gradients",

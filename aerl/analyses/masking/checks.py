@@ -46,7 +46,7 @@ class Check:
     """One row of the audit. An effect is an attack that beats plain PGD, a symptom what may explain one."""
 
     name: str
-    role: Literal["effect", "symptom"]
+    role: Literal["effect", "symptom", "formula"]
     threshold: float
     source: str
     run: Callable[[float], Finding]
