@@ -52,9 +52,9 @@ def masking(
     PGD leaves: flagged if they are more than `gain` of all, and more than a second start of plain PGD finds
     (exact one-sided McNemar test on what the first one leaves, p < `significance`). A *symptom* is what may
     cause one: no gradient, a saturated softmax, noise. *Formula* checks show what the paper's own attack makes
-    of this model, and leave the verdict alone: they tell of that attack. One flagged effect makes the verdict "masked", flagged
-    symptoms alone "suspicious", none of either "no sign"; where plain PGD cannot run at all it is "not
-    measured". A check that cannot be made has the value None and says why.
+    of this model; they tell of that attack, and leave the verdict alone. One flagged effect makes the verdict
+    "masked", flagged symptoms alone "suspicious", none of either "no sign"; where plain PGD cannot run at all
+    it is "not measured". A check that cannot be made has the value None and says why.
 
     Every other setting is the threshold of the check of its name. `queries` are Square's. Costs are told
     in forward and backward passes per sample, in which a forward pass alone counts a third; together they
