@@ -221,5 +221,13 @@ def _log(name: str, outcomes: Outcomes, record: Record) -> None:
                 "mean_linf": float(outcomes[f"{part}_linf"].mean()),
                 "seconds": told["seconds"],
             }
-            n = told["robust_accuracy"]["n"]
-            record.results.log(metrics, n=n, split="test", attack=part, norm=told["norm"], eps=told["eps"])
+            transferred = name == "transfer"
+            record.results.log(
+                metrics,
+                n=told["robust_accuracy"]["n"],
+                split="test",
+                attack=part,
+                norm=told["norm"],
+                eps=told["eps"],
+                source=part.removeprefix("transfer_").removesuffix("_refined") if transferred else "",
+            )
