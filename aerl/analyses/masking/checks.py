@@ -327,7 +327,12 @@ class Audit:
         """What this run has transferred within its threat model, and not only to what others had left."""
         fooled, used = torch.zeros_like(self.missed), []
         for name, told in self.context.attacks.items():
-            if name.startswith("transfer") and told["counts"] and told["alone"]:
+            if (
+                name.startswith("transfer")
+                and not name.endswith("_refined")
+                and told["counts"]
+                and told["alone"]
+            ):
                 wrong = self.context.outcomes[f"{name}_pred"] != self.context.outcomes["label"]
                 fooled |= torch.from_numpy(wrong)[self.rows].to(fooled.device)
                 used.append(name)
