@@ -47,8 +47,8 @@ def masking(
     """Audit the run's model in the run's threat model; `masking` of summary.json says what was found.
 
     Plain PGD on cross-entropy (from a random start, `steps` steps of eps / 10) runs on `samples` test images
-    that are classified rightly, always the same ones. Then three kinds of checks, after Athalye et al. 2018 (section
-    3.1), Carlini et al. 2019 and Pintor et al. 2022. An *effect* is an attack that fools samples which plain
+    that are classified rightly, always the same ones. Then three kinds of checks, after Athalye et al. 2018
+    (section 3.1), Carlini et al. 2019 and Pintor et al. 2022. An *effect* is an attack that fools samples which plain
     PGD leaves: flagged if they are more than `gain` of all, and more than a second start of plain PGD finds
     (exact one-sided McNemar test on what the first one leaves, p < `significance`). A *symptom* is what may
     cause one: no gradient, a saturated softmax, noise. *Formula* checks show what the paper's own attack makes
@@ -150,16 +150,18 @@ _MECHANISMS = {
     "restarts": "attack too weak",
 }
 
-# Those that a user can run, as they are called on the command line.
+# Those that a user can run, with what to say on the command line.
 _ALTERNATIVES = {
-    "restarts": "PGD with restarts (attack.pgd.restarts)",
-    "more_steps": "PGD with more and shorter steps (attack.pgd.steps, attack.pgd.step_size)",
+    "restarts": "PGD with restarts (attack=pgd attack.pgd.restarts=5)",
+    "more_steps": "PGD with more steps (attack=pgd attack.pgd.steps=500)",
     "log_odds": "PGD on the log-odds (attack=pgd)",
-    "margin": "PGD on the margin (attack=pgd attack.pgd.loss=margin)",
+    "margin": "PGD on the margin (attack=pgd_margin)",
+    "logit_scale": "PGD on rescaled logits (attack=pgd_rescaled)",
     "fgsm": "FGSM (attack=fgsm)",
-    "square": "Square (a part of attack=autoattack)",
+    "noise": "random noise (attack=noise)",
+    "square": "Square (attack=square)",
     "transfer": "transferred examples (attack=transfer)",
-    "eot": "PGD with gradients averaged over passes (attack=autoattack attack.autoattack.version=rand)",
+    "eot": "PGD averaged over passes (attack=pgd attack.pgd.eot=8)",
 }
 _BLACK_BOX = f"{_ALTERNATIVES['square']} and {_ALTERNATIVES['transfer']}"
 _REMEDIES = {

@@ -25,7 +25,7 @@ _PAPER_FLOOR, _PAPER_BATCH = 1e-6, 256
 _DRAWS = 32  # of noise in the ball
 _FEW = 5  # runs, from which on a mean over them says something
 _VOTES = 9  # passes that decide on the prediction of a randomised model
-_PASSES = 8  # gradients that one step of EOT averages
+_PASSES = 6  # gradients that one step of EOT averages
 
 
 @dataclass(frozen=True)
