@@ -25,7 +25,7 @@ _PAPER_FLOOR, _PAPER_BATCH = 1e-6, 256
 _DRAWS = 32  # of noise in the ball
 _FEW = 5  # runs, from which on a mean over them says something
 _VOTES = 9  # passes that decide on the prediction of a randomised model
-_PASSES = 6  # gradients that one step of EOT averages
+_PASSES = 5  # gradients that one step of EOT averages
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class _NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the audit. An effect is an attack that beats plain PGD, a symptom what may explain one."""
+    """One row of the audit. An effect is an attack that beats plain PGD, a symptom what may explain one; a
+    formula tells of the paper's attack, and is no part of the verdict."""
 
     name: str
     role: Literal["effect", "symptom", "formula"]
