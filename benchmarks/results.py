@@ -84,9 +84,21 @@ def robustness(args: argparse.Namespace) -> list[str]:
             cells = [trainer, str(seed), _share(told["clean_accuracy"])]
             cells += [_share(attacks[name]["robust_accuracy"]) for name in ("pgd_paper", "pgd", "autoattack")]
             cells += [f"{_share(transfers[worst])} from {source}", _share(told["worst_case_accuracy"])]
-            cells.append(f"{told['masking']['verdict']}: {told['masking']['mechanism']}")
+            cells.append(_audit(told["masking"]))
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _audit(masking: dict[str, Any]) -> str:
+    """The verdict, and what bears on the paper's claim: saturation at the images, and what its formula misses."""
+    says = {check["name"]: check["says"] for check in masking["checks"]}
+    told = (
+        masking["verdict"]
+        if masking["verdict"] == "no sign"
+        else f"{masking['verdict']}, {masking['mechanism']}"
+    )
+    saturated = says["saturated"].partition(", and")[0]
+    return f"{told}; {saturated}; {says['paper_formula']}"
 
 
 def means(args: argparse.Namespace) -> list[str]:

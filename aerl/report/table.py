@@ -133,6 +133,9 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if verdict != "no sign":
             yield "mechanism", str(masking["mechanism"])
             yield "trust", str(masking["trust"])
+        for check in masking.get("checks", ()):
+            if check["name"] == "paper_formula" and check["flag"]:
+                yield "pgd_paper", str(check["says"])
     if spent := _spent(summary):
         yield "time", spent
     folder = summary.get("folder")
