@@ -173,7 +173,7 @@ def test_the_suite_hands_survivors_on_and_an_attack_outside_the_threat_model_doe
     assert summary["clean_accuracy"]["value"] >= values[0] >= values[1] >= values[2] > 0
     assert summary["worst_case_accuracy"]["value"] == values[2]
     assert not told["fgsm"]["counts"] and told["fgsm"]["robust_accuracy"]["value"] < values[2]
-    assert "not in the worst case, being outside the run's threat model: fgsm" in done.stdout
+    assert "not in the worst case, being outside the run's threat model (norm, eps, box): fgsm" in done.stdout
     outcomes = dict(np.load(tmp_path / "runs/s/outcomes.npz"))
     fooled_first = (outcomes["clean_pred"] == outcomes["label"]) & (outcomes["pgd_pred"] != outcomes["label"])
     assert fooled_first.any()

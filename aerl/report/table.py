@@ -118,7 +118,10 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "warning", f"model: {doubt}"
     attacks = summary.get("attacks") or {}
     if aside := [name for name, attack in attacks.items() if not attack.get("counts", True)]:
-        yield "*", f"not in the worst case, being outside the run's threat model: {', '.join(aside)}"
+        yield (
+            "*",
+            f"not in the worst case, being outside the run's threat model (norm, eps, box): {', '.join(aside)}",
+        )
     if not all(attack.get("alone", True) for attack in attacks.values()):
         yield "survivors", "each attack got what those before it had left; its accuracy is after all of them"
     for name, attack in (summary.get("attacks") or {}).items():
