@@ -20,10 +20,11 @@ class AnalysisContext:
 
     `model` maps (B, C, H, W) float32 in [0, 1] to logits; `images` are uint8 (n, C, H, W), `labels` int64.
     `outcomes` holds the arrays of outcomes.npz: `index` in the test set, `label`, `clean_pred`, `clean_p` (of
-    the label) and, for each attack `a`, `a_pred`, `a_p`, `a_l2`, `a_linf`. `adversarial[a]` are the adversarial examples of the first samples, float32 in [0, 1]
-    (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go into the folder `figures`, numbers into `log`,
-    and what summary.json should say is handed to `save(key=value)`. `norm`, `eps` and `seed` are the run's,
-    `batch_size` is how many images to put through the model at once.
+    the label) and, for each attack `a`, `a_pred`, `a_p`, `a_l2`, `a_linf`. `adversarial[a]` are the adversarial
+    examples of the first samples, float32 in [0, 1] (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go
+    into the folder `figures`, numbers into `log`, and what summary.json should say is handed to
+    `save(key=value)`. `norm`, `eps` and `seed` are the run's, `batch_size` is how many images to put through the
+    model at once.
     """
 
     model: nn.Module
