@@ -5,19 +5,20 @@ import math
 from aerl.results import wilson
 
 
-def mcnemar(b: int, c: int) -> float:
-    """The exact two-sided p of McNemar's test (1947), from the discordant counts alone; 1 where there are none.
+def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
+    """The exact p of McNemar's test (1947), from the discordant counts alone; 1 where there are none.
 
-    `b` samples are right here only, `c` there only: if the two models were equally good, b would be a draw
-    from Binomial(b + c, 1/2). Raises ValueError for a negative count.
+    `b` samples are right here only, `c` there only: if the two were equally good, b would be a draw from
+    Binomial(b + c, 1/2). Two-sided, or `one_sided` the chance of so large a b. Raises ValueError for a
+    negative count.
     """
     if b < 0 or c < 0:
         raise ValueError(f"counts cannot be negative: b={b}, c={c}")
     n, term, tail = b + c, 1, 0  # whole numbers of any size: exact for any count
-    for k in range(min(b, c) + 1):
+    for k in range((c if one_sided else min(b, c)) + 1):
         tail += term
         term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * tail / (1 << n))
+    return tail / (1 << n) if one_sided else min(1.0, 2 * tail / (1 << n))
 
 
 def paired_difference(

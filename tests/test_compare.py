@@ -35,6 +35,8 @@ def test_mcnemar_by_hand():
 @pytest.mark.parametrize(("b", "c"), [(3, 9), (9, 3), (0, 1), (50, 50), (51, 50), (400, 520), (3000, 7000)])
 def test_mcnemar_is_the_exact_binomial_test(b, c):
     assert mcnemar(b, c) == pytest.approx(binomtest(b, b + c).pvalue, rel=1e-9, abs=1e-300)
+    greater = binomtest(b, b + c, alternative="greater").pvalue
+    assert mcnemar(b, c, one_sided=True) == pytest.approx(greater, rel=1e-9, abs=1e-300)
 
 
 def test_the_interval_by_hand():

@@ -15,7 +15,7 @@ from torch import nn
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.masking import _ALTERNATIVES, masking
-from aerl.analyses.masking.checks import Audit, _mcnemar
+from aerl.analyses.masking.checks import Audit
 from aerl.attacks import SampleGenerator, attacking, pgd
 from aerl.build import attack
 from aerl.config import read
@@ -296,13 +296,6 @@ def test_plain_pgd_is_the_pgd_of_attack_pgd(plain, context):
     with attacking(audit.model), torch.no_grad():
         assert torch.equal(audit.plain.last, plain_pgd(plain, audit.x, audit.y, generator=noise))
         assert audit.plain.wrong.any(1).sum() > audit.plain.wrong[:, 0].sum()  # and it does attack
-
-
-def test_mcnemar_is_the_binomial_tail():
-    assert _mcnemar(0, 0) == _mcnemar(0, 5) == 1
-    assert _mcnemar(7, 0) == 1 / 128
-    assert _mcnemar(3, 1) == pytest.approx(5 / 16)
-    assert _mcnemar(600, 600) == pytest.approx(0.5, abs=0.02)
 
 
 def test_transferred_examples_count_only_within_the_threat_model_and_on_all_samples(plain, audit, digits):

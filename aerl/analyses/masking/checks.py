@@ -18,6 +18,7 @@ from aerl.attacks.projections import ascent_direction, clip, norms, random_in_ba
 from aerl.data import Split, subset, to_unit
 from aerl.hardware import seed_from
 from aerl.report.progress import progress
+from aerl.statistics import mcnemar
 
 _PIXELS = (1, 2, 3)
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
@@ -257,7 +258,7 @@ class Audit:
         """An effect: samples fooled beyond plain PGD, against what a second start of plain PGD finds."""
         gained = fooled & self.missed
         count, again = int(gained.sum()), int(self.again.sum())
-        chance = _mcnemar(int((gained & ~self.again).sum()), int((self.again & ~gained).sum()))
+        chance = mcnemar(int((gained & ~self.again).sum()), int((self.again & ~gained).sum()), one_sided=True)
         return self._effect(
             count, f"{name} fools {count}, a second start {again} (p = {chance:.1g})", chance, threshold
         )
@@ -273,7 +274,7 @@ class Audit:
 
     def restarts(self, threshold: float) -> Finding:
         count = int(self.again.sum())
-        chance = _mcnemar(count, 0)
+        chance = mcnemar(count, 0, one_sided=True)
         return self._effect(count, f"a second start fools {count} (p = {chance:.1g})", chance, threshold)
 
     def more_steps(self, threshold: float) -> Finding:
@@ -372,7 +373,7 @@ class Audit:
             lost, won = int((smaller & ~larger).sum()), int((larger & ~smaller).sum())
             rise = (lost - won) / self.n
             worst = max(worst, rise)
-            flag |= rise > threshold and _mcnemar(lost, won) < self.significance
+            flag |= rise > threshold and mcnemar(lost, won, one_sided=True) < self.significance
         shares = ", ".join(
             f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})"
             for name, fooled in self.ladder.items()
@@ -476,7 +477,7 @@ class Audit:
             raise _NotMeasured("the paper's formula is that of L2")
         fooled = ~self.missed
         count = int((~self.path(fooled, paper=True).wrong.any(1)).sum()) if fooled.any() else 0
-        chance = _mcnemar(count, 0)
+        chance = mcnemar(count, 0, one_sided=True)
         says = (
             f"PGD by the paper's formula, whose steps shrink with the gradient, misses {count} of the "
             f"{int(fooled.sum())} of {self.n} samples that plain PGD fools (p = {chance:.1g})"
@@ -665,13 +666,6 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per sample; 0 where one of them is zero."""
     cosine: Tensor = (ascent_direction(a, "L2") * ascent_direction(b, "L2")).sum(_PIXELS)
     return cosine
-
-
-def _mcnemar(won: int, lost: int) -> float:
-    """Exact one-sided McNemar test (1947): the chance of so many wins or more in won + lost fair tosses."""
-    tosses = won + lost
-    as_many = sum(math.comb(tosses, k) for k in range(won, tosses + 1))
-    return float(as_many / 2**tosses)
 
 
 def _one_line(error: Exception) -> str:
