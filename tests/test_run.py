@@ -18,7 +18,8 @@ from tests.conftest import ROOT
 from tests.test_wandb import history, read_back
 from tests.test_wandb import summary as wandb_summary
 
-SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5")
+SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5",
+         "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10")  # fmt: skip
 
 
 def summary_of(folder):
@@ -67,9 +68,10 @@ def test_outcomes_summary_and_results_tell_the_same_story(finished):
     assert summary["status"] == "finished" and summary["error"] is None
     with np.load(folder / "outcomes.npz", allow_pickle=False) as file:
         outcomes = dict(file)
-    assert set(outcomes) == {"label", "clean_pred"} | {
-        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in ("pred", "l2", "linf")
+    assert set(outcomes) == {"index", "label", "clean_pred", "clean_p"} | {
+        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in ("pred", "p", "l2", "linf")
     }
+    assert summary["masking"]["verdict"] in ("masked", "suspicious", "no sign")
     right = outcomes["clean_pred"] == outcomes["label"]
     assert len(right) == 40
     assert summary["clean_accuracy"]["value"] == right.mean()
@@ -200,14 +202,21 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
 def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_dir, moment):
     """A real SIGKILL in mid-training, or between two batches of AutoAttack; the repeated command goes on."""
     if moment == "training":
-        words = (*SMALL, "logger=none", "trainer.epochs=8")
+        words = (*SMALL, "logger=none", "analysis=none", "trainer.epochs=8")
     else:
         attack = (
             "attack=[fgsm,autoattack]",
             "attack.autoattack.batch_size=6",
             "attack.autoattack.queries=50",
         )
-        words = ("trainer.epochs=2", "evaluation.samples=24", *attack, "eps=0.3", "logger=none")
+        words = (
+            "trainer.epochs=2",
+            "evaluation.samples=24",
+            *attack,
+            "eps=0.3",
+            "logger=none",
+            "analysis=none",
+        )
     env = {**os.environ, "AERL_DATA": str(data_dir)}
     process = subprocess.Popen(
         [sys.executable, "-c", _FREQUENT, *words, "name=cut"],
@@ -258,10 +267,15 @@ def test_judging_a_run_takes_its_dataset_and_model_from_its_folder(launch, tmp_p
     images = {f"X_{part}": rng.integers(0, 256, (60, 9, 9), dtype=np.uint8) for part in ("train", "test")}
     np.savez(tmp_path / "grey.npz", **images, y_train=np.arange(60) % 3, y_test=np.arange(60) % 3)
     words = ("dataset=npz", "dataset.path=grey.npz", "dataset.name=grey", "model=cnn", "model.net.width=0.05")
-    done = launch(*words, "trainer.epochs=1", "attack=none", "logger=none", "name=trained")
+    done = launch(*words, "trainer.epochs=1", "attack=none", "analysis=none", "logger=none", "name=trained")
     assert done.returncode == 0, done.stderr
     judged = launch(
-        "trainer=none", "checkpoint=runs/trained", "attack=pgd", "attack.pgd.steps=2", "logger=none"
+        "trainer=none",
+        "checkpoint=runs/trained",
+        "attack=pgd",
+        "attack.pgd.steps=2",
+        "analysis=none",
+        "logger=none",
     )
     assert judged.returncode == 0, judged.stderr
     folder = only_run(tmp_path)
@@ -321,7 +335,7 @@ def test_a_multirun_is_four_folders_in_one_group_and_a_failing_job_does_not_stop
 def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(tmp_path, data_dir, launch):
     """Files may not grow beyond 1 MB: the checkpoint does not fit, the record of the failure does."""
     assert launch("prepare_data_only=true").returncode == 0
-    words = ("trainer.epochs=1", "attack=none", "logger=none", "name=full")
+    words = ("trainer.epochs=1", "attack=none", "analysis=none", "logger=none", "name=full")
     command = f'ulimit -f 1000; exec "{sys.executable}" "{ROOT / "launch.py"}" {" ".join(words)}'
     env = {**os.environ, "AERL_DATA": str(data_dir)}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
