@@ -25,7 +25,7 @@ def masking(
     samples: Count = 100,
     steps: Count = 40,
     queries: Count = 1000,
-    gain: Probability = 0.05,
+    gain: Probability = 0.12,
     significance: Probability = 0.01,
     unbounded: Probability = 0.05,
     monotone: Probability = 0.05,
@@ -199,7 +199,12 @@ def _trust(verdict: str, found: Found, n: int) -> str:
     if verdict == "not measured":
         return "nothing was measured, so no attack is to be trusted more than another"
     if verdict == "no sign":
-        return "PGD, as nothing beats it by more than chance; AutoAttack has the last word"
+        best = max(_ALTERNATIVES, key=lambda name: found[name]["value"] or 0)
+        gained = round((found[best]["value"] or 0) * n)
+        return (
+            f"PGD, beyond which no alternative fools more than {gained} of {n} samples ({_ALTERNATIVES[best]}); "
+            "AutoAttack has the last word"
+        )
     mechanism = _MECHANISMS.get(_evidence(found) or "", "")
     flagged = [name for name in _ALTERNATIVES if found[name]["flag"]]
     # What beats plain PGD on a randomised model may have had luck, not better gradients.
