@@ -7,6 +7,7 @@ was stopped. `--paper` does the same with the 6-layer CNN at the paper's setting
 import argparse
 import datetime
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,8 +76,9 @@ def _share(accuracy: dict[str, float]) -> str:
 def robustness(args: argparse.Namespace) -> list[str]:
     """One row for each model: every accuracy in %, with its 95 % interval."""
     lines = [
-        "| trainer | seed | clean | pgd_paper | pgd | AutoAttack | worst transfer | worst case | masking audit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| trainer | seed | clean | pgd_paper | pgd | AutoAttack | worst transfer | worst case | masking audit "
+        "| p_y = 1 | pgd_paper misses |",
+        "|---" * 11 + "|",
     ]
     for trainer in args.trainers:
         for seed in args.seeds:
@@ -92,21 +94,25 @@ def robustness(args: argparse.Namespace) -> list[str]:
             cells = [trainer, str(seed), _share(told["clean_accuracy"])]
             cells += [_share(attacks[name]["robust_accuracy"]) for name in ("pgd_paper", "pgd", "autoattack")]
             cells += [f"{_share(transfers[worst])} from {source}", _share(told["worst_case_accuracy"])]
-            cells.append(_audit(summary(args.runs / f"audited-{trainer}-{seed}")["masking"]))
+            cells += _audit(summary(args.runs / f"audited-{trainer}-{seed}")["masking"])
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _audit(masking: dict[str, Any]) -> str:
-    """The verdict, and what bears on the paper's claim: saturation at the images, and what its formula misses."""
+def _audit(masking: dict[str, Any]) -> list[str]:
+    """The verdict; how many softmaxes are saturated at the images; what the paper's formula misses."""
     says = {check["name"]: check["says"] for check in masking["checks"]}
-    told = (
-        masking["verdict"]
-        if masking["verdict"] == "no sign"
-        else f"{masking['verdict']}, {masking['mechanism']}"
-    )
-    saturated = says["saturated"].partition(", and")[0]
-    return f"{told}; {saturated}; {says['paper_formula']}"
+    told = masking["verdict"]
+    if told not in ("no sign", "not measured"):
+        told += f": {masking['mechanism']}"
+    counts = [
+        re.search(pattern, says[name])
+        for name, pattern in (
+            ("saturated", r"on (\d+ of \d+)"),
+            ("paper_formula", r"misses (\d+ of the \d+)"),
+        )
+    ]
+    return [told, *("-" if found is None else found[1].replace("the ", "") for found in counts)]
 
 
 def means(args: argparse.Namespace) -> list[str]:
