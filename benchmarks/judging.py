@@ -23,7 +23,7 @@ def _run(folder: Path, *words: str) -> dict[str, Any]:
 def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal), on a plainly and on a PGD-trained AliCNN of cifar10_small, or of digits."""
     data = ["dataset=digits"] if cifar10 is None else ["dataset=cifar10_small", f"dataset.path={cifar10}"]
-    samples = 24 if smoke else 500 if cifar10 is not None else 360
+    samples = 24 if smoke else 500 if cifar10 is not None else 120
     quick = ["trainer.epochs=2"] if smoke else []
     for trainer in ("sl", "pgd_at"):
         _run(

@@ -75,6 +75,8 @@ def test_tab_completion_completes_options(launch):
         (["eps=big"], r"eps=big: should be a valid number.*"),
         (["eps=8/0"], r"eps=8/0: divides by zero.*"),
         (["norm=L1"], r"norm=L1: should be 'L2' or 'Linf'.*"),
+        (["dataset.train_samples=9999"], r"dataset.train_samples=9999: the training split has 1293 images"),
+        (["evaluation.policy=greedy"], r"evaluation.policy=greedy: should be 'argmax' or 'sample'"),
         (["seed=-1"], r"seed=-1: should be greater than or equal to 0"),
         (["trainer=rl", "trainer.act.exploration=1.5"], r"trainer.act.exploration=1.5: should be .* equal to 1"),
         (["trainer.optimizer.lr=-1"], r"trainer.optimizer: Invalid learning rate: -1.*"),

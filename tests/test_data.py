@@ -1179,7 +1179,7 @@ def test_every_dataset_file_has_the_same_keys_and_names_parameters_of_its_source
     settings = yaml.safe_load(file.read_text())
     assert list(settings) == [
         *("name", "epochs", "path", "size", "channels"),
-        *("val_fraction", "split_seed", "augmentation", "source"),
+        *("train_samples", "val_fraction", "split_seed", "augmentation", "source"),
     ]
     assert settings["name"] == file.stem
     assert list(settings["augmentation"]) == ["hflip", "vflip", "translate"]

@@ -202,7 +202,7 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
 def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_dir, moment):
     """A real SIGKILL in mid-training, or between two batches of AutoAttack; the repeated command goes on."""
     if moment == "training":
-        words = (*SMALL, "logger=none", "analysis=none", "trainer.epochs=8")
+        words = (*SMALL, "logger=none", "trainer.epochs=8")
     else:
         attack = (
             "attack=[fgsm,autoattack]",
