@@ -19,7 +19,7 @@ from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.probe import drawn, probe
 from aerl.train import Adversary, Recipe
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 # What attacks and analyses that take the models of other runs are told.
 _ELSEWHERE = ("load", "store")
@@ -197,7 +197,7 @@ def _net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
         raise
     except Exception as error:  # another library's constructor can raise anything
         raise UserError(
-            f"model.net: {_call(make)} raised {type(error).__name__}: {_first_line(error)}"
+            f"model.net: {_call(make)} raised {type(error).__name__}: {first_line(error)}"
         ) from error
     if not isinstance(net, nn.Module):
         raise UserError(
@@ -210,10 +210,6 @@ def _call(bound: partial[Any]) -> str:
     """A bound target as the call that it makes, for a reader."""
     settings = ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())
     return f"{getattr(bound.func, '__name__', bound.func)}({settings})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def load_models(
@@ -276,7 +272,7 @@ def _try(model: Classifier, name: str, data: DataSplits) -> None:
             logits = model.eval().net(model.normalize(torch.zeros(2, *data.image_shape)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"model={name}: does not take {shape} images ({_first_line(error)}); dataset.size= resizes them, "
+            f"model={name}: does not take {shape} images ({first_line(error)}); dataset.size= resizes them, "
             "model.net.resize=224 lets torchvision's networks do so themselves"
         ) from error
     finally:

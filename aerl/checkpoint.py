@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.files import atomic_write
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 # Under which key a training script keeps the weights, and what wrappers put before the name of each tensor:
 # DataParallel, torch.compile, a module that holds the network as its attribute `model`.
@@ -41,11 +41,7 @@ def load(path: Path, key: str = "checkpoint") -> Any:
             "save the model's state_dict() instead"
         ) from error
     except Exception as error:  # what a damaged file makes the reader raise depends on where it is damaged
-        raise UserError(f"{key}={path}: damaged or not a PyTorch file ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{key}={path}: damaged or not a PyTorch file ({first_line(error)})") from error
 
 
 def find(checkpoint: str, key: str = "checkpoint") -> Path:

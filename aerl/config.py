@@ -32,7 +32,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from aerl.results import read_summary
-from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, quotient
+from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, first_line, quotient
 
 
 def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _locate(name: str, key: str) -> Callable[..., Any]:
     try:
         target = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing a user's module can raise anything
-        raise UserError(f"{key}._target_={name}: cannot be imported: {_first_line(error)}") from error
+        raise UserError(f"{key}._target_={name}: cannot be imported: {first_line(error)}") from error
     if not callable(target):
         raise UserError(f"{key}._target_={name}: is a {type(target).__name__}, not a function or class")
     return target  # type: ignore[no-any-return]
@@ -417,6 +417,16 @@ def of_run(run: str, key: str) -> Config:
         raise UserError(f"{key}={run}: {error}") from error
 
 
+def origin(checkpoint: str | None) -> dict[str, Any] | None:
+    """Which run the judged model comes from: its `folder`, `run_id`, `trainer` and `seed`; None if from none."""
+    folder = None if checkpoint in (None, "own") else _run_folder(checkpoint)
+    if folder is None:
+        return None
+    told = read_summary(folder) or {}
+    trained = told.get("origin") or told  # a run that judges may itself have judged another one's model
+    return {"folder": str(folder)} | {key: trained.get(key) for key in ("run_id", "trainer", "seed")}
+
+
 def run_names(runs: Sequence[str]) -> list[str]:
     """A short name for each of these runs, of [a-z0-9_.-]: the shortest that tells them all apart.
 
@@ -457,7 +467,7 @@ def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str
         if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in wanted):
             raise ValueError(f"{wanted} is no choice of options")
     except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"its config.yaml or summary.json is damaged ({_first_line(error)})") from error
+        raise UserError(f"its config.yaml or summary.json is damaged ({first_line(error)})") from error
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
     taken = compose("config", overrides=[*wanted, *overrides])
     for group in groups:
@@ -477,7 +487,3 @@ def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str
             except OmegaConfBaseException as error:
                 raise UserError(f"its config.yaml says {path}={_short(value)}, a key unknown here") from error
     return taken
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

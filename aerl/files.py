@@ -1,12 +1,14 @@
 """Files that are whole or absent, and disks that refuse told in one line."""
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from aerl.types import UserError
 
@@ -58,6 +60,13 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
             temporary.unlink(missing_ok=True)
             raise
     _settle(path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table atomically, its first line the names of the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    atomic_write(path, text.getvalue())
 
 
 def _settle(path: Path) -> None:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from aerl.attacks import attacking
+from aerl.types import first_line
 
 
 def probe(model: nn.Module, x: Tensor) -> list[str]:
@@ -102,7 +103,7 @@ def _gradient_doubts(model: nn.Module, x: Tensor, *, constant: bool) -> Iterator
             mixture = torch.linspace(-1, 1, logits.numel(), device=x.device).view_as(logits)
             (gradient,) = torch.autograd.grad(logits, x, mixture, allow_unused=True)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         yield f"it cannot be differentiated ({reason}): {consequence}; take attacks without gradients (square)"
         return
     if gradient is None:

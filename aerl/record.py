@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from aerl.config import Config, config_hash, difference, explain, telling
+from aerl.config import Config, config_hash, difference, explain, origin, telling
 from aerl.files import atomic_write
 from aerl.results import ResultLog, Tracker, open_tracker, read_summary, write_summary
 from aerl.types import UserError
@@ -90,6 +90,7 @@ def recorded(
         "config_hash": config_hash(config),
         "epochs": config.trainer.epochs if config.trainer else None,
         "choices": dict(choices),
+        "origin": None if config.trainer else origin(config.checkpoint),
         "environment": dict(environment),
         "masking": None,
     }

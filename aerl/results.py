@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from aerl.files import atomic_write, writing
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
 
@@ -87,7 +87,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(summary, dict):
         raise UserError(f"cannot read {path}: it holds no summary of a run")
     return summary
@@ -240,10 +240,6 @@ class ResultLog:
 # ------------------------------------------------------------------------------------ Weights & Biases
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _count_in_epochs(run: Any) -> None:
     """Epochs, not W&B's own count of calls, are the x axis: a resumed run goes on where it was."""
     run.define_metric("epoch", hidden=True)
@@ -317,7 +313,7 @@ class Tracker:
             self._run, self.mode = None, "interrupted"
             log.warning(
                 "W&B stopped (%s): the results are in %s, what W&B has so far in %s",
-                _one_line(error), self._folder / "results.jsonl", self._folder / self._path,
+                first_line(error), self._folder / "results.jsonl", self._folder / self._path,
             )  # fmt: skip
             # Without this the broken session would be handed to the next run of this process.
             with contextlib.suppress(Exception):
@@ -382,7 +378,7 @@ def open_tracker(
             run, started = _start(wandb, settings, wanted, options)
         return Tracker(wandb, run, folder, started) if run is not None else None
     except Exception as error:
-        log.warning("W&B is off (%s): results are in %s only", _one_line(error), folder / "results.jsonl")
+        log.warning("W&B is off (%s): results are in %s only", first_line(error), folder / "results.jsonl")
         return None
 
 
@@ -398,7 +394,7 @@ def _start(wandb: Any, settings: Any, wanted: str, options: Mapping[str, Any]) -
             try:
                 return wandb.init(mode="online", settings=settings, **options), "online"
             except Exception as error:
-                log.warning("W&B cannot be used online (%s): this run is recorded offline", _one_line(error))
+                log.warning("W&B cannot be used online (%s): this run is recorded offline", first_line(error))
                 # Only a new session starts the same run a second time.
                 with contextlib.suppress(Exception):
                     wandb.teardown()

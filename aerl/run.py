@@ -123,6 +123,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
         norm=config.norm,
         eps=config.eps,
         seed=config.seed,
+        trainer=(record.summary["origin"] or record.summary)["trainer"],
         hardware=parts.hardware,
         batch_size=batch_size(parts, config),
         save=record.save,

@@ -16,6 +16,13 @@ class UserError(Exception):
     """A mistake or a fault outside aerl, told in one line: the key, its value and what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, without the paragraphs that some of them go on with."""
+    return next(
+        (line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
+
+
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 
 

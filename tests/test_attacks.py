@@ -31,15 +31,6 @@ NORMS = ["L2", "Linf"]
 EPS = {"L2": 0.15, "Linf": 0.02}  # small_net is fooled on some images, not on all
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_net(classes=4, dtype=torch.float32):
     """A small convolutional network with batch normalisation and dropout, at random weights."""
     torch.manual_seed(0)

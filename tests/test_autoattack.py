@@ -17,15 +17,6 @@ from aerl.types import UserError
 STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads only get in each other's way on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(classes, epochs, unseen=0):
     """A model in eval mode trained on the first `classes` digits, with those images (N, 1, 8, 8) and labels;
     or, if some are to be `unseen`, with these instead."""

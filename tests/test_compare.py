@@ -127,7 +127,7 @@ def against(tmp_path, hardware, monkeypatch):
         context = AnalysisContext(
             model=torch.nn.Identity(), images=torch.zeros(6, 1, 2, 2), labels=torch.from_numpy(LABEL),
             class_names=("a", "b", "c"), outcomes=ours, adversarial={}, attacks=attacks,
-            figures=folder / "figures", norm="L2", eps=1.0, seed=0, hardware=hardware, batch_size=4,
+            figures=folder / "figures", norm="L2", eps=1.0, seed=0, trainer="sl", hardware=hardware, batch_size=4,
             log=ResultLog(folder, dict.fromkeys(("run_id", "dataset", "model", "trainer"), "x") | {"seed": 0}),
             save=lambda **news: saved.update(news),
         )  # fmt: skip

@@ -28,7 +28,7 @@ def test_the_curve_of_a_linear_model_is_its_margins_distribution_and_ends_at_zer
     saved = {}
     context = AnalysisContext(
         model=model, images=images, labels=labels, class_names=("a", "b"), outcomes={}, adversarial={},
-        attacks={}, figures=tmp_path / "figures", norm=norm, eps=0.02, seed=0, hardware=hardware,
+        attacks={}, figures=tmp_path / "figures", norm=norm, eps=0.02, seed=0, trainer="sl", hardware=hardware,
         log=ResultLog(tmp_path, {"run_id": "r", "seed": 0, "dataset": "d", "model": "m", "trainer": "t"}),
         batch_size=32, save=saved.update,
     )  # fmt: skip

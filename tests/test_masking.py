@@ -56,14 +56,6 @@ def noisy(x):
     return x + 0.3 * torch.randn_like(x)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits():
     """Images uint8 (N, 1, 8, 8), labels; the first 1400 are for training."""
@@ -122,7 +114,7 @@ def context(digits, hardware, tmp_path):
             model=model, images=images, labels=labels, class_names=tuple("0123456789"),
             outcomes={"label": labels.numpy(), "clean_pred": pred.numpy()}, adversarial={}, attacks={},
             figures=tmp_path, log=ResultLog(tmp_path, identity),
-            norm="L2", eps=0.5, seed=0, hardware=hardware, batch_size=64, save=summary.update,
+            norm="L2", eps=0.5, seed=0, trainer="sl", hardware=hardware, batch_size=64, save=summary.update,
         )  # fmt: skip
         return replace(given, **changes), summary
 

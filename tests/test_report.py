@@ -352,7 +352,7 @@ def context(folder: Path, channels: int = 1, kept: int = 6, attacks: int = 1) ->
         model=model, images=images, labels=labels, class_names=tuple(f"column {index}" for index in range(8)),
         outcomes=outcomes, adversarial=dict.fromkeys(names, adversarial[:kept]),
         attacks={name: {"norm": "Linf", "eps": 8 / 255} for name in names},
-        figures=folder / "figures", log=ResultLog(folder, {}), norm="Linf", eps=8 / 255, seed=0,
+        figures=folder / "figures", log=ResultLog(folder, {}), norm="Linf", eps=8 / 255, seed=0, trainer="sl",
         hardware=Hardware(torch.device("cpu")), batch_size=64, save=lambda **news: None,
     )  # fmt: skip
 

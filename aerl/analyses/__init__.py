@@ -1,6 +1,6 @@
 """Analyses look at a finished evaluation: a function of an AnalysisContext to Results, and figures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from aerl.files import write_csv
 from aerl.hardware import Hardware
+from aerl.report import figures
 from aerl.results import ResultLog
 from aerl.types import Norm
 
@@ -23,8 +25,8 @@ class AnalysisContext:
     the label) and, for each attack `a`, `a_pred`, `a_p`, `a_l2`, `a_linf`. `adversarial[a]` are the adversarial
     examples of the first samples, float32 in [0, 1] (k, C, H, W), `attacks[a]` its `norm` and `eps`. Figures go
     into the folder `figures`, numbers into `log`, and what summary.json should say is handed to
-    `save(key=value)`. `norm`, `eps` and `seed` are the run's, `batch_size` is how many images to put through the
-    model at once.
+    `save(key=value)`. `norm`, `eps` and `seed` are the run's, `trainer` is the one that trained the model (its
+    figures have that trainer's colour), `batch_size` is how many images to put through the model at once.
     """
 
     model: nn.Module
@@ -39,6 +41,19 @@ class AnalysisContext:
     norm: Norm
     eps: float
     seed: int
+    trainer: str
     hardware: Hardware
     batch_size: int
     save: Callable[..., None]
+
+    def draw(self, name: str, figure: Any, caption: str) -> None:
+        """Write a matplotlib Figure as `name` into the folder of figures (PNG and PDF), and show it to W&B."""
+        path = figures.save(figure, self.figures, name)
+        if self.log.tracker is not None:
+            self.log.tracker.pictures(f"figures/{name}", [(caption, path)])
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write `name`.csv into the run folder, and show the table to W&B."""
+        write_csv(self.log.path.with_name(f"{name}.csv"), columns, rows)
+        if self.log.tracker is not None:
+            self.log.tracker.table(f"tables/{name}", columns, rows)

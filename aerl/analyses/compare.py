@@ -1,7 +1,5 @@
 """Paired comparison of this run with others: the same samples, so that only the models differ."""
 
-import csv
-import io
 import logging
 import zipfile
 from collections.abc import Mapping
@@ -15,10 +13,9 @@ import yaml
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
-from aerl.files import atomic_write
 from aerl.results import Result, eps_text, read_summary
 from aerl.statistics import mcnemar, paired_difference
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
 
@@ -62,9 +59,8 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
         for run, comparison in comparisons.items()
         for name, row in comparison["rows"].items()
     ]
-    _write_csv(context.log.path.with_name("compare.csv"), table)
-    if context.log.tracker is not None and table:
-        context.log.tracker.table("comparisons", list(table[0]), [list(row.values()) for row in table])
+    if table:
+        context.table("compare", list(table[0]), [list(row.values()) for row in table])
     return [result for row in table for result in _log(context, row)]
 
 
@@ -101,7 +97,7 @@ def _outcomes(path: Path) -> Outcomes:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _check_same_samples(
@@ -182,15 +178,6 @@ def _row(here: Right, there: Right) -> dict[str, Any]:
         "c": c,
         "p": mcnemar(b, c),
     }
-
-
-def _write_csv(path: Path, table: list[dict[str, Any]]) -> None:
-    stream = io.StringIO()
-    if table:
-        writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    atomic_write(path, stream.getvalue())
 
 
 def _log(context: AnalysisContext, row: Mapping[str, Any]) -> list[Result]:

@@ -1,8 +1,8 @@
 """The security curve: robust accuracy against eps, up to where nothing is left."""
 
-import io
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -10,11 +10,10 @@ from aerl import evaluate
 from aerl.analyses import AnalysisContext
 from aerl.attacks import pgd
 from aerl.data import Split, subset
-from aerl.files import atomic_write
+from aerl.report.figures import BLACK, trainer_colour
 from aerl.results import Result, eps_text, proportion
 from aerl.types import Count
 
-_CLEAN, _LINE = "#000000", "#0072B2"
 _COLUMNS = ("eps", "value", "low", "high", "n")
 
 
@@ -52,20 +51,14 @@ def curve(
             value, n=len(chosen), split="test", attack="curve", norm=context.norm, eps=point["eps"]
         )
     rows = [[point[key] for key in _COLUMNS] for point in points]
-    lines = [",".join(_COLUMNS), *(",".join(f"{cell:.6g}" for cell in row) for row in rows)]
-    folder = context.figures.parent
-    atomic_write(folder / "curve.csv", "\n".join(lines) + "\n")
-    context.figures.mkdir(parents=True, exist_ok=True)
-    path = context.figures / "curve.png"
-    atomic_write(path, _draw(np.array(rows), context.norm, context.eps))
+    context.table("curve", _COLUMNS, rows)
+    figure = _draw(np.array(rows), context.norm, context.eps, trainer_colour(context.trainer))
+    context.draw("curve", figure, f"robust accuracy against {context.norm} eps")
     context.save(curve=points)
-    if context.log.tracker is not None:
-        context.log.tracker.pictures("curve", [(f"robust accuracy against {context.norm} eps", path)])
-        context.log.tracker.table("curve_points", _COLUMNS, rows)
     return results
 
 
-def _draw(rows: np.ndarray, norm: str, marked: float) -> bytes:
+def _draw(rows: np.ndarray, norm: str, marked: float, colour: str) -> Any:
     from matplotlib.figure import Figure
 
     eps, value, low, high, n = rows.T
@@ -73,15 +66,13 @@ def _draw(rows: np.ndarray, norm: str, marked: float) -> bytes:
     axis = figure.subplots()
     # Logarithmic in eps, with a linear piece that holds the clean accuracy at eps = 0.
     axis.set_xscale("symlog", linthresh=eps[1] if len(eps) > 1 else 1.0)
-    axis.fill_between(eps, 100 * low, 100 * high, color=_LINE, alpha=0.2, linewidth=0, label="95 % interval")
-    axis.plot(eps, 100 * value, "o-", color=_LINE, label="PGD, log-odds loss")
-    axis.axvline(marked, color=_CLEAN, linestyle=":", label=f"the run's eps, {eps_text(marked)}")
+    axis.fill_between(eps, 100 * low, 100 * high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
+    axis.plot(eps, 100 * value, "o-", color=colour, label="PGD, log-odds loss")
+    axis.axvline(marked, color=BLACK, linestyle=":", label=f"the run's eps, {eps_text(marked)}")
     axis.set(ylim=(0, 100), xlim=(0, None), xlabel=f"{norm} eps, for pixels in [0, 1]")
     axis.set_ylabel(f"accuracy, % of {n[0]:.0f} samples")
     axis.set_xticks(eps, [eps_text(float(tick)) for tick in eps])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
+    return figure

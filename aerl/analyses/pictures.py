@@ -1,6 +1,5 @@
 """Pictures: what each attack did to a few samples, and what the model said before and after."""
 
-import io
 import logging
 import textwrap
 from dataclasses import dataclass
@@ -12,16 +11,13 @@ import torch
 from torch import Tensor
 
 from aerl.analyses import AnalysisContext
-from aerl.files import atomic_write
+from aerl.report.figures import RIGHT, WRONG
 from aerl.results import Result, eps_text
 from aerl.types import Count
 
 log = logging.getLogger("aerl")
 
 Array = npt.NDArray[np.float32]
-
-# Okabe and Ito's blue and vermilion, told apart with any colour vision.
-_RIGHT, _WRONG = "#0072B2", "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -48,11 +44,7 @@ def pictures(context: AnalysisContext, *, samples: Count = 8) -> list[Result]:
     if not blocks:
         log.warning("pictures: no attack kept an adversarial example, so there is nothing to draw")
         return []
-    context.figures.mkdir(parents=True, exist_ok=True)
-    path = context.figures / "pictures.png"
-    atomic_write(path, _draw(blocks, context.class_names))
-    if context.log.tracker is not None:
-        context.log.tracker.pictures("pictures", [("; ".join(block.title for block in blocks), path)])
+    context.draw("pictures", _draw(blocks, context.class_names), "; ".join(block.title for block in blocks))
     return []
 
 
@@ -95,7 +87,7 @@ def _predictions(model: torch.nn.Module, images: Tensor) -> list[tuple[int, floa
     return list(zip(classes.tolist(), confidence.tolist(), strict=True))
 
 
-def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> bytes:
+def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
 
     columns = max(len(block.labels) for block in blocks)
@@ -103,9 +95,7 @@ def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> bytes:
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
         _draw_block(part, block, class_names, columns)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
+    return figure
 
 
 def _draw_block(part: Any, block: _Block, class_names: tuple[str, ...], columns: int) -> None:
@@ -135,7 +125,7 @@ def _draw_block(part: Any, block: _Block, class_names: tuple[str, ...], columns:
 def _say(axis: Any, predicted: int, confidence: float, label: int, class_names: tuple[str, ...]) -> None:
     """The prediction below an image, and a frame: thin when it is right, thick when it is wrong."""
     right = predicted == label
-    colour = _RIGHT if right else _WRONG
+    colour = RIGHT if right else WRONG
     verdict = "right" if right else "wrong"
     _caption(axis, f"{_name(class_names, predicted)}\n{100 * confidence:.0f} %, {verdict}", colour)
     axis.add_patch(_frame(axis, colour, 1 if right else 3))

@@ -1,8 +1,6 @@
 """The transfer matrix: how each of several models does on the examples crafted on each of them."""
 
-import csv
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +14,6 @@ from aerl.analyses import AnalysisContext
 from aerl.attacks import Crafted, attacking
 from aerl.attacks.transfer import Loss
 from aerl.data import to_unit
-from aerl.files import atomic_write
 from aerl.report.progress import progress
 from aerl.results import Result, eps_text, proportion
 from aerl.types import Count, Index, NonNegative, Norm, UserError
@@ -88,14 +85,9 @@ class TransferMatrix:
             for source, row in accuracy.items()
             for target, told in row.items()
         ]
-        _write_csv(context.log.path.with_name("transfer_matrix.csv"), rows)
-        context.figures.mkdir(parents=True, exist_ok=True)
-        path = context.figures / "transfer_matrix.png"
+        context.table("transfer_matrix", _COLUMNS, rows)
         title = f"{self.norm} eps {eps_text(self.eps)}, n = {n}"
-        atomic_write(path, _draw(accuracy, clean, title))
-        if context.log.tracker is not None:
-            context.log.tracker.table("transfer_matrix", _COLUMNS, rows)
-            context.log.tracker.pictures("transfer_matrix", [(title, path)])
+        context.draw("transfer_matrix", _draw(accuracy, clean, title), title)
         return [
             result
             for source, row in accuracy.items()
@@ -134,18 +126,11 @@ def _right(model: nn.Module, x: Tensor, y: Tensor) -> int:
         return int((model(x).argmax(1) == y).sum())
 
 
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([_COLUMNS, *rows])
-    atomic_write(path, text.getvalue())
-
-
 def _draw(
     accuracy: Mapping[str, Row],
     clean: Row,
     title: str,
-) -> bytes:
+) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
     from matplotlib.patches import Rectangle
 
@@ -175,6 +160,4 @@ def _draw(
     axes.set_ylabel("examples crafted on")
     axes.set_title(f"Accuracy under transferred examples\n{title}; framed: white-box")
     figure.colorbar(image, ax=axes, label="accuracy, % (95 % interval below)")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()
+    return figure

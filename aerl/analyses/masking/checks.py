@@ -19,6 +19,7 @@ from aerl.data import Split, subset, to_unit
 from aerl.hardware import seed_from
 from aerl.report.progress import progress
 from aerl.statistics import mcnemar
+from aerl.types import first_line
 
 _PIXELS = (1, 2, 3)
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
@@ -113,7 +114,7 @@ class Audit:
             try:  # so that its cost is told with the first check
                 assert self.reason or self.plain
             except Exception as error:  # what a foreign model may raise is unknown
-                self.reason = f"plain PGD on cross-entropy cannot run: {_one_line(error)}"
+                self.reason = f"plain PGD on cross-entropy cannot run: {first_line(error)}"
             for check in plan:
                 row: dict[str, Any] = {"name": check.name, "value": None, "threshold": check.threshold}
                 row |= {"flag": False, "role": check.role}
@@ -122,7 +123,7 @@ class Audit:
                         raise _NotMeasured(self.reason)
                     row |= asdict(check.run(check.threshold))
                 except Exception as error:
-                    row["says"] = f"not measured: {_one_line(error)}"
+                    row["says"] = f"not measured: {first_line(error)}"
                 passes = self.cost.passes / max(self.n, 1)
                 rows.append(
                     row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes}
@@ -666,7 +667,3 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Per sample; 0 where one of them is zero."""
     cosine: Tensor = (ascent_direction(a, "L2") * ascent_direction(b, "L2")).sum(_PIXELS)
     return cosine
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

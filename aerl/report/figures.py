@@ -1,0 +1,36 @@
+"""How aerl's figures look: one palette that any colour vision tells apart, and every figure as PNG and PDF."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from aerl.files import atomic_write
+
+# Okabe and Ito's palette (2008).
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#767676",
+)  # fmt: skip
+RIGHT, WRONG = BLUE, VERMILION  # of predictions
+
+_TRAINERS = {
+    "sl": BLUE, "sl_adv": SKY, "rl": VERMILION, "rl_adv": ORANGE, "rl_expected": PURPLE,
+    "pgd_at": GREEN, "trades": YELLOW,
+}  # fmt: skip
+
+
+def trainer_colour(trainer: str) -> str:
+    """The colour that stands for a trainer in every figure; grey for one that aerl does not know."""
+    return _TRAINERS.get(trainer, GREY)
+
+
+def save(figure: Any, folder: Path, name: str) -> Path:
+    """Write a matplotlib Figure to `folder`, which is made, as `name`.png and, for papers, `name`.pdf.
+
+    Returns the path of the PNG. Raises UserError where the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, options in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {"dpi": 130})):
+        stream = io.BytesIO()
+        figure.savefig(stream, format=suffix, **options)
+        atomic_write(folder / f"{name}.{suffix}", stream.getvalue())
+    return folder / f"{name}.png"
