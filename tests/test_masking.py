@@ -335,7 +335,7 @@ def test_two_classes_will_do(context):
 
 
 def never(x):
-    raise RuntimeError("no such\nmodel")
+    raise RuntimeError("no such model\nnor its friends")
 
 
 @pytest.mark.parametrize(
