@@ -1,5 +1,6 @@
 """Per-sample outcomes of every attack, their worst case, and confidence intervals."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,21 +21,24 @@ from aerl.types import UserError
 Attack = Callable[..., Tensor | dict[str, Tensor]]
 Outcomes = dict[str, np.ndarray]
 Policy = Literal["argmax", "sample"]
-PER_SAMPLE = ("pred", "p", "l2", "linf")
+PER_SAMPLE = ("pred", "p", "confidence", "entropy", "l2", "linf")
 
 
 @dataclass
 class Attacked:
     """What one attack, or none, makes of all samples.
 
-    pred int64 (N,), the class of the largest logit; p float32 (N,), the softmax's probability of the label;
-    l2 and linf float32 (N,), the perturbation's size in units of the images' range. `examples` float32
+    pred int64 (N,), the class of the largest logit; of the softmax, p float32 (N,), the probability of the
+    label, confidence float32 (N,), the largest probability, and entropy float32 (N,), in bits; l2 and linf
+    float32 (N,), the perturbation's size in units of the images' range. `examples` float32
     (k, C, H, W) are the first k images as attacked, `outside` how far any pixel left [0, 1], `seconds` of
     wall time.
     """
 
     pred: np.ndarray
     p: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
     l2: np.ndarray
     linf: np.ndarray
     examples: np.ndarray
@@ -65,9 +69,10 @@ def predict(
     model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16
 ) -> Attacked:
     """All images as they are, unattacked; fp32, eval mode."""
-    zeros = np.zeros(len(split), np.float32)
     first = to_unit(split.images[:examples]).numpy()
-    clean = Attacked(np.zeros(len(split), np.int64), zeros, zeros.copy(), zeros.copy(), first)
+    n = len(split)
+    p, confidence, entropy, l2, linf = (np.zeros(n, np.float32) for _ in PER_SAMPLE[1:])
+    clean = Attacked(np.zeros(n, np.int64), p, confidence, entropy, l2, linf, first)
     for index in torch.split(torch.arange(len(split)), batch_size):
         x, y = _batch(split, index, hardware)
         with _reproducible(0, "clean", int(index[0]), device=hardware.device):
@@ -169,7 +174,10 @@ def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: T
     rows = index.numpy()  # NumPy takes a tensor of one index for a number
     delta = (x_adv - x).flatten(1)
     attacked.pred[rows] = logits.argmax(1).cpu().numpy()
-    attacked.p[rows] = logits.softmax(1).gather(1, y[:, None]).squeeze(1).cpu().numpy()
+    softmax = logits.softmax(1)
+    attacked.p[rows] = softmax.gather(1, y[:, None]).squeeze(1).cpu().numpy()
+    attacked.confidence[rows] = softmax.amax(1).cpu().numpy()
+    attacked.entropy[rows] = (torch.special.entr(softmax).sum(1) / math.log(2)).cpu().numpy()
     attacked.l2[rows] = delta.norm(dim=1).cpu().numpy()
     attacked.linf[rows] = delta.abs().amax(1).cpu().numpy()
     attacked.outside = max(attacked.outside, -x_adv.min().item(), x_adv.max().item() - 1)

@@ -6,11 +6,12 @@ import errno
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 _REMEDIES = {
     errno.ENOSPC: "; free some space and repeat the command",
@@ -67,6 +68,26 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     atomic_write(path, text.getvalue())
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz atomically."""
+    import numpy as np
+
+    atomic_write(path, lambda file: np.savez(file, **arrays))
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz by name; none where there is no such file. UserError for a file that is damaged."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _settle(path: Path) -> None:

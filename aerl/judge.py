@@ -16,7 +16,7 @@ from aerl.build import Parts, named
 from aerl.config import Config
 from aerl.data import Split, rows, subset
 from aerl.evaluate import PER_SAMPLE, Attack, Attacked, Outcomes, Stage
-from aerl.files import atomic_write
+from aerl.files import load_arrays, save_arrays
 from aerl.record import Record
 from aerl.report.progress import progress
 
@@ -52,7 +52,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
             "index": rows(len(parts.data.test), config.evaluation.samples).numpy(),
             "label": split.labels.numpy(),
             "clean_pred": clean.pred,
-            "clean_p": clean.p,
+            **{f"clean_{key}": getattr(clean, key) for key in ("p", "confidence", "entropy")},
         }
         save_arrays(record.folder / "outcomes.npz", outcomes)
     clean_accuracy = evaluate.accuracy(outcomes, [], policy)
@@ -197,19 +197,6 @@ def _write_down(
     save_arrays(record.folder / "outcomes.npz", outcomes)
     record.save(attacks=record.summary["attacks"] | news)
     (record.folder / "progress.npz").unlink(missing_ok=True)
-
-
-def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz atomically."""
-    atomic_write(path, lambda file: np.savez(file, **arrays))
-
-
-def load_arrays(path: Path) -> Outcomes:
-    """The arrays of an .npz of a run folder; none where there is no such file."""
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
 
 
 def _log(name: str, outcomes: Outcomes, record: Record) -> None:

@@ -105,8 +105,10 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     """Run the analyses, and show W&B what is worth seeing."""
     import torch
 
-    from aerl.analyses import AnalysisContext
-    from aerl.judge import batch_size, load_arrays
+    from aerl.analyses import AnalysisContext, NotMade
+    from aerl.attacks import NoGradient
+    from aerl.files import load_arrays
+    from aerl.judge import batch_size
 
     context = AnalysisContext(
         model=parts.model,
@@ -128,8 +130,14 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
         batch_size=batch_size(parts, config),
         save=record.save,
     )
-    for analysis in parts.analyses.values():
-        analysis(context)
+    not_made = {}
+    for name, analysis in parts.analyses.items():
+        try:
+            analysis(context)
+        except (NotMade, NoGradient) as error:
+            not_made[name] = str(error)
+            log.warning("%s: not made: %s", name, error)
+    record.save(not_made=not_made)
     if record.tracker is not None:
         _show_wandb(record.tracker, record.summary)
 

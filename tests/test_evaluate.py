@@ -165,7 +165,7 @@ def test_survivors_are_what_every_counted_attack_has_left():
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
         outcomes |= {
             f"{name}_pred": np.array(pred),
-            f"{name}_p": zeros,
+            **{f"{name}_{key}": zeros for key in ("p", "confidence", "entropy")},
             f"{name}_l2": zeros + size,
             f"{name}_linf": zeros,
         }

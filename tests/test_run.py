@@ -68,8 +68,9 @@ def test_outcomes_summary_and_results_tell_the_same_story(finished):
     assert summary["status"] == "finished" and summary["error"] is None
     with np.load(folder / "outcomes.npz", allow_pickle=False) as file:
         outcomes = dict(file)
-    assert set(outcomes) == {"index", "label", "clean_pred", "clean_p"} | {
-        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in ("pred", "p", "l2", "linf")
+    said = ("pred", "p", "confidence", "entropy")
+    assert set(outcomes) == {"index", "label", *(f"clean_{what}" for what in said)} | {
+        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in (*said, "l2", "linf")
     }
     assert summary["masking"]["verdict"] in ("masked", "suspicious", "no sign")
     right = outcomes["clean_pred"] == outcomes["label"]

@@ -1,7 +1,6 @@
 """Paired comparison of this run with others: the same samples, so that only the models differ."""
 
 import logging
-import zipfile
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -13,9 +12,10 @@ import yaml
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
+from aerl.files import load_arrays
 from aerl.results import Result, eps_text, read_summary
 from aerl.statistics import mcnemar, paired_difference
-from aerl.types import UserError, first_line
+from aerl.types import UserError
 
 log = logging.getLogger("aerl")
 
@@ -66,7 +66,7 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
 
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
-    summary, theirs = read_summary(folder) or {}, _outcomes(folder / "outcomes.npz")
+    summary, theirs = read_summary(folder) or {}, load_arrays(folder / "outcomes.npz")
     _check_same_samples(run, read_summary(here) or {}, summary, context.outcomes, theirs)
     attacks, warnings = summary.get("attacks", {}), []
     settings, other_settings = _settings(here), _settings(folder)
@@ -90,14 +90,6 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     here_right, there_right = _right(context.outcomes, shared, counted), _right(theirs, shared, counted)
     rows = {name: _row(here_right[name], there_right[name]) for name in here_right}
     return {"rows": rows, "warnings": warnings}
-
-
-def _outcomes(path: Path) -> Outcomes:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _check_same_samples(

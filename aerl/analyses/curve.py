@@ -1,36 +1,59 @@
-"""The security curve: robust accuracy against eps, up to where nothing is left."""
+"""Security curves: robust accuracy against eps, up to where nothing is left, and against the steps of PGD."""
 
 import math
 from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
 from aerl import evaluate
 from aerl.analyses import AnalysisContext
-from aerl.attacks import pgd
+from aerl.attacks import Noise, pgd
 from aerl.data import Split, subset
+from aerl.evaluate import Attacked
 from aerl.report.figures import BLACK, trainer_colour
 from aerl.results import Result, eps_text, proportion
 from aerl.types import Count
 
-_COLUMNS = ("eps", "value", "low", "high", "n")
+Points = list[dict[str, float]]
 
 
 def curve(
     context: AnalysisContext, *, samples: Count = 200, steps: Count = 50, restarts: Count = 1
 ) -> list[Result]:
-    """Robust accuracy under PGD (log-odds loss) at eps/8, eps/4, ... doubling until it is zero.
+    """Robust accuracy under PGD (log-odds loss): against eps, and against the steps at the run's own eps.
 
-    On a fixed subset of `samples` test images. A sample that falls at one eps falls at every larger one,
-    whose ball contains the example, so only survivors are attacked further and the curve cannot rise. It
-    ends at zero, or where the ball holds the whole box: an accuracy left there means that the attack fails,
-    not that the model is robust (Athalye et al. 2018, section 3.1). Writes curve.csv, figures/curve.png, a
-    Result for every eps, and `curve` in summary.json.
+    On a fixed subset of `samples` test images. eps is the run's eighth, doubling until nothing is left. A sample
+    that falls at one eps falls at every larger one, whose ball contains the example, so only survivors are attacked
+    further and the curve cannot rise. It ends at zero, or where the ball holds the whole box: an accuracy left there
+    means that the attack fails, not that the model is robust (Athalye et al. 2018, section 3.1). Against steps: what
+    one PGD from a random start, in steps of eps / 10, has left after each of them. Writes curve.csv,
+    curve_steps.csv, figures/curve.png, a Result for every eps, and `curve` in summary.json.
     """
     chosen = subset(Split(context.images, context.labels), samples)
-    state = evaluate.predict(context.model, chosen, context.hardware, context.batch_size)
-    labels = chosen.labels.numpy()
+    clean = evaluate.predict(context.model, chosen, context.hardware, context.batch_size)
+    points = _against_eps(context, chosen, clean, steps, restarts)
+    stepwise = _against_steps(context, chosen, clean, steps) if context.eps > 0 else []
+    results = []
+    for point in points:
+        value = {"curve_accuracy": point["value"]}
+        results += context.log.log(
+            value, n=len(chosen), split="test", attack="curve", norm=context.norm, eps=point["eps"]
+        )
+    for name, key, rows in (("curve", "eps", points), ("curve_steps", "step", stepwise)):
+        columns = (key, "value", "low", "high", "n")
+        context.table(name, columns, [[row[column] for column in columns] for row in rows])
+    figure = _draw(points, stepwise, context.norm, context.eps, trainer_colour(context.trainer))
+    context.draw("curve", figure, f"robust accuracy against {context.norm} eps and against steps of PGD")
+    context.save(curve=points)
+    return results
+
+
+def _against_eps(
+    context: AnalysisContext, chosen: Split, clean: Attacked, steps: int, restarts: int
+) -> Points:
+    state, labels = clean, chosen.labels.numpy()
     shape = context.images.shape[1:]
     widest = 1.0 if context.norm == "Linf" else math.sqrt(math.prod(shape))  # the box's own diameter
     points = [{"eps": 0.0} | proportion(int((state.pred == labels).sum()), len(chosen))]
@@ -44,35 +67,53 @@ def curve(
         )["curve"]  # fmt: skip
         points.append({"eps": eps} | proportion(int((state.pred == labels).sum()), len(chosen)))
         eps *= 2
-    results = []
-    for point in points:
-        value = {"curve_accuracy": point["value"]}
-        results += context.log.log(
-            value, n=len(chosen), split="test", attack="curve", norm=context.norm, eps=point["eps"]
+    return points
+
+
+def _against_steps(context: AnalysisContext, chosen: Split, clean: Attacked, steps: int) -> Points:
+    fallen = np.zeros(steps + 1, int)
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
+        def observe(step: int, index: Tensor, logits: Tensor, gradient: Tensor | None) -> None:
+            fallen[step] += int((logits.argmax(1) != y[index]).sum())
+
+        return pgd(
+            model, x, y, generator=generator, norm=context.norm, eps=context.eps, steps=steps, observe=observe
         )
-    rows = [[point[key] for key in _COLUMNS] for point in points]
-    context.table("curve", _COLUMNS, rows)
-    figure = _draw(np.array(rows), context.norm, context.eps, trainer_colour(context.trainer))
-    context.draw("curve", figure, f"robust accuracy against {context.norm} eps")
-    context.save(curve=points)
-    return results
+
+    evaluate.run_attack(
+        attack, context.model, chosen, clean, context.hardware,
+        name="curve_steps", seed=context.seed, batch_size=context.batch_size,
+    )  # fmt: skip
+    left = int((clean.pred == chosen.labels.numpy()).sum()) - fallen.cumsum()
+    return [{"step": float(step)} | proportion(int(count), len(chosen)) for step, count in enumerate(left)]
 
 
-def _draw(rows: np.ndarray, norm: str, marked: float, colour: str) -> Any:
-    from matplotlib.figure import Figure
+def _draw(points: Points, stepwise: Points, norm: str, marked: float, colour: str) -> Any:
+    from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
 
-    eps, value, low, high, n = rows.T
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(10, 3.8) if stepwise else (6.4, 4), layout="constrained")
+    axis, *more = figure.subplots(1, 2 if stepwise else 1, squeeze=False)[0]
+    n = int(points[0]["n"])
+    eps = [point["eps"] for point in points]
     # Logarithmic in eps, with a linear piece that holds the clean accuracy at eps = 0.
     axis.set_xscale("symlog", linthresh=eps[1] if len(eps) > 1 else 1.0)
-    axis.fill_between(eps, 100 * low, 100 * high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
-    axis.plot(eps, 100 * value, "o-", color=colour, label="PGD, log-odds loss")
+    _line(axis, eps, points, colour, "o-")
     axis.axvline(marked, color=BLACK, linestyle=":", label=f"the run's eps, {eps_text(marked)}")
-    axis.set(ylim=(0, 100), xlim=(0, None), xlabel=f"{norm} eps, for pixels in [0, 1]")
-    axis.set_ylabel(f"accuracy, % of {n[0]:.0f} samples")
-    axis.set_xticks(eps, [eps_text(float(tick)) for tick in eps])
+    axis.set(xlim=(0, None), xlabel=f"{norm} eps, for pixels in [0, 1]")
+    axis.set_xticks(eps, [eps_text(tick) for tick in eps])
     axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    for other in more:
+        _line(other, [point["step"] for point in stepwise], stepwise, colour, "-")
+        other.set(xlim=(0, None), xlabel=f"steps of PGD, each eps / 10, at {norm} eps {eps_text(marked)}")
+    for each in (axis, *more):
+        each.set(ylim=(0, 100), ylabel=f"accuracy, % of {n} samples")
+        each.grid(alpha=0.3)
     axis.legend(frameon=False)
     return figure
+
+
+def _line(axis: Any, x: list[float], points: Points, colour: str, style: str) -> None:
+    value, low, high = (100 * np.array([point[key] for point in points]) for key in ("value", "low", "high"))
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
+    axis.plot(x, value, style, color=colour, label="PGD, log-odds loss")

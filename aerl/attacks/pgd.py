@@ -1,5 +1,6 @@
 """Projected gradient descent, and its one-step form FGSM."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ def pgd(
     keep: Literal["worst", "last"] = "worst",
     eot: Count = 1,
     start: Tensor | None = None,
+    observe: Callable[[int, Tensor, Tensor, Tensor | None], object] | None = None,
 ) -> Tensor:
     """PGD (Madry et al. 2018, section 2.1): climb a loss in steps of fixed length, staying in the ball.
 
@@ -53,6 +55,9 @@ def pgd(
     eot: forward passes per step, for randomised models. Loss and gradient are averaged over them (expectation
         over transformation, Athalye et al. 2018, section 4.2), and a sample is misclassified if the mean of
         their softmax is.
+    observe: called at every iterate with the number of the step, the rows of x (b,) that are under attack,
+        their logits (b, K) and the gradient (b, C, H, W) that the next step follows, None at the last iterate.
+        For callers in Python.
     start: images like x from which the first run starts, instead of at random or at x; they are projected into
         the ball and the box. For callers in Python.
 
@@ -128,6 +133,8 @@ def pgd(
                 sound &= logits.isfinite().all()
                 wrong = logits.argmax(1) != label
 
+                if observe is not None:
+                    observe(step, index, logits, gradient if climbing else None)
                 if keep == "last":
                     best, hit = point, wrong
                 else:
