@@ -133,7 +133,7 @@ def transfers(args: argparse.Namespace) -> list[str]:
     """The source x target matrix, the mean over seeds of accuracies in % on all images."""
     cells: dict[tuple[str, str], list[float]] = {}
     for seed in args.seeds:
-        lines = (args.runs / f"matrix-{seed}" / "transfer_matrix.csv").read_text().splitlines()
+        lines = (args.runs / f"matrix-{seed}" / "tables/transfer_matrix.csv").read_text().splitlines()
         header = lines[0].split(",")
         for line in lines[1:]:
             row = dict(zip(header, line.split(","), strict=True))

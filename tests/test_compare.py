@@ -154,7 +154,7 @@ def test_every_row_by_hand(against, tmp_path, capsys):
     }
     assert rows["fgsm"]["difference"] == 2 / 6 and rows["fgsm"]["p"] == 0.5
     assert (rows["fgsm"]["low"], rows["fgsm"]["high"]) == paired_difference(2, 2, 0, 2)
-    with (tmp_path / "here/compare.csv").open() as file:
+    with (tmp_path / "here/tables/compare.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(row["run"], row["attack"], int(row["b"])) for row in table] == [
         ("there", name, row["b"]) for name, row in rows.items()
@@ -268,4 +268,4 @@ def test_two_runs_of_the_command_line(launch, tmp_path):
     assert comparison["rows"]["clean"]["difference"] == pytest.approx(clean[0] - clean[1])
     assert "compared with runs/one" in done.stdout
     assert done.stdout.index("compared with runs/one") > done.stdout.index("worst case")
-    assert (tmp_path / "runs/two/compare.csv").read_text().count("\n") == 4
+    assert (tmp_path / "runs/two/tables/compare.csv").read_text().count("\n") == 4

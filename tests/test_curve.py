@@ -33,7 +33,7 @@ def test_the_curve_of_a_linear_model_is_its_margins_distribution_and_ends_at_zer
         batch_size=32, save=saved.update,
     )  # fmt: skip
     curve(context, samples=50)
-    with (tmp_path / "curve.csv").open() as file:
+    with (tmp_path / "tables/curve.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     distance = (margins.abs() / (w.norm() if norm == "L2" else w.abs().sum())).sort().values
     assert rows[0]["eps"] == 0 and rows[0]["value"] == 1

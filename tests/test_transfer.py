@@ -280,7 +280,7 @@ def test_transfer_from_a_twin_is_the_white_box_attack(judged, white_box):
 
 
 def test_the_matrix_and_its_diagonal(judged, white_box):
-    with (judged / "transfer_matrix.csv").open() as file:
+    with (judged / "tables/transfer_matrix.csv").open() as file:
         rows = {(row["source"], row["target"]): row for row in csv.DictReader(file)}
     names = ["sl_seed0", "sl_seed1"]
     assert list(rows) == [(source, target) for source in names for target in names]

@@ -68,8 +68,10 @@ class AnalysisContext:
             self.log.tracker.pictures(f"figures/{name}", [(caption, path)])
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write `name`.csv into the run folder, and show the table to W&B."""
-        write_csv(self.log.path.with_name(f"{name}.csv"), columns, rows)
+        """Write tables/`name`.csv into the run folder, and show the table to W&B."""
+        folder = self.log.path.with_name("tables")
+        folder.mkdir(exist_ok=True)
+        write_csv(folder / f"{name}.csv", columns, rows)
         if self.log.tracker is not None:
             self.log.tracker.table(f"tables/{name}", columns, rows)
 

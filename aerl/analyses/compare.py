@@ -49,7 +49,7 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
     McNemar's exact two-sided `p`, which knows nothing of how many rows are looked at. An attack is shared if
     norm and eps are the same and, where it got only the survivors of earlier ones, so are those; one whose other
     settings differ is compared with a warning. The worst case is that of the shared attacks that count in both
-    runs. All of it is in summary.json under `comparisons`, in compare.csv and in results.jsonl.
+    runs. All of it is in summary.json under `comparisons`, in tables/compare.csv and in results.jsonl.
     Raises UserError where the other run is of another dataset or of other samples.
     """
     comparisons = {run: _comparison(context, run) for run in runs}

@@ -31,7 +31,7 @@ def curvature(
     The curvature is ||grad(x + step * u) - grad(x)||_2 / step with u the gradient's direction, `step` in pixels'
     range [0, 1]: how far a linear picture of the loss holds (Moosavi-Dezfooli et al. 2019, section 4.1). Where the
     gradient is exactly zero neither is defined; the share of such images is told instead. Writes
-    figures/curvature.png and curvature.csv; returns a Result of each median. NotMade if no image is classified
+    figures/curvature.png and tables/curvature.csv; returns a Result of each median. NotMade if no image is classified
     rightly.
     """
     images = context.right(samples)

@@ -28,8 +28,8 @@ def curve(
     that falls at one eps falls at every larger one, whose ball contains the example, so only survivors are attacked
     further and the curve cannot rise. It ends at zero, or where the ball holds the whole box: an accuracy left there
     means that the attack fails, not that the model is robust (Athalye et al. 2018, section 3.1). Against steps: what
-    one PGD from a random start, in steps of eps / 10, has left after each of them. Writes curve.csv,
-    curve_steps.csv, figures/curve.png, a Result for every eps, and `curve` in summary.json.
+    one PGD from a random start, in steps of eps / 10, has left after each of them. Writes tables/curve.csv,
+    tables/curve_steps.csv, figures/curve.png, a Result for every eps, and `curve` in summary.json.
     """
     chosen = subset(Split(context.images, context.labels), samples)
     clean = evaluate.predict(context.model, chosen, context.hardware, context.batch_size)

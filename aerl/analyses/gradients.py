@@ -17,9 +17,9 @@ from aerl.types import Count, Norm
 
 # What is drawn: name in `Dynamics`, label of the axis.
 _PANELS = (
-    ("norm", "L2 norm of the gradient (loss per unit of pixel)"),
+    ("norm", "L2 norm of the gradient"),
     ("cosine", "cosine to the step before"),
-    ("sign_agreement", "share of pixels of the same sign as before"),
+    ("sign_agreement", "share of pixels, same sign as before"),
     ("direction_variance", "direction variance over samples"),
 )
 _GROUPS, _FLOATS = 8, 2 * 10**7
@@ -169,7 +169,7 @@ class Gradients(Beside):
     loss: Literal["log_odds", "ce", "rescaled_ce", "margin", "dlr"] = "ce"
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
-        """Write figures/gradients.png, gradients.csv (a line for each model and step), and `gradients` in
+        """Write figures/gradients.png, tables/gradients.csv (a line for each model and step), and `gradients` in
         summary.json; returns this run's means over all steps. NotMade if no image is classified rightly."""
         images = context.right(self.samples)
         subjects = self.subjects(context)

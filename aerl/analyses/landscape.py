@@ -17,7 +17,7 @@ from aerl.data import to_unit
 from aerl.files import save_arrays
 from aerl.report import figures
 from aerl.report.progress import progress
-from aerl.results import Result
+from aerl.results import Result, eps_text
 from aerl.types import Count, NonNegative, Norm, Positive
 
 # Every 16th point in both directions is always evaluated, and those half way between them.
@@ -190,7 +190,7 @@ class Landscape(Beside):
     steps: Count = 50
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
-        """Write figures/landscape.png and landscape.npz (for each model m and image i, `<m>_<i>_loss` and
+        """Write figures/landscape.png and, beside it, landscape.npz (for each model m and image i, `<m>_<i>_loss` and
         `_classes`; `axis`), and `landscape` in summary.json. NotMade if no image is classified rightly."""
         if context.eps == 0:
             raise NotMade("eps is 0")
@@ -214,15 +214,16 @@ class Landscape(Beside):
             for number, one in enumerate(row):
                 name = subject.name.removesuffix(" (this run)")
                 arrays |= {f"{name}_{number}_loss": one.loss, f"{name}_{number}_classes": one.classes}
-        save_arrays(context.log.path.with_name("landscape.npz"), arrays)
         labels = [int(label) for label in images.labels]
         share = float(np.mean([one.evaluated for row in planes for one in row]))
         title = (
-            f"Cross-entropy and predicted class around images, +- {self.span:g} {context.norm} eps "
-            f"({context.eps:.4g}); {self.resolution}x{self.resolution} points, {share:.0%} evaluated"
+            f"Cross-entropy and predicted class around images (o) and their adversarial examples (x), "
+            f"{context.norm} eps {eps_text(context.eps)}; "
+            f"{self.resolution}x{self.resolution} points, {share:.0%} evaluated"
         )
         figure = _draw(subjects, planes, labels, context.class_names, context.norm, title)
         context.draw("landscape", figure, title)
+        save_arrays(context.figures / "landscape.npz", arrays)
         told = [
             {
                 "model": subject.name,
@@ -282,9 +283,7 @@ def _draw(
         axes[2 * number + 1, 0].set_ylabel("random direction, eps")
     for axis in axes[-1]:
         axis.set_xlabel("adversarial direction, eps")
-    figure.colorbar(
-        image, ax=axes[::2].ravel().tolist(), label="cross-entropy, nats (o image, x adversarial)", shrink=0.6
-    )
+    figure.colorbar(image, ax=axes, label="cross-entropy, nats", shrink=0.5)
     return figure
 
 

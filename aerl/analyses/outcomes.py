@@ -24,7 +24,7 @@ def entropy(context: AnalysisContext) -> list[Result]:
 
     On the clean images and on those that each attack has left; a sample that an attack did not fool counts with
     what the attack returned for it. A masked model is often one that is certain of everything. Writes
-    figures/entropy.png, entropy.csv and a Result of each mean.
+    figures/entropy.png, tables/entropy.csv and a Result of each mean.
     """
     groups: Groups = {}
     for images in ("clean", *context.attacks):
@@ -94,7 +94,7 @@ def _draw_entropy(groups: Groups) -> Any:
 def confusion(context: AnalysisContext) -> list[Result]:
     """Which class becomes which: on the clean images, and as the first attack that fools a sample leaves it.
 
-    Only attacks within the run's threat model take part. Writes figures/confusion.png and confusion.csv (a line
+    Only attacks within the run's threat model take part. Writes figures/confusion.png and tables/confusion.csv (a line
     for each pair of classes that occurs); measures nothing new, so the list of Results is empty.
     """
     label = context.outcomes["label"]
@@ -151,14 +151,17 @@ def _draw_confusion(matrices: Mapping[str, np.ndarray], names: tuple[str, ...]) 
 def norms(context: AnalysisContext) -> list[Result]:
     """How far the adversarial examples lie from their images, in L2 and in Linf, attack by attack.
 
-    Of the samples that were right and that the attack fooled. Writes figures/norms.png (the share of them
-    within a distance), norms.csv with the median and the quartiles, and a Result of each median. NotMade if no
+    Of the samples that were right and that the attack fooled, which are new ones where it got only the survivors of
+    earlier attacks. Writes figures/norms.png (the share of them
+    within a distance), tables/norms.csv with the median and the quartiles, and a Result of each median. NotMade if no
     attack fooled a sample.
     """
     label, clean = context.outcomes["label"], context.outcomes["clean_pred"]
-    sizes = {}
-    for name in context.attacks:
-        fooled = (clean == label) & (context.outcomes[f"{name}_pred"] != label)
+    sizes, standing = {}, clean == label
+    for name, told in context.attacks.items():
+        wrong = context.outcomes[f"{name}_pred"] != label
+        fooled = wrong & ((clean == label) if told.get("alone", True) else standing)
+        standing = standing & ~(wrong & bool(told.get("counts", True)))
         if fooled.any():
             sizes[name] = {
                 key: context.outcomes[f"{name}_{key}"][fooled].astype(float) for key in ("l2", "linf")

@@ -63,7 +63,7 @@ class TransferMatrix:
         return self.load(self.runs, key="runs")
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
-        """Write `transfer_matrix.csv` (with 95 % Wilson intervals), `figures/transfer_matrix.png` and, in
+        """Write `tables/transfer_matrix.csv` (with 95 % Wilson intervals), `figures/transfer_matrix.png` and, in
         summary.json, `transfer`; returns one Result "transfer_accuracy" for each pair."""
         settings = {key: getattr(self, key) for key in ("norm", "eps", "steps", "step_size", "loss", "seed")}
         crafted = {name: Crafted(model, self.store, **settings) for name, model in self._models.items()}

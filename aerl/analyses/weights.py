@@ -41,8 +41,8 @@ def weight_landscape(
     """Mean cross-entropy of `samples` test images at weights + a * first + b * second, a and b from -span to span.
 
     The images are always the same ones, right or wrong; the batch statistics of BatchNorm stay as trained.
-    `resolution` points a side, each of which costs a pass over the images. Writes figures/weight_landscape.png and
-    weight_landscape.npz (`axis`, `loss` with b along the first dimension).
+    `resolution` points a side, each of which costs a pass over the images. Writes figures/weight_landscape.png and,
+    beside it, weight_landscape.npz (`axis`, `loss` with b along the first dimension).
     """
     images = subset(Split(context.images, context.labels), samples)
     generator = torch.Generator().manual_seed(seed_from(context.seed, "weight_landscape"))
@@ -62,9 +62,9 @@ def weight_landscape(
                     total += float(F.cross_entropy(logits, y, reduction="sum"))
                 loss[row, column] = total / len(images)
             bar.update(1)
-    save_arrays(context.log.path.with_name("weight_landscape.npz"), {"axis": axis, "loss": loss})
     caption = f"mean cross-entropy around the weights, n = {len(images)}"
     context.draw("weight_landscape", _draw(axis, loss, caption), caption)
+    save_arrays(context.figures / "weight_landscape.npz", {"axis": axis, "loss": loss})
     return []
 
 
