@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl import hardware
-from benchmarks import attacks, judging, memory, startup, training
+from benchmarks import analyses, attacks, judging, memory, startup, training
 from benchmarks.victim import images_32, trained
 
-PARTS = ("startup", "training", "attacks", "judging", "memory")
+PARTS = ("startup", "training", "attacks", "analyses", "judging", "memory")
 
 
 def main() -> None:
@@ -39,11 +39,14 @@ def main() -> None:
             rows += startup.measure(rounds)
         if "training" in parts:
             rows += training.measure(machine, rounds, args.smoke)
-        if "attacks" in parts:
+        if {"attacks", "analyses"} & set(parts):
             data = images_32(args.cifar10, Path(scratch))
             model = trained(data, machine, Path(scratch), images=500 if args.smoke else 8_000)
+        if "attacks" in parts:
             samples, steps = (16, 3) if args.smoke else (128, 20)
             rows += attacks.measure(model, data, machine, rounds, samples=samples, steps=steps)
+        if "analyses" in parts:
+            rows += analyses.measure(model, data, machine, rounds, Path(scratch), args.smoke)
         if "judging" in parts:
             rows += judging.measure(args.cifar10, Path(scratch), rounds, args.smoke)
         if "memory" in parts and args.cifar10 is not None:
