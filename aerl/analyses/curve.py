@@ -20,7 +20,7 @@ Points = list[dict[str, float]]
 
 
 def curve(
-    context: AnalysisContext, *, samples: Count = 200, steps: Count = 50, restarts: Count = 1
+    context: AnalysisContext, *, samples: Count = 200, steps: Count = 30, restarts: Count = 1
 ) -> list[Result]:
     """Robust accuracy under PGD (log-odds loss): against eps, and against the steps at the run's own eps.
 
