@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerl import evaluate
 from aerl.analyses import AnalysisContext, Beside, NotMade, Subject
 from aerl.attacks import SampleGenerator, attacking, pgd
 from aerl.attacks.projections import norms
-from aerl.data import to_unit
+from aerl.data import Split, to_unit
 from aerl.files import save_arrays
 from aerl.report import figures
 from aerl.report.progress import progress
@@ -178,8 +179,8 @@ def plane(
 class Landscape(Beside):
     """Loss landscape and decision map around `samples` images, of this run's model and of those of other `runs`.
 
-    The images are the first of those that this run's model classifies rightly, always the same ones; each model
-    has the plane of its own adversarial example (see `plane`; `resolution` points a side, +- `span` eps), and all
+    The images are always the same ones, such that all models classify them rightly, or as many as possible; each
+    model has the plane of its own adversarial example (see `plane`; `resolution` points a side, +- `span` eps), and all
     losses of the figure have one colour scale.
     """
 
@@ -194,9 +195,9 @@ class Landscape(Beside):
         `_classes`; `axis`), and `landscape` in summary.json. NotMade if no image is classified rightly."""
         if context.eps == 0:
             raise NotMade("eps is 0")
-        images = context.right(self.samples)
         place = context.hardware.device
         subjects = self.subjects(context)
+        images = _shown(context, [subject.model for subject in subjects[1:]], self.samples)
         planes: list[list[Plane]] = []
         with progress("landscape", len(subjects) * len(images), "planes") as bar:
             for subject in subjects:
@@ -240,6 +241,17 @@ class Landscape(Beside):
         return []
 
 
+def _shown(context: AnalysisContext, others: list[nn.Module], samples: int) -> Split:
+    """Images that this run's model classifies rightly; those on which the others agree come first."""
+    split = context.right(len(context.images))
+    agreed = torch.zeros(len(split), dtype=torch.long)
+    for model in others:
+        pred = evaluate.predict(model, split, context.hardware, context.batch_size, examples=0).pred
+        agreed += torch.from_numpy(pred) == split.labels
+    rows = agreed.argsort(descending=True, stable=True)[:samples]
+    return Split(split.images[rows], split.labels[rows])
+
+
 def _draw(
     subjects: list[Subject],
     planes: list[list[Plane]],
@@ -252,22 +264,26 @@ def _draw(
     from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
     from matplotlib.patches import Circle, Patch
 
-    columns = len(labels)
-    figure = Figure(figsize=(1.2 + 3.1 * columns, 0.9 + 5.6 * len(subjects)), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
-    axes = figure.subplots(2 * len(subjects), columns, squeeze=False, sharex=True, sharey=True)
+    # One model: losses above classes. Several: a row each, with the two side by side.
+    alone, k = len(subjects) == 1, len(labels)
+    rows, columns = (2, k) if alone else (len(subjects), 2 * k)
+    figure = Figure(figsize=(1.4 + 2.7 * columns, 1.0 + 2.9 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     highest = max(float(one.loss.max()) for row in planes for one in row) or 1.0
     scale = PowerNorm(0.5, 0, highest)  # near the image the loss is small, and that is where to look
     colours = _class_colours(planes, labels, len(names))
     for number, (subject, row) in enumerate(zip(subjects, planes, strict=True)):
         for column, (one, label) in enumerate(zip(row, labels, strict=True)):
-            upper, lower = axes[2 * number : 2 * number + 2, column]
+            upper, lower = axes[:, column] if alone else axes[number, 2 * column : 2 * column + 2]
             extent = (one.axis[0], one.axis[-1], one.axis[0], one.axis[-1])
             image = upper.imshow(
                 one.loss, origin="lower", extent=extent, cmap="cividis", norm=scale, rasterized=True
             )
             lower.imshow(colours[one.classes], origin="lower", extent=extent, rasterized=True)
-            upper.contour(one.axis, one.axis, one.classes == label, [0.5], colors="white", linewidths=0.8)
+            own = one.classes == label
+            if own.any() and not own.all():
+                upper.contour(one.axis, one.axis, own, [0.5], colors="white", linewidths=0.8)
             for axis, ink in ((upper, "white"), (lower, "black")):
                 axis.plot(0, 0, "o", color=ink, markersize=5, markerfacecolor="none")
                 axis.plot(one.adversarial, 0, "x", color=ink, markersize=6)
@@ -279,11 +295,11 @@ def _draw(
             by_area = sorted(present, key=lambda value: -(one.classes == value).sum())[:5]
             handles = [Patch(color=colours[value], label=names[value][:16]) for value in by_area]
             lower.legend(handles=handles, fontsize=7, loc="upper left", framealpha=0.85)
-        axes[2 * number, 0].set_ylabel("random direction, eps")
-        axes[2 * number + 1, 0].set_ylabel("random direction, eps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("random direction, eps")
     for axis in axes[-1]:
         axis.set_xlabel("adversarial direction, eps")
-    figure.colorbar(image, ax=axes, label="cross-entropy, nats", shrink=0.5)
+    figure.colorbar(image, ax=axes, label="cross-entropy, nats", shrink=0.6)
     return figure
 
 
