@@ -24,7 +24,8 @@ _PAPER = {
     "rl_expected": ["experiment=paper_rl", "trainer.act.expected=true"],
     "pgd_at": ["dataset=cifar10", "model=cnn", "trainer=pgd_at"],
 }
-STEPS = ("train", "judge", "audit", "matrix", "write")
+SEEN = ("sl", "rl", "rl_adv")  # whose figures are shown
+STEPS = ("train", "judge", "audit", "matrix", "figures", "write")
 
 
 def launch(*words: str) -> None:
@@ -60,6 +61,18 @@ def matrix(args: argparse.Namespace, seed: int) -> None:
     launch("trainer=none", f"checkpoint={args.runs}/sl-{seed}", f"seed={seed}", f"eps={args.eps}",
            f"evaluation.samples={args.samples}", "attack=none", "analysis=transfer_matrix",
            f"analysis.transfer_matrix.runs=[{runs}]", f"runs_dir={args.runs}", f"name=matrix-{seed}")  # fmt: skip
+
+
+def figures(args: argparse.Namespace) -> None:
+    """Everything that a run shows, for three trainers and every seed, in one multirun; then the three side by side."""
+    common = ("trainer=none", f"eps={args.eps}", f"evaluation.samples={args.samples}")
+    runs = ",".join(str(args.runs / f"{trainer}-{seed}") for trainer in SEEN for seed in args.seeds)
+    launch("-m", *common, f"checkpoint={runs}", "attack=suite", f"runs_dir={args.runs}/figures")
+    own, *others = (f"{args.runs}/{trainer}-{args.seeds[0]}" for trainer in ("rl", "sl", "rl_adv"))
+    beside = f"[{','.join(others)}]"
+    launch(*common, f"checkpoint={own}", "attack=none", "analysis=[landscape,gradients]",
+           f"analysis.landscape.runs={beside}", f"analysis.gradients.runs={beside}",
+           f"runs_dir={args.runs}/figures", "name=beside")  # fmt: skip
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -192,6 +205,8 @@ def main() -> None:
                 judge(args, trainer, seed)
             if "audit" in args.only:
                 audit(args, trainer, seed)
+    if "figures" in args.only:
+        figures(args)
     if "write" in args.only:
         write(args)
 
