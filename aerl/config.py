@@ -199,11 +199,22 @@ def run_name(config: Config, overrides: Collection[str]) -> str:
     """
     if config.name is not None:
         return config.name
-    told = ",".join(telling(overrides))
-    words = re.sub(r"[^\w.=,+-]+", "_", told).strip("_,") or "default"
-    if len(words) > 120:  # file systems end at 255 bytes
-        words = f"{words[:100]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    words = _file_name(telling(overrides)) or "default"
     return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{words}/seed{config.seed}"
+
+
+def sweep_name(overrides: Collection[str]) -> str:
+    """Where under `runs_dir` the table of a multirun is kept, so that the same command finds it again."""
+    words = sorted(overrides)
+    kept = [word for word in words if re.split(r"[=.]", word.lstrip("+~"))[0] not in _NOT_IDENTITY]
+    return f"multirun/{_file_name(kept) or 'default'}"
+
+
+def _file_name(words: Collection[str]) -> str:
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,")
+    if len(name) > 120:  # file systems end at 255 bytes
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,15 +3,20 @@
 import contextlib
 import ctypes
 import hashlib
+import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+import aerl
 from aerl.types import UserError
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -93,14 +98,46 @@ def describe(hardware: Hardware) -> dict[str, str]:
     import torchvision
 
     cuda = hardware.device.type == "cuda"
-    return {
+    told = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "cpu": _cpu(),
         "precision": hardware.precision,
+        "aerl": aerl.__version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "" if cuda else "",
         "torchvision": torchvision.__version__,
+        **{name: _version(name) for name in ("numpy", "pyautoattack", "wandb")},
         "platform": platform.platform(),
     }
+    return {name: value for name, value in told.items() if value}
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return f"{found[1].strip()}, {os.cpu_count()} cores"
+    return platform.processor()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """The commit of the code, with -dirty where files differ from it; nothing where the code is in no repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return ""
 
 
 def seed_from(*words: int | str) -> int:

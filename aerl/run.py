@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl import config as schema
 from aerl.config import Config
 from aerl.record import Record, earlier_start, recorded
+from aerl.report.multirun import note
+from aerl.report.page import written
 from aerl.report.table import show
 from aerl.results import Tracker
 
@@ -32,6 +35,8 @@ def run(cfg: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     config = schema.read(schema.adopt(cfg, overrides))
     folder = Path(config.runs_dir).expanduser() / schema.run_name(config, overrides)
+    if HydraConfig.get().mode is RunMode.MULTIRUN and not config.prepare_data_only:
+        note(HydraConfig.get().job.num, folder=str(folder.absolute()))
     summary = earlier_start(folder, config)
     if summary.get("status") == "finished":
         show(summary)
@@ -50,14 +55,17 @@ def run(cfg: DictConfig) -> float | None:
         return None
     parts = build(config)  # whatever is wrong is found here, before the run folder is touched
     options = HydraConfig.get().runtime.choices
-    with recorded(
-        folder,
-        config,
-        summary,
-        overrides=overrides,
-        choices={group: options[group] for group in ("dataset", "model")},
-        environment=describe(parts.hardware),
-    ) as record:
+    with (
+        written(folder),
+        recorded(
+            folder,
+            config,
+            summary,
+            overrides=overrides,
+            choices={group: options[group] for group in ("dataset", "model")},
+            environment=describe(parts.hardware),
+        ) as record,
+    ):
         for doubt in parts.doubts:
             log.warning("model: %s", doubt)
         record.save(doubts=list(parts.doubts))

@@ -63,7 +63,7 @@ class AnalysisContext:
 
     def draw(self, name: str, figure: Any, caption: str) -> None:
         """Write a matplotlib Figure as `name` into the folder of figures (PNG and PDF), and show it to W&B."""
-        path = figures.save(figure, self.figures, name)
+        path = figures.save(figure, self.figures, name, caption)
         if self.log.tracker is not None:
             self.log.tracker.pictures(f"figures/{name}", [(caption, path)])
 

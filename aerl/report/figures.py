@@ -23,13 +23,14 @@ def trainer_colour(trainer: str) -> str:
     return _TRAINERS.get(trainer, GREY)
 
 
-def save(figure: Any, folder: Path, name: str) -> Path:
+def save(figure: Any, folder: Path, name: str, caption: str = "") -> Path:
     """Write a matplotlib Figure to `folder`, which is made, as `name`.png and, for papers, `name`.pdf.
 
-    Returns the path of the PNG. Raises UserError where the disk refuses.
+    The PNG carries its caption. Returns its path. Raises UserError where the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, options in (("pdf", {"metadata": {"CreationDate": None}}), ("png", {"dpi": 130})):
+    png = {"dpi": 130, "metadata": {"Description": caption}}
+    for suffix, options in (("pdf", {"metadata": {"CreationDate": None}}), ("png", png)):
         stream = io.BytesIO()
         figure.savefig(stream, format=suffix, **options)
         atomic_write(folder / f"{name}.{suffix}", stream.getvalue())

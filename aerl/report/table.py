@@ -65,7 +65,7 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
         console.width = max(console.width, 72)
     status = str(summary.get("status", "unknown"))
     console.print()
-    console.print(Text.assemble(_what(summary), ": ", (status, _STATUS.get(status, "yellow"))))
+    console.print(Text.assemble(what(summary), ": ", (status, _STATUS.get(status, "yellow"))))
     if error := summary.get("error"):
         console.print(Text(str(error), style="red"), soft_wrap=True)
     console.print()
@@ -77,11 +77,12 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
         console.print()
         console.print(comparison_table(comparison["rows"]))
         console.print()
-    for label, text in _notes(summary):
+    for label, text in notes(summary):
         console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True)
 
 
-def _what(summary: Mapping[str, Any]) -> str:
+def what(summary: Mapping[str, Any]) -> str:
+    """Dataset, model, trainer and seed, as far as they are known."""
     parts = [str(summary[key]) for key in ("dataset", "model", "trainer") if summary.get(key) is not None]
     if summary.get("seed") is not None:
         parts.append(f"seed {summary['seed']}")
@@ -99,12 +100,13 @@ def _cells(name: str, attack: Mapping[str, Any], accuracy: Mapping[str, Any] | N
         "-" if value is None else f"{100 * value:.1f} %",
         "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %",
         "-" if n is None else f"{n:d}",
-        _duration(attack["seconds"]) if attack.get("seconds") is not None else "",
+        duration(attack["seconds"]) if attack.get("seconds") is not None else "",
     ]
     return [Text(cell) for cell in cells]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 1.6 s, 2 min 12 s, 2 h 02 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -112,8 +114,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The lines below the table: label and text."""
+def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines below the table of a run: label and text."""
     for doubt in summary.get("doubts") or ():
         yield "warning", f"model: {doubt}"
     attacks = summary.get("attacks") or {}
@@ -139,8 +141,8 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for check in masking.get("checks", ()):
             if check["name"] == "paper_formula" and check["flag"]:
                 yield "pgd_paper", str(check["says"])
-    if spent := _spent(summary):
-        yield "time", spent
+    if times := spent(summary):
+        yield "time", times
     folder = summary.get("folder")
     if folder is not None:
         yield "files", str(folder)
@@ -152,12 +154,13 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "W&B", f"{state}; to upload: wandb sync {shlex.quote(str(Path(folder or '') / wandb['path']))}"
 
 
-def _spent(summary: Mapping[str, Any]) -> str:
+def spent(summary: Mapping[str, Any]) -> str:
+    """How long training and the attacks took."""
     seconds = summary.get("seconds") or {}
     parts = []
     if seconds.get("train") is not None:
         epochs = f" ({summary['epochs']} epochs)" if summary.get("epochs") else ""
-        parts.append(f"training {_duration(seconds['train'])}{epochs}")
+        parts.append(f"training {duration(seconds['train'])}{epochs}")
     if seconds.get("attack") is not None:
-        parts.append(f"attacks {_duration(seconds['attack'])}")
+        parts.append(f"attacks {duration(seconds['attack'])}")
     return ", ".join(parts)
