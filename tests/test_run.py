@@ -56,10 +56,20 @@ def test_the_run_folder_holds_all_it_should(finished):
     }
     assert files == {
         "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
+        "report.html",
         "checkpoints/last.pt", "checkpoints/best.pt", "figures/pictures.png",
     }  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["epochs"] == 2 and config["attack"]["pgd"]["steps"] == 5
+
+
+def test_its_page_tells_the_headline_and_shows_the_pictures(finished):
+    folder, _ = finished
+    html, summary = (folder / "report.html").read_text(), summary_of(folder)
+    for accuracy in ("clean_accuracy", "worst_case_accuracy"):
+        assert f"{100 * summary[accuracy]['value']:.1f} %</dd>" in html
+    assert f"{summary['masking']['verdict']}</dd>" in html
+    assert 'alt="pictures: fgsm, L2 eps 1; pgd, L2 eps 1"' in html
 
 
 def test_outcomes_summary_and_results_tell_the_same_story(finished):
@@ -348,6 +358,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(tmp_path, data_di
     )
     assert summary_of(tmp_path / "runs/full")["status"] == "failed"
     assert "File too large" in summary_of(tmp_path / "runs/full")["error"]
+    assert "File too large" in (tmp_path / "runs/full/report.html").read_text()
     assert not [path.name for path in (tmp_path / "runs/full/checkpoints").iterdir()]
     assert launch(*words).returncode == 0
     assert summary_of(tmp_path / "runs/full")["status"] == "finished"

@@ -1,6 +1,7 @@
 """`python -m aerl.report FOLDER...`: tables and pages about runs that were made before."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def _same(found: Sequence[Path], out: Path) -> bool:
     return len(found) == 1 and found[0].resolve() == out.resolve()
 
 
+@functools.cache
 def _tell(line: str) -> None:
+    """On stderr, and of what is found wrong twice only once."""
     print(line, file=sys.stderr)
 
 
