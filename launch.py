@@ -10,8 +10,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from aerl.report.multirun import conclude
-
 # Lets multirun_sweeps/ lie beside conf/ and be found from any working directory.
 os.environ.setdefault("AERL_ROOT", str(Path(__file__).resolve().parent))
 OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
@@ -61,4 +59,5 @@ if __name__ == "__main__":
         tell(error)
         sys.exit(1)
     finally:
-        conclude()  # the table of a multirun
+        if multirun := sys.modules.get("aerl.report.multirun"):  # Hydra has imported its callback
+            multirun.conclude()
