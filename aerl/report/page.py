@@ -178,7 +178,7 @@ def _picture(path: Path) -> Picture:
 
 def _files(folder: Path) -> Iterator[tuple[str, str, str]]:
     """The files of a run folder that a reader may want: address, name and what is in it."""
-    tables = {path.name: "the numbers of a figure or an analysis" for path in sorted(folder.glob("*.csv"))}
+    tables = {f"tables/{path.name}": "a table" for path in sorted(folder.glob("tables/*.csv"))}
     figures = {
         f"figures/{path.name}": "a figure, for papers" for path in sorted(folder.glob("figures/*.pdf"))
     }
