@@ -19,7 +19,8 @@ from tests.test_wandb import history, read_back
 from tests.test_wandb import summary as wandb_summary
 
 SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5",
-         "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10")  # fmt: skip
+         "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10",
+         "analysis.landscape.resolution=30", "analysis.gradients.steps=5", "analysis.curve.steps=5")  # fmt: skip
 
 
 def summary_of(folder):
@@ -54,10 +55,13 @@ def test_the_run_folder_holds_all_it_should(finished):
         for path in folder.rglob("*")
         if path.is_file() and "wandb" not in path.parts
     }
+    measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert files == {
         "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
         "report.html",
-        "checkpoints/last.pt", "checkpoints/best.pt", "figures/pictures.png",
+        "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
+        *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
+        *(f"tables/{name}.csv" for name in measured),
     }  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["epochs"] == 2 and config["attack"]["pgd"]["steps"] == 5
@@ -138,7 +142,7 @@ def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
     (files,) = folder.glob("wandb/offline-run-*/files")
     table = json.loads((files / final["attacks.path"]).read_text())
     assert [row[0] for row in table["data"]] == ["clean", "fgsm", "pgd", "worst case"]
-    assert [(files / name).read_bytes()[:4] for name in final["pictures.filenames"]] == [b"\x89PNG"]
+    assert [(files / name).read_bytes()[:4] for name in final["figures/pictures.filenames"]] == [b"\x89PNG"]
 
 
 def test_a_finished_run_is_shown_again_without_torch_and_done_again_only_on_demand(launch, tmp_path):

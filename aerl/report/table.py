@@ -126,12 +126,14 @@ def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if not all(attack.get("alone", True) for attack in attacks.values()):
         yield "survivors", "each attack got what those before it had left; its accuracy is after all of them"
-    for name, attack in (summary.get("attacks") or {}).items():
+    for name, attack in attacks.items():
         for warning in attack.get("warnings") or ():
             yield "warning", f"{name}: {warning}"
     for run, comparison in (summary.get("comparisons") or {}).items():
         for warning in comparison["warnings"]:
             yield "warning", f"compared with {run}: {warning}"
+    for name, reason in (summary.get("not_made") or {}).items():
+        yield "not made", f"{name}: {reason}"
     masking = summary.get("masking") or {}
     if verdict := masking.get("verdict"):
         yield "masking", str(verdict)
