@@ -22,7 +22,7 @@ log = logging.getLogger("aerl")
 NAME = "report.html"
 
 # What the page says in a place of its own.
-_NOT_A_NOTE = ("masking", "mechanism", "trust", "time", "files", "W&B")
+_NOT_A_NOTE = ("masking", "mechanism", "trust", "time", "files", "page", "W&B")
 _FILES = {
     "summary.json": "status, accuracies with intervals, every check of the audit",
     "config.yaml": "the resolved configuration",

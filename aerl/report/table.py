@@ -148,6 +148,8 @@ def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     folder = summary.get("folder")
     if folder is not None:
         yield "files", str(folder)
+        if (Path(folder) / "report.html").is_file():
+            yield "page", str(Path(folder) / "report.html")
     wandb = summary.get("wandb") or {}
     if wandb.get("url"):
         yield "W&B", str(wandb["url"])
