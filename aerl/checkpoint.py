@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerl.files import atomic_write
+from aerl.files import atomic_write, sha256
+from aerl.remote import local
+from aerl.results import read_summary
 from aerl.types import UserError, first_line
 
 # Under which key a training script keeps the weights, and what wrappers put before the name of each tensor:
@@ -29,9 +31,12 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path, key: str = "checkpoint") -> Any:
     """Read tensors and plain containers; `weights_only` refuses anything that would run code.
 
+    A `.safetensors` file cannot hold such a thing; one that was exported must be what was exported.
     What cannot be read is a UserError about the `key` that named it, here and in the functions below.
     """
     try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{key}={path}: no such file") from None
@@ -41,19 +46,41 @@ def load(path: Path, key: str = "checkpoint") -> Any:
             "save the model's state_dict() instead"
         ) from error
     except Exception as error:  # what a damaged file makes the reader raise depends on where it is damaged
-        raise UserError(f"{key}={path}: damaged or not a PyTorch file ({first_line(error)})") from error
+        kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+        raise UserError(f"{key}={path}: damaged or not a {kind} file ({first_line(error)})") from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = load_file(path)
+    told = (read_summary(path.parent) or {}).get("weights") or {}
+    if told.get("file") == path.name and told.get("sha256") != sha256(path):
+        raise ValueError("its SHA-256 is not the one in summary.json")
+    return weights
+
+
+def tensors(path: Path, key: str = "checkpoint") -> dict[str, Tensor]:
+    """The weights in a file as they are named there; UserError where there are none."""
+    weights = _weights(load(path, key))
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{key}={path}: is neither one of aerl's checkpoints nor a state_dict")
+    return weights
 
 
 def find(checkpoint: str, key: str = "checkpoint") -> Path:
-    """The file behind `checkpoint=`: a run folder's best (else last) checkpoint, or the file itself."""
-    path = Path(checkpoint).expanduser()
+    """The file behind `checkpoint=`: the best (else last) one of a run folder, an export's, or the file itself.
+
+    hf://OWNER/NAME is an export on the Hugging Face hub.
+    """
+    path = local(checkpoint, key)
     if not path.exists():
         raise UserError(f"{key}={checkpoint}: no such file or folder; give a run folder or a .pt file")
     if path.is_file():
         return path
-    for name in ("best.pt", "last.pt"):
-        if (path / "checkpoints" / name).is_file():
-            return path / "checkpoints" / name
+    for name in ("checkpoints/best.pt", "checkpoints/last.pt", "model.safetensors"):
+        if (path / name).is_file():
+            return path / name
     raise UserError(
         f"{key}={checkpoint}: the folder has no checkpoints/best.pt or last.pt; is it a run folder?"
     )
@@ -68,9 +95,7 @@ def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
     does not, though the network in it may have one of its own.
     """
     net = {name.removeprefix("net.") for name in model.state_dict() if name.startswith("net.")}
-    weights = _unwrapped(load(path, key), net | set(model.state_dict()))
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{key}={path}: is neither one of aerl's checkpoints nor a state_dict")
+    weights = _plainly_named(tensors(path, key), net | set(model.state_dict()))
     carries_normalization = "normalize.mean" in weights and set(weights) != net
     if not carries_normalization:
         weights = {f"net.{name}": tensor for name, tensor in weights.items()}
@@ -94,8 +119,8 @@ def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
     return carries_normalization
 
 
-def _unwrapped(state: Any, known: Collection[str]) -> dict[str, Any]:
-    """The tensors by name, out of the wrappers around them; empty if there is no such thing."""
+def _weights(state: Any) -> dict[str, Any]:
+    """The tensors by name, out of the containers around them; empty if there is no such thing."""
     while isinstance(state, dict):
         inner = [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]
         if not inner:
@@ -103,7 +128,11 @@ def _unwrapped(state: Any, known: Collection[str]) -> dict[str, Any]:
         state = inner[0]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         return {}
-    weights: dict[str, Any] = state
+    return state
+
+
+def _plainly_named(weights: dict[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without what wrappers put before their names."""
     while weights and not any(name in known for name in weights):
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), None)
         if prefix is None:

@@ -31,6 +31,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from aerl.remote import local
 from aerl.results import read_summary
 from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, first_line, quotient
 
@@ -122,6 +123,7 @@ class Logger(Section):
     entity: str | None
     group: str | None
     tags: list[str]
+    artifacts: bool
 
 
 class Config(Section):
@@ -161,12 +163,12 @@ def read(cfg: DictConfig) -> Config:
 
 
 # Keys that change where a run is kept or how fast it goes, never its numbers.
-_NOT_IDENTITY = ("runs_dir", "data_dir", "name", "overwrite", "prepare_data_only", "logger")
+NOT_IDENTITY = ("runs_dir", "data_dir", "name", "overwrite", "prepare_data_only", "logger")
 
 
 def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that determines a run's numbers."""
-    kept = config.model_dump(exclude=set(_NOT_IDENTITY))
+    kept = config.model_dump(exclude=set(NOT_IDENTITY))
     kept["evaluation"].pop("batch_size")
     return kept
 
@@ -188,7 +190,7 @@ def telling(overrides: Collection[str]) -> list[str]:
     return [
         word
         for word, key in zip(words, keys, strict=True)
-        if key not in _NOT_IN_THE_NAME and key.partition(".")[0] not in _NOT_IDENTITY
+        if key not in _NOT_IN_THE_NAME and key.partition(".")[0] not in NOT_IDENTITY
     ]
 
 
@@ -197,16 +199,23 @@ def run_name(config: Config, overrides: Collection[str]) -> str:
 
     Named by identity, not by the clock, so that the same command finds its own folder again.
     """
-    if config.name is not None:
-        return config.name
+    return f"{_place(config, overrides)}/seed{config.seed}" if config.name is None else config.name
+
+
+def group_name(config: Config, overrides: Collection[str]) -> str:
+    """What a run has in common with its repetitions: its name without the seed, nor those of runs it takes."""
+    return _place(config, [re.sub(r"\bseed\d+\b", "seed", override) for override in overrides])
+
+
+def _place(config: Config, overrides: Collection[str]) -> str:
     words = _file_name(telling(overrides)) or "default"
-    return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{words}/seed{config.seed}"
+    return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{words}"
 
 
 def sweep_name(overrides: Collection[str]) -> str:
     """Where under `runs_dir` the table of a multirun is kept, so that the same command finds it again."""
     words = sorted(overrides)
-    kept = [word for word in words if re.split(r"[=.]", word.lstrip("+~"))[0] not in _NOT_IDENTITY]
+    kept = [word for word in words if re.split(r"[=.]", word.lstrip("+~"))[0] not in NOT_IDENTITY]
     return f"multirun/{_file_name(kept) or 'default'}"
 
 
@@ -233,7 +242,7 @@ def difference(config: Config, folder: Path) -> str:
         return "its config.yaml cannot be read"
     here = dict(_leaves(identity(config)))
     keys = [*here, *(key for key in kept if key not in here)]
-    there = {key: value for key, value in kept.items() if key.partition(".")[0] not in _NOT_IDENTITY}
+    there = {key: value for key, value in kept.items() if key.partition(".")[0] not in NOT_IDENTITY}
     differing = [key for key in keys if (key in here or key in there) and here.get(key) != there.get(key)]
     differing = [key for key in differing if key != "evaluation.batch_size"]
     told = [f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in differing[:2]]
@@ -459,7 +468,7 @@ def run_names(runs: Sequence[str]) -> list[str]:
 
 
 def _run_folder(checkpoint: str) -> Path | None:
-    path = Path(checkpoint).expanduser()
+    path = local(checkpoint)
     folder = path.parent.parent if path.is_file() else path
     return folder if all((folder / name).is_file() for name in ("config.yaml", "summary.json")) else None
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import os
 import time
@@ -61,6 +62,12 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
             temporary.unlink(missing_ok=True)
             raise
     _settle(path)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -3,18 +3,20 @@
 import logging
 import secrets
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from aerl.config import Config, config_hash, difference, explain, origin, telling
+import aerl
+from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
 from aerl.files import atomic_write
-from aerl.results import ResultLog, Tracker, open_tracker, read_summary, write_summary
+from aerl.results import ResultLog, Tracker, eps_text, open_tracker, read_summary, write_summary
 from aerl.types import UserError
 
 log = logging.getLogger("aerl")
@@ -28,16 +30,19 @@ class Record:
     summary: dict[str, Any]
     results: ResultLog
     tracker: Tracker | None
+    artifacts: bool = False
 
     def save(self, **news: Any) -> None:
         self.summary.update(news)
         write_summary(self.folder, self.summary)
 
     def close(self, **news: Any) -> None:
-        """Say how the run ended; W&B first, so that the summary knows where W&B's files are."""
-        self.summary.update(news)
+        """Say how the run ended; once more after W&B, so that the summary knows where W&B's files are."""
+        self.save(**news)
         if self.tracker is not None:
             self.tracker.summary({"status": self.summary["status"], "error": self.summary["error"]})
+            if self.artifacts and self.summary["status"] == "finished":
+                log_artifacts(self.tracker, self.folder, self.summary)
             self.tracker.finish(0 if self.summary["status"] == "finished" else 1)
             self.summary["wandb"] = self.tracker.where()
         self.save()
@@ -81,6 +86,8 @@ def recorded(
         "model": config.model.name,
         "trainer": config.trainer_name,
     }
+    taken = None if config.trainer else origin(config.checkpoint)
+    trainer = config.trainer_name if taken is None else str(taken["trainer"])
     summary: dict[str, Any] = {"attacks": {}, "seconds": {}, "best_epoch": None, **earlier}
     summary |= {
         "status": "running",
@@ -90,27 +97,32 @@ def recorded(
         "config_hash": config_hash(config),
         "epochs": config.trainer.epochs if config.trainer else None,
         "choices": dict(choices),
-        "origin": None if config.trainer else origin(config.checkpoint),
-        "environment": dict(environment),
+        "overrides": list(overrides),
+        "checkpoint": config.checkpoint,
+        "origin": taken,
+        "environment": {**environment, **version()},
         "masking": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(
         folder=folder,
         run_id=run_id,
-        job_type=config.trainer_name,
+        group=config.logger.group or group_name(config, overrides),
+        job_type="train" if config.trainer else "evaluate",
         name=" ".join([config.trainer_name, *telling(overrides), f"seed={config.seed}"]),
         tags=[
             config.dataset.name,
             config.model.name,
-            config.trainer_name,
+            trainer,
+            f"{config.norm} eps {eps_text(config.eps)}",
             *config.attack,
             *config.logger.tags,
         ],
-        config=config.model_dump(),
-        **config.logger.model_dump(exclude={"tags"}),
+        config=config.model_dump() | {"origin": taken},
+        **config.logger.model_dump(include={"mode", "project", "entity"}),
     )
-    record = Record(folder, summary, ResultLog(folder, identity, tracker), tracker)
+    results = ResultLog(folder, identity, tracker)
+    record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
     began = time.monotonic()
     try:
         record.save()
@@ -122,6 +134,45 @@ def recorded(
     except BaseException as error:
         record.close(status="failed", error=explain(error) or f"{type(error).__name__}: {error}")
         raise
+
+
+def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Give W&B what a finished run leaves, versioned: its outcomes, and the model it trained or judged.
+
+    A judged model of another run is that run's artifact under its name, from the same files, so that W&B draws
+    the line from the run that trained it to the one that judged it.
+    """
+    from aerl import checkpoint  # which needs torch
+
+    headline = {key: summary[key] for key in ("clean_accuracy", "worst_case_accuracy")}
+    taken = summary["origin"]
+    owner = summary if taken is None else taken
+    if summary["trainer"] != "none" or taken is not None:
+        place = folder if taken is None else Path(taken["folder"])
+        try:
+            weights = checkpoint.find(str(folder) if taken is None else summary["checkpoint"])
+        except UserError as error:  # removed since it was loaded
+            log.warning("W&B is not told of the model: %s", error)
+        else:
+            files = {path.relative_to(place).as_posix(): path for path in (weights, place / "config.yaml")}
+            metadata = {key: owner[key] for key in ("run_id", "trainer", "seed")}
+            metadata |= headline if taken is None else {}
+            tracker.artifact(f"model-{owner['run_id']}", "model", files, metadata, used=taken is not None)
+    files = {name: folder / name for name in ("outcomes.npz", "summary.json")}
+    metadata = headline | {"attacks": list(summary["attacks"])}
+    tracker.artifact(f"outcomes-{summary['run_id']}", "outcomes", files, metadata, changing=["summary.json"])
+
+
+def version() -> dict[str, str]:
+    """Which aerl this is: its version, and the commit where it runs from a checkout."""
+    root = Path(aerl.__file__).resolve().parents[1]
+    told = {"aerl": aerl.__version__}
+    if (root / ".git").exists():
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=True)
+            told["commit"] = done.stdout.strip()
+    return told
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from aerl.files import atomic_write, writing
+from aerl.files import atomic_write, sha256, writing
 from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
@@ -298,6 +298,39 @@ class Tracker:
         path = Path(path).resolve()
         self._guard(lambda run: run.save(str(path), base_path=str(path.parent), policy="now"))
 
+    def artifact(
+        self,
+        name: str,
+        kind: str,
+        files: Mapping[str, Path],
+        metadata: Mapping[str, Any],
+        *,
+        used: bool = False,
+        changing: Collection[str] = (),
+    ) -> None:
+        """A version of the artifact `name`: finished `files` by their names in it; with `used` a run's input.
+
+        Its metadata say the SHA-256 of each file beside `metadata`. Only those `changing` later are copied: the
+        others must stay where they are, as they are, until the run is uploaded. The same files are the same
+        version, whichever run names them.
+        """
+
+        def keep(run: Any) -> None:
+            digests = {inside: sha256(path) for inside, path in files.items()}
+            told = _plain({**metadata, "sha256": digests})
+            artifact = self._wandb.Artifact(name, type=kind, metadata=told)
+            for inside, path in files.items():
+                policy = "mutable" if inside in changing else "immutable"
+                artifact.add_file(str(Path(path).resolve()), inside, policy=policy, skip_cache=True)
+            if used:
+                # What run.use_artifact does with an artifact of ours, less its refusal to do so offline and its
+                # wait, without a limit, for the server.
+                run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            else:
+                run.log_artifact(artifact)
+
+        self._guard(keep)
+
     def finish(self, exit_code: int = 0) -> None:
         """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where` is written down."""
         self._guard(lambda run: run.finish(exit_code=exit_code))
@@ -369,7 +402,9 @@ def open_tracker(
             "group": group,
             "job_type": job_type,
             "name": name or run_id,
-            "tags": list(tags),
+            "tags": list(
+                dict.fromkeys(tag[:64] for tag in tags)
+            ),  # W&B refuses a longer one, and the run with it
             "config": _plain(config or {}),
             "resume": "allow",
             "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
@@ -411,6 +446,13 @@ _MODES = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 def _from_environment() -> str:
     mode = os.environ.get("WANDB_MODE", "")
     return "online" if mode in ("online", "run", "shared") else _MODES.get(mode, "auto")
+
+
+def logged_in() -> bool:
+    """Whether W&B will find credentials, as its settings are now."""
+    import wandb
+
+    return _logged_in(wandb.setup(wandb.Settings(silent=True)).settings)
 
 
 def _logged_in(settings: Any) -> bool:

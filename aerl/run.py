@@ -162,4 +162,6 @@ def _show_wandb(tracker: Tracker, summary: Mapping[str, Any]) -> None:
         row = [name, *(told.get(key) for key in ("norm", "eps", "seconds"))]
         rows.append(row + [accuracy[key] for key in ("value", "low", "high", "n")])
         tracker.summary({f"accuracy/{name.replace(' ', '_')}": accuracy["value"]})
-    tracker.table("attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows)
+    tracker.table(
+        "tables/attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows
+    )

@@ -114,7 +114,9 @@ def masking(
     context.save(masking=saved)
     if context.log.tracker is not None:
         columns = ["name", "role", "value", "threshold", "flag", "says", "source", "seconds", "passes"]
-        context.log.tracker.table("masking", columns, [[row[key] for key in columns] for row in checks])
+        context.log.tracker.table(
+            "tables/masking", columns, [[row[key] for key in columns] for row in checks]
+        )
         told = {f"masking/{key}": saved[key] for key in ("verdict", "mechanism", "trust")}
         context.log.tracker.summary(told)
     values = {check["name"]: check["value"] for check in checks if check["value"] is not None}
