@@ -125,7 +125,8 @@ def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
     folder, _ = finished
     records = read_back(folder)
     (started,) = records["run"]
-    assert started["run_group"] == "digits-alicnn" and started["job_type"] == "sl"
+    assert started["job_type"] == "train"
+    assert started["run_group"].startswith("digits/alicnn/sl/analysis.masking.queries=10,")
     assert {"digits", "alicnn", "sl", "pgd"} <= set(started["tags"])
     assert started["config"]["update"]["attack"]["pgd"]["steps"] == 5
     assert started["config"]["update"]["trainer"]["optimizer"]["lr"] == 1e-3
@@ -140,7 +141,7 @@ def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
     assert final["accuracy/worst_case"] == told["worst_case_accuracy"]["value"]
     assert final["status"] == "finished"
     (files,) = folder.glob("wandb/offline-run-*/files")
-    table = json.loads((files / final["attacks.path"]).read_text())
+    table = json.loads((files / final["tables/attacks.path"]).read_text())
     assert [row[0] for row in table["data"]] == ["clean", "fgsm", "pgd", "worst case"]
     assert [(files / name).read_bytes()[:4] for name in final["figures/pictures.filenames"]] == [b"\x89PNG"]
 
@@ -328,17 +329,17 @@ def test_a_bare_state_dict_wants_its_normalisation_stated(launch, tmp_path):
     assert launch(*words, "model.mean=[0.3]", "model.std=[0.4]").returncode == 0
 
 
-def test_a_multirun_is_four_folders_in_one_group_and_a_failing_job_does_not_stop_the_others(launch, tmp_path):
+def test_a_multirun_is_four_folders_in_two_groups_and_a_failing_job_does_not_stop_the_others(
+    launch, tmp_path
+):
     words = ("-m", "trainer=sl,rl", "seed=0,1", "trainer.epochs=1", "attack=none", "analysis=none")
     done = launch(*words)
     assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "runs").glob("*/*/*/*/*/summary.json"))
     assert len(folders) == 4
     ids = {json.loads(path.read_text())["run_id"] for path in folders}
-    groups = {
-        yaml.safe_load((path.parent / "config.yaml").read_text())["logger"]["group"] for path in folders
-    }
-    assert len(ids) == 4 and groups == {"digits-alicnn"}
+    groups = {path: read_back(path.parent)["run"][0]["run_group"] for path in folders}
+    assert len(ids) == 4 and len(set(groups.values())) == 2  # a group for each trainer, a run for each seed
     assert len(list((tmp_path / "runs").glob("**/*.wandb"))) == 4
     failing = launch("-m", "trainer.epochs=0,1", "seed=5", "attack=none", "analysis=none", "logger=none")
     assert failing.returncode == 1
