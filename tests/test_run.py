@@ -126,7 +126,7 @@ def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
     records = read_back(folder)
     (started,) = records["run"]
     assert started["job_type"] == "train"
-    assert started["run_group"].startswith("digits/alicnn/sl/analysis.masking.queries=10,")
+    assert started["run_group"].startswith("digits/alicnn/sl/analysis.")
     assert {"digits", "alicnn", "sl", "pgd"} <= set(started["tags"])
     assert started["config"]["update"]["attack"]["pgd"]["steps"] == 5
     assert started["config"]["update"]["trainer"]["optimizer"]["lr"] == 1e-3
