@@ -21,8 +21,8 @@ CURVES = {
 }
 ACCURACIES = ("worst_case", "clean", "pgd", "pgd_targeted", "autoattack")
 MASKING = ("zero_gradient", "saturated", "paper_formula", "paper_step_length")
-FIGURES = ("pictures", "curve")
-TABLES = ("curve", "compare")
+FIGURES = ("landscape", "gradients", "curve", "entropy", "confusion", "norms", "curvature", "pictures")
+TABLES = ("curve", "gradients", "entropy", "norms", "compare")
 COLUMNS = ("accuracy/clean", "accuracy/worst_case", "masking/verdict")
 
 
