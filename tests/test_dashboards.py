@@ -16,7 +16,8 @@ from tests.test_wandb import KEY, environment, history, read_back, summary
 
 SWEEP = ROOT / "multirun_sweeps/wandb/bayes.yaml"
 TRAIN = ("trainer=sl_adv", "trainer.epochs=2", "trainer.adversary.start_epoch=0", "dataset.train_samples=300",
-         "evaluation.samples=12", "analysis.landscape.resolution=20", "analysis.gradients.steps=5", "attack.autoattack.queries=20",
+         "evaluation.samples=12", "attack.autoattack.queries=20", "analysis.landscape.resolution=20",
+         "analysis.gradients.steps=5",
          "attack.pgd.steps=5", "attack.pgd_targeted.steps=5", "analysis.masking.samples=6",
          "analysis.masking.steps=5", "analysis.masking.queries=5", "analysis.curve.samples=6",
          "analysis.curve.steps=5", "name=trained")  # fmt: skip

@@ -161,7 +161,9 @@ def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardw
 def test_survivors_are_what_every_counted_attack_has_left():
     outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
     zeros = np.zeros(4, np.float32)
-    clean = Attacked(outcomes["clean_pred"], zeros, zeros, zeros, np.zeros((0, 1, 2, 2)))
+    clean = Attacked(
+        outcomes["clean_pred"], *(zeros for _ in evaluate.PER_SAMPLE[1:]), np.zeros((0, 1, 2, 2))
+    )
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
         outcomes |= {
             f"{name}_pred": np.array(pred),

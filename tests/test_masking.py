@@ -381,7 +381,7 @@ def test_numbers_go_to_the_results_and_the_tracker(plain, context, tmp_path):
     assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {
         ("masking", "L2", 0.5, "test", told["n"])
     }
-    assert tracker.tables["masking"] == told["checks"]
+    assert tracker.tables["tables/masking"] == told["checks"]
     assert tracker.values["masking/verdict"] == told["verdict"]
     for check in told["checks"]:
         assert check.keys() == {

@@ -379,7 +379,9 @@ def test_the_fooled_come_first_and_the_always_wrong_last(tmp_path: Path) -> None
     assert _chosen(given, "attack0", 10) == [1, 3, 5, 0, 2, 4, 6, 7, 8, 9]
     assert _chosen(given, "attack0", 2) == [1, 3]
     assert _chosen(context(tmp_path, kept=4), "attack0", 8) == [1, 3, 0, 2]
-    block = _block(given, "attack0", 2)
+    given.attacks["attack0"]["alone"] = False  # an attack on survivors shows none that was wrong before it
+    assert _chosen(given, "attack0", 10) == [1, 3, 5, 0, 2, 4, 6, 7, 8]
+    block = _block(given, "attack0", [1, 3])
     assert block.title == "attack0, Linf eps 8/255"
     assert block.labels == [1, 3]
     assert [(before, after) for (before, _), (after, _) in zip(block.before, block.after, strict=True)] == [
@@ -417,5 +419,5 @@ def test_the_logger_files_have_the_same_keys_and_fit_open_tracker() -> None:
     wandb, none = (
         yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text()) for name in ("wandb", "none")
     )
-    assert wandb.keys() == none.keys() <= signature(open_tracker).parameters.keys()
+    assert wandb.keys() == none.keys() <= signature(open_tracker).parameters.keys() | {"artifacts"}
     assert (wandb["mode"], none["mode"]) == ("auto", "disabled")

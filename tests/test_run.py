@@ -21,6 +21,7 @@ from tests.test_wandb import summary as wandb_summary
 SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5",
          "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10",
          "analysis.landscape.resolution=30", "analysis.gradients.steps=5", "analysis.curve.steps=5")  # fmt: skip
+QUICK = (*SMALL[:7], "logger=none", "analysis=[pictures,masking]")
 
 
 def summary_of(folder):
@@ -147,7 +148,7 @@ def test_weights_and_biases_has_it_all_in_its_offline_file(finished):
 
 
 def test_a_finished_run_is_shown_again_without_torch_and_done_again_only_on_demand(launch, tmp_path):
-    first = launch(*SMALL, "logger=none")
+    first = launch(*QUICK)
     folder = only_run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     code = (
@@ -155,21 +156,19 @@ def test_a_finished_run_is_shown_again_without_torch_and_done_again_only_on_dema
         f"runpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
         "assert 'torch' not in sys.modules"
     )
-    again = subprocess.run(
-        [sys.executable, "-c", code, *SMALL, "logger=none"], cwd=tmp_path, capture_output=True, text=True
-    )
+    again = subprocess.run([sys.executable, "-c", code, *QUICK], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout == first.stdout
     assert "overwrite=true does it again" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    renewed = launch(*SMALL, "logger=none", "overwrite=true")
+    renewed = launch(*QUICK, "overwrite=true")
     assert renewed.returncode == 0
     assert all(path.stat().st_mtime_ns > before[path] for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_same_seed_gives_the_same_run_and_batch_size_of_the_evaluation_changes_nothing(launch, tmp_path):
     for name, size in (("a", 7), ("b", 40)):
-        done = launch(*SMALL, "logger=none", f"name={name}", f"evaluation.batch_size={size}")
+        done = launch(*QUICK, f"name={name}", f"evaluation.batch_size={size}")
         assert done.returncode == 0, done.stderr
     weights = [torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in "ab"]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -218,7 +217,7 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
 def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_dir, moment):
     """A real SIGKILL in mid-training, or between two batches of AutoAttack; the repeated command goes on."""
     if moment == "training":
-        words = (*SMALL, "logger=none", "trainer.epochs=8")
+        words = (*QUICK, "trainer.epochs=8")
     else:
         attack = (
             "attack=[fgsm,autoattack]",

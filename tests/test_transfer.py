@@ -374,7 +374,9 @@ def test_sources_that_will_not_do_are_told_in_one_line_each_and_nothing_is_left(
     ]
     assert "Traceback" not in done.stderr
     left = {path for path in home.rglob("*") if path.is_file() and "matplotlib" not in path.parts} - before
-    assert {path.name for path in left} == {"multirun.yaml"}  # Hydra's own
+    # Hydra's own, and the table of what failed.
+    assert {path.relative_to(home / "none").parts[0] for path in left} == {"multirun.yaml", "multirun"}
+    assert not [path for path in left if path.name == "summary.json"]
 
 
 def test_the_runs_of_the_matrix_are_looked_at_before_anything_is_computed(home, data_dir):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ class AnalysisContext:
         if len(rows) == 0:
             raise NotMade("no sample is classified rightly")
         return subset(Split(self.images[rows], self.labels[rows]), samples)
+
+    def attacked(self, attack: str) -> npt.NDArray[np.bool_]:
+        """bool (n,): the samples that `attack` worked on, those right before it: clean, or after earlier attacks."""
+        label, told = self.outcomes["label"], self.attacks[attack]
+        standing: npt.NDArray[np.bool_] = self.outcomes["clean_pred"] == label
+        if not told.get("alone", True):
+            for earlier in takewhile(lambda name: name != attack, self.attacks):
+                if self.attacks[earlier].get("counts", True):
+                    standing = standing & (self.outcomes[f"{earlier}_pred"] == label)
+        return standing
 
     def draw(self, name: str, figure: Any, caption: str) -> None:
         """Write a matplotlib Figure as `name` into the folder of figures (PNG and PDF), and show it to W&B."""

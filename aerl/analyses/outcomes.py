@@ -156,12 +156,9 @@ def norms(context: AnalysisContext) -> list[Result]:
     within a distance), tables/norms.csv with the median and the quartiles, and a Result of each median. NotMade if no
     attack fooled a sample.
     """
-    label, clean = context.outcomes["label"], context.outcomes["clean_pred"]
-    sizes, standing = {}, clean == label
-    for name, told in context.attacks.items():
-        wrong = context.outcomes[f"{name}_pred"] != label
-        fooled = wrong & ((clean == label) if told.get("alone", True) else standing)
-        standing = standing & ~(wrong & bool(told.get("counts", True)))
+    sizes = {}
+    for name in context.attacks:
+        fooled = context.attacked(name) & (context.outcomes[f"{name}_pred"] != context.outcomes["label"])
         if fooled.any():
             sizes[name] = {
                 key: context.outcomes[f"{name}_{key}"][fooled].astype(float) for key in ("l2", "linf")

@@ -36,11 +36,12 @@ def pictures(context: AnalysisContext, *, samples: Count = 8) -> list[Result]:
     """Draw `figures/pictures.png`: for each attack original, perturbation and adversarial image.
 
     Up to `samples` a row, those that fooled the model first, then those that did not; samples that were
-    already wrong without an attack come last. Every image states the prediction and its confidence, every
-    row of perturbations its scale. Measures nothing, so the list of Results is empty; without a kept
-    adversarial example it warns and draws nothing.
+    already wrong without an attack come last. An attack on the survivors of others shows what it was given.
+    Every image states the prediction and its confidence, every row of perturbations its scale. Measures
+    nothing, so the list of Results is empty; without a kept adversarial example it warns and draws nothing.
     """
-    blocks = [_block(context, attack, samples) for attack, kept in context.adversarial.items() if len(kept)]
+    chosen = {attack: _chosen(context, attack, samples) for attack in context.adversarial}
+    blocks = [_block(context, attack, rows) for attack, rows in chosen.items() if rows]
     if not blocks:
         log.warning("pictures: no attack kept an adversarial example, so there is nothing to draw")
         return []
@@ -48,8 +49,7 @@ def pictures(context: AnalysisContext, *, samples: Count = 8) -> list[Result]:
     return []
 
 
-def _block(context: AnalysisContext, attack: str, samples: int) -> _Block:
-    chosen = _chosen(context, attack, samples)
+def _block(context: AnalysisContext, attack: str, chosen: list[int]) -> _Block:
     originals = context.images[chosen].float() / 255
     adversarials = context.adversarial[attack][chosen].float()
     settings = context.attacks.get(attack, {})
@@ -71,7 +71,11 @@ def _chosen(context: AnalysisContext, attack: str, samples: int) -> list[int]:
     right = context.outcomes["clean_pred"][:kept] == label
     fooled = context.outcomes[f"{attack}_pred"][:kept] != label
     rank = np.where(right & fooled, 0, np.where(right, 1, 2))
-    return [int(index) for index in np.argsort(rank, kind="stable")[:samples]]
+    order = [int(index) for index in np.argsort(rank, kind="stable")]
+    if not context.attacks.get(attack, {}).get("alone", True):
+        given = context.attacked(attack)
+        order = [index for index in order if given[index]]
+    return order[:samples]
 
 
 def _predictions(model: torch.nn.Module, images: Tensor) -> list[tuple[int, float]]:

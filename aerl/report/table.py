@@ -82,10 +82,13 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
 
 
 def what(summary: Mapping[str, Any]) -> str:
-    """Dataset, model, trainer and seed, as far as they are known."""
-    parts = [str(summary[key]) for key in ("dataset", "model", "trainer") if summary.get(key) is not None]
-    if summary.get("seed") is not None:
-        parts.append(f"seed {summary['seed']}")
+    """Dataset, model, trainer and seed, as far as they are known; of a judged model, those it was trained by."""
+    told = {**summary, **(summary.get("origin") or {})}
+    parts = [str(told[key]) for key in ("dataset", "model", "trainer") if told.get(key) is not None]
+    if told.get("seed") is not None:
+        parts.append(f"seed {told['seed']}")
+    if summary.get("origin"):
+        parts.append("judged")
     return ", ".join(parts) or str(summary.get("run_id", "run"))
 
 
