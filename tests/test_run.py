@@ -399,3 +399,17 @@ def test_a_whole_run_on_a_gpu(launch, tmp_path, precision):
     assert judged.returncode == 0, judged.stderr
     again = summary_of(tmp_path / "runs/again")
     assert again["robust_accuracy"]["pgd"] == pytest.approx(summary["robust_accuracy"]["pgd"], abs=0.05)
+
+
+def test_an_analysis_with_nothing_to_look_at_says_so_and_the_others_are_made(launch, tmp_path):
+    words = ("trainer.epochs=1", "attack=none", "evaluation.samples=20", "logger=none", "name=few", "eps=0")
+    done = launch(*words, "analysis=[norms,landscape,confusion]")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/few"
+    reasons = {"norms": "no attack fooled a sample", "landscape": "eps is 0"}
+    assert summary_of(folder)["not_made"] == reasons
+    for name, reason in reasons.items():
+        assert f"{name}: not made: {reason}" in done.stderr
+        assert re.search(rf"^not made +{name}: {reason}$", done.stdout, re.MULTILINE)
+        assert f"{name}: {reason}" in (folder / "report.html").read_text()
+    assert (folder / "figures/confusion.png").exists()
