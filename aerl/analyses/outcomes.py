@@ -194,7 +194,12 @@ def _draw_norms(sizes: Mapping[str, Mapping[str, np.ndarray]], norm: str, eps: f
             axis.step(values, share, style, where="post", color=colour, label=f"{name}, n = {len(values)}")
         if title == norm:
             axis.axvline(eps, color="black", linestyle=":", label=f"the run's eps, {eps_text(eps)}")
-        axis.set(xlim=(0, None), ylim=(0, 101), xlabel=f"{title} norm of the perturbation, pixels in [0, 1]")
+        widest = max(*(both[key].max() for both in sizes.values()), eps if title == norm else 0.0)
+        axis.set(
+            xlim=(0, 1.05 * widest),
+            ylim=(0, 101),
+            xlabel=f"{title} norm of the perturbation, pixels in [0, 1]",
+        )
         axis.set_ylabel("% of the fooled samples within")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)

@@ -103,7 +103,7 @@ def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> Any:
 
 
 def _draw_block(part: Any, block: _Block, class_names: tuple[str, ...], columns: int) -> None:
-    part.suptitle(block.title, fontsize=12, fontweight="bold")
+    part.suptitle(block.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     axes = part.subplots(3, columns, squeeze=False)
     delta = block.adversarials - block.originals
     scale = float(np.abs(delta).max()) or 1.0
