@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aerl import evaluate
+from aerl import evaluate, interrupt
 from aerl.attacks import collect_warnings
 from aerl.build import Parts, named
 from aerl.config import Config
@@ -61,6 +61,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
 
     done = {told["of"] for told in record.summary["attacks"].values()}
     for name, attack in parts.attacks.items():
+        interrupt.check()
         if name in done:
             log.info("%s: was done before", name)
         else:
@@ -141,7 +142,7 @@ def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage
 
     def keep(stage: Stage) -> None:
         nonlocal saved_at
-        if time.monotonic() - saved_at < _SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - saved_at < _SECONDS_BETWEEN_SAVES and not interrupt.asked():
             return
         arrays = {key: np.asarray(getattr(stage, key)) for key in ("number", "todo", "done", "seconds")}
         arrays |= {"attack": np.asarray(name), "warnings": np.asarray(list(warnings), dtype=np.str_)}
@@ -149,6 +150,7 @@ def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage
             arrays |= {f"{part}/{field.name}": getattr(attacked, field.name) for field in fields(Attacked)}
         save_arrays(folder / "progress.npz", arrays)
         saved_at = time.monotonic()
+        interrupt.check()
 
     return keep
 

@@ -16,6 +16,7 @@ import yaml
 import aerl
 from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
 from aerl.files import atomic_write
+from aerl.interrupt import Stopped
 from aerl.results import ResultLog, Tracker, eps_text, open_tracker, read_summary, write_summary
 from aerl.types import UserError
 
@@ -131,6 +132,10 @@ def recorded(
             yield record
         total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
         record.close(status="finished", seconds=summary["seconds"] | {"total": total})
+    except Stopped as stopped:
+        log.warning(str(stopped))
+        record.close(status="stopped", error=str(stopped))
+        raise
     except BaseException as error:
         record.close(status="failed", error=explain(error) or f"{type(error).__name__}: {error}")
         raise

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl import config as schema
+from aerl import interrupt
 from aerl.config import Config
 from aerl.record import Record, earlier_start, recorded
 from aerl.report.multirun import note
@@ -56,6 +57,7 @@ def run(cfg: DictConfig) -> float | None:
     parts = build(config)  # whatever is wrong is found here, before the run folder is touched
     options = HydraConfig.get().runtime.choices
     with (
+        interrupt.listening(),
         written(folder),
         recorded(
             folder,
@@ -140,6 +142,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     )
     not_made = {}
     for name, analysis in parts.analyses.items():
+        interrupt.check()
         try:
             analysis(context)
         except (NotMade, NoGradient) as error:

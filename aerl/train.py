@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl import checkpoint
+from aerl import checkpoint, interrupt
 from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.losses import kl
 from aerl.data import Batches, DataSplits, to_unit
@@ -134,7 +134,8 @@ def fit(
 ) -> int:
     """Train `model` in place, from `folder`/last.pt on if there is one; leave last.pt and best.pt.
 
-    Every epoch's random streams follow from (seed, epoch) alone, so a resumed run continues bit for bit.
+    Every epoch's random streams follow from (seed, epoch) alone, and one that is left in its midst by
+    `interrupt.Stopped` keeps their states, so a resumed run continues bit for bit.
     Returns the epoch that best.pt is from. Raises UserError, naming the epoch and the step, when the
     loss is not finite: the checkpoints of the epochs before stay.
     """
@@ -145,14 +146,22 @@ def fit(
     train = Batches(data.train, recipe.batch_size, device, drop_last=True)
     val = Batches(data.val, max(256, recipe.batch_size), device)
     steps = len(train) * recipe.epochs
-    first_epoch, best_epoch, best_score = _resume(folder / "last.pt", model, optimizer)
-    best = _Best(folder / "best.pt", best_epoch, best_score)
+    saved = _resume(folder / "last.pt", model, optimizer)
+    best = _Best(folder / "best.pt", saved.get("best_epoch", 0), saved.get("best_score", -math.inf))
+    first_epoch, first_step = saved.get("epoch", 0), saved.get("step", 0)
     results.rewind(first_epoch)
     saved_at = time.monotonic()
     batch_size = min(recipe.batch_size, len(data.train))
-    start, total = (epochs * len(train) * batch_size for epochs in (first_epoch, recipe.epochs))
+    start = (first_epoch * len(train) + first_step) * batch_size
 
-    with progress("training", total, "images", start=start) as bar:
+    def save(epoch: int, **within: Any) -> None:
+        """Of a state after `epoch` whole epochs and, `within` the next one, some steps."""
+        best.write()
+        state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"epoch": epoch, "best_epoch": best.epoch, "best_score": best.score, **within}
+        checkpoint.save(state, folder / "last.pt")
+
+    with progress("training", steps * batch_size, "images", start=start) as bar:
         for epoch in range(first_epoch, recipe.epochs):
             adversary = recipe.adversary
             if adversary is not None and epoch < adversary.start_epoch:
@@ -161,9 +170,14 @@ def fit(
             generator = stream(seed, "actions", epoch, device=device)
             augmentation = stream(seed, "augmentation", epoch, device=device)
             history = torch.zeros(len(train), 5, device=device)
+            begin = first_step if epoch == first_epoch else 0
+            if begin:
+                history[:begin] = saved["history"]
+                _set_random(saved["random"], generator, augmentation, device)
             model.train()
             began = time.monotonic()
-            for step, (images, y) in enumerate(train.epoch(stream(seed, "batches", epoch))):
+            batches = train.epoch(stream(seed, "batches", epoch), begin)
+            for step, (images, y) in enumerate(batches, start=begin):
                 factor = learning_rate(epoch * len(train) + step, steps, recipe.schedule, recipe.warmup)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
@@ -187,6 +201,10 @@ def fit(
                     loss=outcome.loss.detach(),
                     epoch=f"{epoch + 1}/{recipe.epochs}",
                 )
+                if interrupt.asked() and step + 1 < len(train):  # else the epoch is brought to its end
+                    random = _random(generator, augmentation, device)
+                    save(epoch, step=step + 1, history=history[: step + 1], random=random)
+                    interrupt.check()
             seconds = time.monotonic() - began
             loss, reward, accuracy, adversarial_loss, grad_norm = history.mean(0).tolist()
             metrics = {
@@ -195,7 +213,7 @@ def fit(
                 "accuracy": accuracy,
                 "grad_norm": grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": len(train) * batch_size / seconds,
+                "images_per_second": (len(train) - begin) * batch_size / seconds,
             }
             if adversary is not None and adversary.objective != "alone":
                 metrics["adversarial_loss"] = adversarial_loss
@@ -209,17 +227,11 @@ def fit(
             results.log(metrics, n=len(data.train), split="train", step=epoch + 1)
             results.log(scores, n=len(data.val), split="val", step=epoch + 1)
             best.consider(model, epoch + 1, _score(recipe.select, scores, epoch))
-            if epoch + 1 == recipe.epochs or time.monotonic() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS:
-                best.write()
-                state = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "epoch": epoch + 1,
-                    "best_epoch": best.epoch,
-                    "best_score": best.score,
-                }
-                checkpoint.save(state, folder / "last.pt")
+            due = time.monotonic() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS
+            if due or epoch + 1 == recipe.epochs or interrupt.asked():
+                save(epoch + 1)
                 saved_at = time.monotonic()
+            interrupt.check()
     return best.epoch
 
 
@@ -242,15 +254,40 @@ class _Best:
             self._weights = None
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, float]:
-    """(epochs done, best epoch, best score) from last.pt, or the beginning."""
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load last.pt, and return what it says beside the weights: how far training came; {} at the beginning."""
     if not path.exists():
-        return 0, 0, -math.inf
-    state = checkpoint.load(path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    log.info("going on after epoch %d, from %s", state["epoch"], path)
-    return state["epoch"], state["best_epoch"], state["best_score"]
+        return {}
+    state: dict[str, Any] = checkpoint.load(path)
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    step = f" and step {state['step']} of the next" if state.get("step") else ""
+    log.info("going on after epoch %d%s, from %s", state["epoch"], step, path)
+    return state
+
+
+def _random(
+    actions: torch.Generator, augmentation: torch.Generator, device: torch.device
+) -> dict[str, Tensor]:
+    """The state of every stream that an epoch draws from, save that of the batches, which it draws from at once."""
+    states = {
+        "actions": actions.get_state(),
+        "augmentation": augmentation.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random(
+    states: dict[str, Tensor], actions: torch.Generator, augmentation: torch.Generator, device: torch.device
+) -> None:
+    actions.set_state(states["actions"])
+    augmentation.set_state(states["augmentation"])
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _not_finite(history: Tensor, scores: dict[str, float]) -> str | None:

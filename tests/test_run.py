@@ -413,3 +413,39 @@ def test_an_analysis_with_nothing_to_look_at_says_so_and_the_others_are_made(lau
         assert re.search(rf"^not made +{name}: {reason}$", done.stdout, re.MULTILINE)
         assert f"{name}: {reason}" in (folder / "report.html").read_text()
     assert (folder / "figures/confusion.png").exists()
+
+
+@pytest.mark.parametrize(("moment", "number"), [("training", signal.SIGTERM), ("evaluation", signal.SIGUSR1)])
+def test_asked_to_end_it_saves_says_requeue_and_goes_on(tmp_path, data_dir, launch, moment, number):
+    words = ("trainer=rl", "evaluation.samples=60", "analysis=none", "logger=none", "eps=0.3")
+    if moment == "training":
+        words += ("trainer.epochs=6", "attack=none")
+    else:
+        words += ("trainer.epochs=1", "attack=pgd", "attack.pgd.drop_fooled=false", "evaluation.batch_size=2")
+    env = {**os.environ, "AERL_DATA": str(data_dir)}
+    command = [sys.executable, str(ROOT / "launch.py"), *words, "name=cut"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    begun = tmp_path / "runs/cut" / {"training": "results.jsonl", "evaluation": "outcomes.npz"}[moment]
+    deadline = time.monotonic() + 120
+    while not begun.exists():  # the first epoch is done; the attack begins
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    log = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, log
+    assert f"stopped by {number.name}; the same command goes on from here" in log
+    assert "Traceback" not in log
+    summary = summary_of(tmp_path / "runs/cut")
+    assert summary["status"] == "stopped"
+    if moment == "evaluation":
+        assert (tmp_path / "runs/cut/progress.npz").exists()
+    for name in ("cut", "whole"):
+        done = launch(*words, f"name={name}")
+        assert done.returncode == 0, done.stderr
+    ends = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in ("cut", "whole")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(np.array_equal(ends[0][key], ends[1][key]) for key in ends[0])
+    weights = [
+        torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

@@ -1,6 +1,8 @@
 """The training loop: what a step computes, that it learns, resumes to the bit, and stops on NaN."""
 
 import math
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from aerl import checkpoint
+from aerl import checkpoint, interrupt
 from aerl.attacks import BatchGenerator, pgd
 from aerl.data import DataSplits, Split, augment
 from aerl.hardware import stream
@@ -250,3 +252,37 @@ def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data, hardware)
     assert accuracies[-1] > 0.9
     with hardware.autocast():
         assert network()(torch.rand(2, 1, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stops", [[3], [1, 2, 9]])
+def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
+    tmp_path, data, hardware, monkeypatch, stops
+):
+    """The signal arrives after so many steps of each start, dropout and random actions in the loop."""
+    settings = recipe(act=EpsilonGreedy(0.3), epochs=3)
+    whole, best = trained(tmp_path / "whole", data, hardware, settings)
+    steps, left = 0, list(stops)
+
+    def counted(*args, **options):
+        nonlocal steps
+        steps += 1
+        if left and steps == left[0]:
+            left.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **options)
+
+    monkeypatch.setattr("aerl.train.train_step", counted)
+    for _ in stops:
+        steps = 0
+        with interrupt.listening(), pytest.raises(interrupt.Stopped) as stopped:
+            trained(tmp_path / "cut", data, hardware, settings)
+        assert stopped.value.code == interrupt.REQUEUE
+    with interrupt.listening():
+        resumed, best_resumed = trained(tmp_path / "cut", data, hardware, settings)
+    assert equal(whole, resumed) and best == best_resumed
+    kept = [
+        [(r.metric, r.step, r.value) for r in read_results(tmp_path / name / "results.jsonl")
+         if r.metric != "images_per_second"]
+        for name in ("whole", "cut")
+    ]  # fmt: skip
+    assert kept[0] == kept[1]

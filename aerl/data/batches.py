@@ -44,12 +44,17 @@ class Batches:
     def __len__(self) -> int:
         return -(-self.used // self.batch_size)
 
-    def epoch(self, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass, shuffled by a CPU generator, which is drawn from at once; in order without one."""
+    def epoch(
+        self, generator: torch.Generator | None = None, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass, shuffled by a CPU generator, which is drawn from at once; in order without one.
+
+        `start` leaves out that many batches at the beginning.
+        """
         spans = [
-            slice(start, min(start + self.batch_size, self.used))
-            for start in range(0, self.used, self.batch_size)
-        ]
+            slice(first, min(first + self.batch_size, self.used))
+            for first in range(0, self.used, self.batch_size)
+        ][start:]
         if self.resident and generator is None:
             return ((self.images[span], self.labels[span]) for span in spans)
         in_order = generator is None
