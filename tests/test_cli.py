@@ -212,7 +212,7 @@ def test_every_job_of_every_sweep_composes(launch, tmp_path):
         assert len(jobs) > 1
         with initialize_config_dir(str(CONF), version_base="1.3"):
             for job in jobs:
-                read(compose("config", overrides=list(job)))
+                read(compose("config", overrides=[f"multirun_sweeps={path.stem}", *job]))
 
 
 def test_a_copy_of_the_repository_works_from_any_folder(launch, tmp_path):

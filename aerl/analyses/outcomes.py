@@ -42,7 +42,7 @@ def entropy(context: AnalysisContext) -> list[Result]:
     ]
     context.table("entropy", _COLUMNS, rows)
     context.draw(
-        "entropy", _draw_entropy(groups), "predictive entropy and confidence, right and wrong answers"
+        "entropy", _draw_entropy(groups), "and confidence of the predictions, right and wrong answers"
     )
     results = []
     for (images, answer), values in groups.items():
@@ -114,7 +114,7 @@ def confusion(context: AnalysisContext) -> list[Result]:
         if count
     ]
     context.table("confusion", ("images", "true", "predicted", "n"), rows)
-    caption = f"confusion, clean and under {', '.join(counted) or 'no attack'}"
+    caption = f"which class becomes which, clean and under {', '.join(counted) or 'no attack'}"
     context.draw("confusion", _draw_confusion(matrices, context.class_names), caption)
     return []
 
