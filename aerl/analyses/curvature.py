@@ -59,7 +59,9 @@ def curvature(
         "curvature", _COLUMNS, [[name, len(images), zero, *told] for name, told in quartiles.items()]
     )
     context.draw(
-        "curvature", _draw(found, loss, zero, trainer_colour(context.trainer)), f"norm of the input gradient and curvature at clean images, loss {loss}"
+        "curvature",
+        _draw(found, loss, zero, trainer_colour(context.trainer)),
+        f"norm of the input gradient and curvature at clean images, loss {loss}",
     )
     medians = {f"{name}_median": told[1] for name, told in quartiles.items()} | {"gradient_zero": zero}
     context.save(curvature={"n": len(images), "loss": loss, **medians})
