@@ -449,3 +449,15 @@ def test_asked_to_end_it_saves_says_requeue_and_goes_on(tmp_path, data_dir, laun
         torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_no_file_and_no_output_holds_a_key(launch, tmp_path):
+    secrets = {"WANDB_API_KEY": "5ec" + "a7e1d" * 7 + "00", "HF_TOKEN": "hf_" + "Tr0ub4dor" * 3}
+    words = ("trainer.epochs=1", "attack=fgsm", "evaluation.samples=20", "analysis=pictures", "name=mine")
+    done = launch(*words, "logger.mode=offline", **secrets)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("wandb" in path.parts for path in files)
+    for secret in secrets.values():
+        assert secret not in done.stdout + done.stderr
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
