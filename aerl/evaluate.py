@@ -73,11 +73,35 @@ def predict(
     n = len(split)
     p, confidence, entropy, l2, linf = (np.zeros(n, np.float32) for _ in PER_SAMPLE[1:])
     clean = Attacked(np.zeros(n, np.int64), p, confidence, entropy, l2, linf, first)
-    for index in torch.split(torch.arange(len(split)), batch_size):
+
+    def work(index: Tensor) -> None:
         x, y = _batch(split, index, hardware)
         with _reproducible(0, "clean", int(index[0]), device=hardware.device):
             _record(clean, model, x, x, y, index)
+
+    _within_memory(work, torch.arange(n), batch_size)
     return clean
+
+
+def _within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
+    """Do `work` on all samples of `index` (n,), at most `limit` at a time; returns the limit that sufficed.
+
+    Where the device's memory does not, the limit is halved, which is said once, and the work repeated. Raises
+    UserError where not even one sample fits.
+    """
+    while len(index):
+        part = index[:limit]
+        try:
+            work(part)
+        except torch.OutOfMemoryError as error:
+            if len(part) == 1:
+                raise UserError("out of memory: the device does not hold a single image's pass") from error
+            limit = len(part) // 2
+            warn(f"out of memory with {len(part)} images at a time; went on with {limit}")
+            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+        else:
+            index = index[limit:]
+    return limit
 
 
 def _batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
@@ -136,27 +160,29 @@ def run_attack(
         still: np.ndarray = np.logical_and.reduce([todo, *(a.pred == labels for a in state.parts.values())])
         return still
 
+    def work(index: Tensor) -> None:
+        x, y = _batch(split, index, hardware)
+        with _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
+            noise = SampleGenerator.for_images(x, seed=seed, salt=name)
+            found = attacks[state.number](model, x, y, generator=noise)
+            for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
+                key = f"{name}_{part}" if part else name
+                attacked = state.parts.setdefault(key, before.copy())
+                _record(attacked, model, x, x_adv, y, index)
+        state.done[index.numpy()] = True
+        state.seconds = time.monotonic() - began
+        progress(len(index), int(robust().sum()))
+        keep(state)
+
+    limit = size
     while True:
         for index in torch.split(torch.from_numpy(np.flatnonzero(state.todo)), size):
             left = index[~torch.from_numpy(state.done)[index]]
-            if len(left) == 0:
-                continue
-            x, y = _batch(split, left, hardware)
-            with _reproducible(seed, name, state.number, int(left[0]), device=hardware.device):
-                noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-                try:
-                    found = attacks[state.number](model, x, y, generator=noise)
-                except NoGradient as error:
-                    warn(f"not run: {error}")
-                    break  # to the next stage: a black-box one can still judge the model
-                for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
-                    key = f"{name}_{part}" if part else name
-                    attacked = state.parts.setdefault(key, before.copy())
-                    _record(attacked, model, x, x_adv, y, left)
-            state.done[left.numpy()] = True
-            state.seconds = time.monotonic() - began
-            progress(len(left), int(robust().sum()))
-            keep(state)
+            try:
+                limit = _within_memory(work, left, limit)
+            except NoGradient as error:
+                warn(f"not run: {error}")
+                break  # to the next stage: a black-box one can still judge the model
         if state.number + 1 == len(attacks):
             break
         survivors = robust()

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,13 +183,14 @@ def fit(
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
                 x = to_unit(recipe.augment(images, augmentation), hardware.memory_format)
-                with hardware.autocast():
-                    outcome = train_step(
-                        wrapped, x, y, recipe.act, generator,
-                        adversary=adversary, bare_model=model, probability_floor=recipe.probability_floor,
-                    )  # fmt: skip
-                optimizer.zero_grad()
-                outcome.loss.backward()  # type: ignore[no-untyped-call]
+                with _told_of_memory(recipe.batch_size):
+                    with hardware.autocast():
+                        outcome = train_step(
+                            wrapped, x, y, recipe.act, generator,
+                            adversary=adversary, bare_model=model, probability_floor=recipe.probability_floor,
+                        )  # fmt: skip
+                    optimizer.zero_grad()
+                    outcome.loss.backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
                 optimizer.step()
                 # Kept on the device: reading a number here would wait for the GPU at every step.
@@ -233,6 +235,18 @@ def fit(
                 saved_at = time.monotonic()
             interrupt.check()
     return best.epoch
+
+
+@contextmanager
+def _told_of_memory(batch_size: int) -> Iterator[None]:
+    """A smaller batch would be another training, so that is left to the user."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"trainer.batch_size={batch_size}: the device's memory does not hold it; "
+            f"trainer.batch_size={max(1, batch_size // 2)} takes half as much, hardware.precision=bf16 less"
+        ) from error
 
 
 class _Best:

@@ -236,3 +236,30 @@ def test_an_attack_that_leaves_the_box_is_not_counted(model, split, hardware):
     with pytest.raises(UserError, match=r"attack.a: left the box: a pixel lies 0.1"):
         evaluate.check_within("a", found, "Linf", 0.2)
     evaluate.check_within("a", found, "Linf", 0.2, boxed=False)
+
+
+class Narrow(torch.nn.Module):
+    """A model on a device that holds so many images at a time."""
+
+    def __init__(self, model, room):
+        super().__init__()
+        self.model, self.room = model, room
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return self.model(x)
+
+
+def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_said_once(
+    model, split, hardware
+):
+    whole = attacked(weak_pgd, model, split, hardware, 45)["a"]
+    with collect_warnings() as warnings:
+        found = attacked(weak_pgd, Narrow(model, 6), split, hardware, 45)["a"]
+    assert np.array_equal(whole.pred, found.pred)
+    np.testing.assert_allclose(whole.l2, found.l2, atol=1e-5)
+    halvings = [warning for warning in warnings if warning.startswith("out of memory")]
+    assert len(halvings) == len(set(halvings)) and halvings[-1].endswith("went on with 3")
+    with pytest.raises(UserError, match="a single image"):
+        evaluate.predict(Narrow(model, 0), split, hardware, 8)

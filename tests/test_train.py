@@ -286,3 +286,12 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
         for name in ("whole", "cut")
     ]  # fmt: skip
     assert kept[0] == kept[1]
+
+
+def test_out_of_memory_names_the_batch_size_that_halves_it(tmp_path, data, hardware, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr("aerl.train.train_step", full)
+    with pytest.raises(UserError, match=r"trainer.batch_size=32: .*; trainer.batch_size=16 takes half"):
+        trained(tmp_path, data, hardware, recipe())
