@@ -423,11 +423,11 @@ def test_asked_to_end_it_saves_says_requeue_and_goes_on(tmp_path, data_dir, laun
     else:
         words += ("trainer.epochs=1", "attack=pgd", "attack.pgd.drop_fooled=false", "evaluation.batch_size=2")
     env = {**os.environ, "AERL_DATA": str(data_dir)}
-    command = [sys.executable, str(ROOT / "launch.py"), *words, "name=cut"]
+    command = [sys.executable, "-c", _FREQUENT, *words, "name=cut"]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    begun = tmp_path / "runs/cut" / {"training": "results.jsonl", "evaluation": "outcomes.npz"}[moment]
+    begun = tmp_path / "runs/cut" / {"training": "results.jsonl", "evaluation": "progress.npz"}[moment]
     deadline = time.monotonic() + 120
-    while not begun.exists():  # the first epoch is done; the attack begins
+    while not begun.exists():  # the first epoch is done; the attack is under way
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
