@@ -3,17 +3,15 @@
 import logging
 import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import aerl
 from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
 from aerl.files import atomic_write
 from aerl.interrupt import Stopped
@@ -101,7 +99,7 @@ def recorded(
         "overrides": list(overrides),
         "checkpoint": config.checkpoint,
         "origin": taken,
-        "environment": {**environment, **version()},
+        "environment": dict(environment),
         "masking": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,18 +164,6 @@ def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) ->
     files = {name: folder / name for name in ("outcomes.npz", "summary.json")}
     metadata = headline | {"attacks": list(summary["attacks"])}
     tracker.artifact(f"outcomes-{summary['run_id']}", "outcomes", files, metadata, changing=["summary.json"])
-
-
-def version() -> dict[str, str]:
-    """Which aerl this is: its version, and the commit where it runs from a checkout."""
-    root = Path(aerl.__file__).resolve().parents[1]
-    told = {"aerl": aerl.__version__}
-    if (root / ".git").exists():
-        words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(words, capture_output=True, text=True, timeout=5, check=True)
-            told["commit"] = done.stdout.strip()
-    return told
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.data import Split, subset
+from aerl.evaluate import right
 from aerl.files import write_csv
 from aerl.hardware import Hardware
 from aerl.report import figures
@@ -64,13 +65,10 @@ class AnalysisContext:
 
     def attacked(self, attack: str) -> npt.NDArray[np.bool_]:
         """bool (n,): the samples that `attack` worked on, those right before it: clean, or after earlier attacks."""
-        label, told = self.outcomes["label"], self.attacks[attack]
-        standing: npt.NDArray[np.bool_] = self.outcomes["clean_pred"] == label
-        if not told.get("alone", True):
-            for earlier in takewhile(lambda name: name != attack, self.attacks):
-                if self.attacks[earlier].get("counts", True):
-                    standing = standing & (self.outcomes[f"{earlier}_pred"] == label)
-        return standing
+        before = (
+            [] if self.attacks[attack].get("alone", True) else takewhile(lambda a: a != attack, self.attacks)
+        )
+        return right(self.outcomes, [name for name in before if self.attacks[name].get("counts", True)])
 
     def draw(self, name: str, figure: Any, caption: str) -> None:
         """Write a matplotlib Figure as `name` into the folder of figures (PNG and PDF), and show it to W&B."""

@@ -92,7 +92,7 @@ class Recorder:
         self.sums = torch.zeros(groups, steps, pixels, device=device)
         self.counts = torch.zeros(groups, steps, device=device)
         self._rows = torch.arange(0)
-        self._before = (torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        self._before: tuple[Tensor, ...] = ()
 
     def batch(self, rows: Tensor) -> None:
         """The samples (b,), of all n, that the next PGD attacks."""
@@ -112,7 +112,7 @@ class Recorder:
         self.norm[step, self._rows] = peak * length
         if step > 0:
             former, former_positive, former_alive = self._before
-            both = alive & former_alive.bool()
+            both = alive & former_alive
             cosine = (unit * former).sum(1)
             same = (positive == former_positive).sum(1) / flat.shape[1]
             self.cosine[step, self._rows] = torch.where(both, cosine, torch.nan)
