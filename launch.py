@@ -39,7 +39,10 @@ def times(factor: float, number: float | str) -> float:
 def tell(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config import explain
+    from aerl.distributed import is_main
 
+    if not is_main():
+        return
     line = explain(error)
     if line is None or wants_traceback:
         traceback.print_exception(error)

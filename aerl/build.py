@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aerl import checkpoint, hardware
+from aerl import checkpoint, distributed, hardware
 from aerl.attacks import SampleGenerator
 from aerl.config import Config, Model, bind, of_run, run_names
 from aerl.data import DataSplits, augment, prepare, subset, to_unit
@@ -156,15 +156,17 @@ def build_recipe(config: Config) -> Recipe | None:
 def build_data(config: Config) -> DataSplits:
     dataset = config.dataset
     data_dir = Path(config.data_dir).expanduser()
-    data = prepare(
-        bind(dataset.source, "dataset.source", given={"data_dir": data_dir}),
-        identity=dataset.source,
-        data_dir=data_dir,
-        name=dataset.name,
-        size=dataset.size,
-        channels=dataset.channels,
-        val_fraction=dataset.val_fraction,
-        split_seed=dataset.split_seed,
+    data = distributed.main_first(
+        lambda: prepare(
+            bind(dataset.source, "dataset.source", given={"data_dir": data_dir}),
+            identity=dataset.source,
+            data_dir=data_dir,
+            name=dataset.name,
+            size=dataset.size,
+            channels=dataset.channels,
+            val_fraction=dataset.val_fraction,
+            split_seed=dataset.split_seed,
+        )
     )
     if (samples := dataset.train_samples) is None:
         return data

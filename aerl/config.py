@@ -115,6 +115,7 @@ class Hardware(Section):
     compile: bool
     threads: Count | None
     deterministic: bool
+    distributed: bool
 
 
 class Logger(Section):
@@ -170,6 +171,8 @@ def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that determines a run's numbers."""
     kept = config.model_dump(exclude=set(NOT_IDENTITY))
     kept["evaluation"].pop("batch_size")
+    if not config.hardware.distributed:  # which came later: runs made before it are still the same runs
+        kept["hardware"].pop("distributed")
     return kept
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aerl import distributed
 from aerl.attacks import NoGradient, SampleGenerator, attacking, warn
 from aerl.data import Split, to_unit
 from aerl.hardware import Hardware, seed_from
@@ -169,20 +170,27 @@ def run_attack(
                 key = f"{name}_{part}" if part else name
                 attacked = state.parts.setdefault(key, before.copy())
                 _record(attacked, model, x, x_adv, y, index)
-        state.done[index.numpy()] = True
-        state.seconds = time.monotonic() - began
-        progress(len(index), int(robust().sum()))
-        keep(state)
 
     limit = size
     while True:
-        for index in torch.split(torch.from_numpy(np.flatnonzero(state.todo)), size):
-            left = index[~torch.from_numpy(state.done)[index]]
+        for mine in _rounds(state, size):
+            fault = None
             try:
-                limit = _within_memory(work, left, limit)
-            except NoGradient as error:
-                warn(f"not run: {error}")
+                limit = _within_memory(work, torch.from_numpy(mine), limit)
+            except UserError as error:
+                fault = error
+            faults = distributed.gather((isinstance(fault, NoGradient), fault and str(fault)))
+            for no_gradient, told in faults:
+                if told and not no_gradient:
+                    raise UserError(told) from fault
+            if any(no_gradient for no_gradient, _ in faults):
+                warn(f"not run: {NoGradient()}")
                 break  # to the next stage: a black-box one can still judge the model
+            count = _exchange(state, mine, before)
+            state.seconds = time.monotonic() - began
+            progress(count, int(robust().sum()))
+            distributed.heed()
+            keep(state)
         if state.number + 1 == len(attacks):
             break
         survivors = robust()
@@ -191,6 +199,38 @@ def run_attack(
     for attacked in state.parts.values():
         attacked.seconds = state.seconds / len(state.parts)
     return state.parts or {name: before.copy()}
+
+
+def _rounds(state: Stage, size: int) -> Iterator[np.ndarray]:
+    """The samples still to be done, in batches of at most `size`: of every round of them, this process's batch.
+
+    The batches are the same for any number of processes. Where there is none left for this one it is empty.
+    """
+    batches = [rows.numpy() for rows in torch.split(torch.from_numpy(np.flatnonzero(state.todo)), size)]
+    batches = [left for rows in batches if len(left := rows[~state.done[rows]])]
+    for first in range(0, len(batches), distributed.world()):
+        place = first + distributed.rank()
+        yield batches[place] if place < len(batches) else np.zeros(0, np.int64)
+
+
+def _exchange(state: Stage, mine: np.ndarray, before: Attacked) -> int:
+    """Note what the processes have found in this round, each for its samples; returns how many those were."""
+    first = mine[mine < len(before.examples)]
+    news = {
+        part: ({key: getattr(found, key)[mine] for key in PER_SAMPLE}, found.examples[first], found.outside)
+        for part, found in state.parts.items()
+    }
+    count = 0
+    for rows, shown, told in distributed.gather((mine, first, news)):
+        for part, (columns, examples, outside) in told.items():
+            found = state.parts.setdefault(part, before.copy())
+            for key, values in columns.items():
+                getattr(found, key)[rows] = values
+            found.examples[shown] = examples
+            found.outside = max(found.outside, outside)
+        state.done[rows] = True
+        count += len(rows)
+    return count
 
 
 def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import aerl
+from aerl.distributed import local_rank, world
 from aerl.types import UserError
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -57,9 +58,11 @@ def set_up(
     compile: bool,
     threads: int | None,
     deterministic: bool,
+    distributed: bool = False,
 ) -> Hardware:
     """Make this process compute as configured; a UserError where the machine cannot.
 
+    With `distributed` each process of torchrun takes a GPU of its own, where there are GPUs.
     TF32 is said either way, because PyTorch's default differs between matmul and convolution.
     """
     if device == "auto":
@@ -68,6 +71,14 @@ def set_up(
         raise UserError(
             "hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do"
         )
+    if device == "cuda" and distributed:
+        device = f"cuda:{local_rank()}"
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"hardware=ddp: torchrun has started more processes than there are GPUs here, "
+                f"{torch.cuda.device_count()}; --nproc-per-node=gpu starts one for each"
+            )
+        torch.cuda.set_device(device)
     if device == "cpu":
         _keep_memory()
     if threads is not None:
@@ -101,6 +112,7 @@ def describe(hardware: Hardware) -> dict[str, str]:
     told = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cpu": _cpu(),
+        "processes": str(world()) if world() > 1 else "",
         "precision": hardware.precision,
         "aerl": aerl.__version__,
         "commit": _commit(),

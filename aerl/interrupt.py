@@ -11,6 +11,7 @@ log = logging.getLogger("aerl")
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again, and the same command goes on
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_heard: signal.Signals | None = None
 _asked: signal.Signals | None = None
 
 
@@ -31,8 +32,8 @@ def listening() -> Iterator[None]:
 
     A signal that somebody else listens to, such as a launcher that requeues its jobs, is left to him.
     """
-    global _asked
-    _asked = None
+    global _heard, _asked
+    _heard = _asked = None
     ours = []
     if threading.current_thread() is threading.main_thread():
         ours = [one for one in _SIGNALS if signal.getsignal(one) is signal.SIG_DFL]
@@ -46,9 +47,21 @@ def listening() -> Iterator[None]:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = signal.Signals(number)
+    global _heard
+    _heard = signal.Signals(number)
     signal.signal(number, signal.SIG_DFL)
+
+
+def heard() -> int:
+    """The signal that has come, or 0."""
+    return _heard or 0
+
+
+def heed(heard: int) -> None:
+    """If a signal was `heard`, the run shall save and end. Between two calls `asked` does not change."""
+    global _asked
+    if heard:
+        _asked = signal.Signals(heard)
 
 
 def asked() -> bool:

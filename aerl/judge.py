@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from aerl import evaluate, interrupt
+from aerl import distributed, evaluate, interrupt
 from aerl.attacks import collect_warnings
 from aerl.build import Parts, named
 from aerl.config import Config
@@ -44,8 +45,12 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
     record.results.rewind(config.trainer.epochs if config.trainer else 0)
-    clean = evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
-    outcomes = load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
+    clean = distributed.from_main(
+        lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
+    )
+    outcomes = distributed.from_main(
+        lambda: load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
+    )
     if not outcomes:
         record.summary["attacks"] = {}
         outcomes = {
@@ -61,6 +66,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
 
     done = {told["of"] for told in record.summary["attacks"].values()}
     for name, attack in parts.attacks.items():
+        distributed.heed()
         interrupt.check()
         if name in done:
             log.info("%s: was done before", name)
@@ -69,6 +75,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
             before = clean if alone else evaluate.so_far(outcomes, clean, _counted(record))
             with named(f"attack.{name}"), collect_warnings() as warnings:
                 attacked = _attack(name, attack, parts, config, split, before, record.folder, warnings)
+                warnings = list(dict.fromkeys(chain.from_iterable(distributed.gather(warnings))))
             told = _threat(attack, config) | {"alone": alone, "warnings": warnings}
             _write_down(name, attacked, told, outcomes, record, policy)
         _log(name, outcomes, record)
@@ -108,7 +115,7 @@ def _attack(
     warnings: list[str],
 ) -> dict[str, Attacked]:
     """Run one attack, or what is left of it, behind a progress bar that shows the accuracy so far."""
-    resume, warned = _interrupted(folder, name)
+    resume, warned = distributed.from_main(lambda: _interrupted(folder, name))
     warnings.extend(warned)
     policy = config.evaluation.policy
     if policy == "sample" and evaluate.setting(attack, "drop_fooled", True):

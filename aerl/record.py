@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
+from aerl.distributed import is_main
 from aerl.files import atomic_write
 from aerl.interrupt import Stopped
 from aerl.results import ResultLog, Tracker, eps_text, open_tracker, read_summary, write_summary
@@ -103,6 +104,7 @@ def recorded(
         "masking": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    logger = config.logger.model_dump(include={"mode", "project", "entity"})
     tracker = open_tracker(
         folder=folder,
         run_id=run_id,
@@ -118,7 +120,7 @@ def recorded(
             *config.logger.tags,
         ],
         config=config.model_dump() | {"origin": taken},
-        **config.logger.model_dump(include={"mode", "project", "entity"}),
+        **logger | ({} if is_main() else {"mode": "disabled"}),
     )
     results = ResultLog(folder, identity, tracker)
     record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl import config as schema
-from aerl import interrupt
+from aerl import distributed, interrupt
 from aerl.config import Config
 from aerl.record import Record, earlier_start, recorded
 from aerl.report.multirun import note
 from aerl.report.page import written
 from aerl.report.table import show
 from aerl.results import Tracker
+from aerl.types import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a finished run or a wrong key is answered without it
     from aerl.build import Parts
@@ -35,12 +36,24 @@ def run(cfg: DictConfig) -> float | None:
     _log_to_stderr()
     overrides = list(HydraConfig.get().overrides.task)
     config = schema.read(schema.adopt(cfg, overrides))
+    if config.hardware.distributed:
+        distributed.meet(config.hardware.device)
+    elif distributed.world() > 1:
+        raise UserError(
+            f"hardware.distributed=false: torchrun has started {distributed.world()} processes, each of which "
+            "would do the whole run; hardware=ddp shares it among them"
+        )
+    with distributed.together():
+        return _run(config, overrides)
+
+
+def _run(config: Config, overrides: Sequence[str]) -> float | None:
     folder = Path(config.runs_dir).expanduser() / schema.run_name(config, overrides)
     if HydraConfig.get().mode is RunMode.MULTIRUN and not config.prepare_data_only:
         note(HydraConfig.get().job.num, folder=str(folder.absolute()))
-    summary = earlier_start(folder, config)
+    summary = distributed.from_main(lambda: earlier_start(folder, config))
     if summary.get("status") == "finished":
-        show(summary)
+        _show(summary)
         log.info("This run was finished before; nothing was done. overwrite=true does it again.")
         return _headline(summary)
 
@@ -58,9 +71,10 @@ def run(cfg: DictConfig) -> float | None:
     options = HydraConfig.get().runtime.choices
     with (
         interrupt.listening(),
-        written(folder),
+        distributed.scratch(folder) as place,
+        written(place),
         recorded(
-            folder,
+            place,
             config,
             summary,
             overrides=overrides,
@@ -74,14 +88,20 @@ def run(cfg: DictConfig) -> float | None:
         if parts.recipe is not None:
             _train(parts, config, record)
         outcomes, split = judge(parts, config, record)
-        _analyse(parts, config, record, outcomes, split)
-    show(record.summary)
+        if distributed.is_main():
+            _analyse(parts, config, record, outcomes, split)
+    _show(record.summary)
     return _headline(record.summary)
+
+
+def _show(summary: Mapping[str, Any]) -> None:
+    if distributed.is_main():
+        show(summary)
 
 
 def _log_to_stderr() -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
     if not log.handlers:
@@ -108,7 +128,8 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
         )  # fmt: skip
         seconds = record.summary["seconds"] | {"train": time.monotonic() - began}
         record.save(best_epoch=best_epoch, seconds=seconds)
-    checkpoint.load_weights(parts.model, folder / "best.pt")
+    distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
+    distributed.spread(parts.model)
 
 
 def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes", split: "Split") -> None:
@@ -142,6 +163,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     )
     not_made = {}
     for name, analysis in parts.analyses.items():
+        interrupt.heed(interrupt.heard())
         interrupt.check()
         try:
             analysis(context)

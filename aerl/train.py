@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl import checkpoint, interrupt
+from aerl import checkpoint, distributed, interrupt
 from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.losses import kl
 from aerl.data import Batches, DataSplits, to_unit
+from aerl.distributed import Share
 from aerl.hardware import Hardware, seed_from, stream
 from aerl.objectives import policy_loss, reward
 from aerl.report.progress import progress
@@ -49,7 +51,7 @@ class Adversary:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A trainer, built. `optimizer` takes the parameters; `augment` takes (images, generator)."""
+    """A trainer, built. `optimizer` takes the parameters; `augment` takes (images, generator, share)."""
 
     epochs: int
     batch_size: int
@@ -61,7 +63,7 @@ class Recipe:
     probability_floor: float = 0.0
     adversary: Adversary | None = None
     select: str = "val_accuracy"
-    augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, generator: images
+    augment: Callable[..., Tensor] = lambda images, generator, share=None: images
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,17 @@ def train_step(
     adversary: Adversary | None = None,
     bare_model: nn.Module | None = None,
     probability_floor: float = 0.0,
+    share: Share | None = None,
 ) -> Step:
     """The loss of one batch: x (B, C, H, W) in [0, 1], y (B,). One action is drawn per forward pass.
 
     The adversary attacks `bare_model` (`model` without wrappers) in eval mode with frozen parameters.
+    If x is a `share` of a batch, every draw is the one that the whole batch would see.
     """
+    if share is not None:
+        act = partial(_act_on_share, act, share)
     if adversary is not None:
-        x_adv = adversary.attack(bare_model or model, x, y, generator=BatchGenerator(generator))
+        x_adv = adversary.attack(bare_model or model, x, y, generator=BatchGenerator(generator, share))
         if adversary.objective == "alone":
             x, adversary = x_adv, None
     logits = model(x)
@@ -110,6 +116,13 @@ def train_step(
         correct=(logits.argmax(1) == y).float().mean().detach(),
         adversarial_loss=adversarial_loss.detach(),
     )
+
+
+def _act_on_share(act: Act, share: Share, logits: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """What `act` does in these rows of a whole batch, whatever stands in the others."""
+    all_logits, all_y = logits.new_zeros(share.whole, logits.shape[1]), y.new_zeros(share.whole)
+    all_logits[share.rows], all_y[share.rows] = logits, y
+    return act(all_logits, all_y, generator)[share.rows]
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -137,26 +150,39 @@ def fit(
 
     Every epoch's random streams follow from (seed, epoch) alone, and one that is left in its midst by
     `interrupt.Stopped` keeps their states, so a resumed run continues bit for bit.
+    Where there are several processes, each takes its share of every batch: the batch, the draws and hence the
+    training stay the same, but for dropout, which each draws for itself, and BatchNorm on the CPU, which sees
+    the share alone.
     Returns the epoch that best.pt is from. Raises UserError, naming the epoch and the step, when the
     loss is not finite: the checkpoints of the epochs before stay.
     """
-    device = hardware.device
+    device, processes = hardware.device, distributed.world()
+    batch_size = min(recipe.batch_size, len(data.train))
+    if batch_size % processes:
+        raise UserError(
+            f"trainer.batch_size={batch_size}: cannot be shared evenly by the {processes} processes of torchrun"
+        )
+    if processes > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     wrapped: nn.Module = torch.compile(model) if hardware.compile else model  # type: ignore[assignment]
     optimizer = recipe.optimizer(model.parameters())
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    train = Batches(data.train, recipe.batch_size, device, drop_last=True)
-    val = Batches(data.val, max(256, recipe.batch_size), device)
+    train = Batches(data.train, recipe.batch_size, device, drop_last=True, shared=True)
+    val = Batches(data.val, max(256, recipe.batch_size), device, shared=True)
     steps = len(train) * recipe.epochs
     saved = _resume(folder / "last.pt", model, optimizer)
     best = _Best(folder / "best.pt", saved.get("best_epoch", 0), saved.get("best_score", -math.inf))
     first_epoch, first_step = saved.get("epoch", 0), saved.get("step", 0)
     results.rewind(first_epoch)
     saved_at = time.monotonic()
-    batch_size = min(recipe.batch_size, len(data.train))
+    share = distributed.share(batch_size)
+    own = [distributed.rank()] if distributed.rank() else []
     start = (first_epoch * len(train) + first_step) * batch_size
 
     def save(epoch: int, **within: Any) -> None:
         """Of a state after `epoch` whole epochs and, `within` the next one, some steps."""
+        if not distributed.is_main():
+            return
         best.write()
         state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"epoch": epoch, "best_epoch": best.epoch, "best_score": best.score, **within}
@@ -167,14 +193,15 @@ def fit(
             adversary = recipe.adversary
             if adversary is not None and epoch < adversary.start_epoch:
                 adversary = None
-            torch.manual_seed(seed_from(seed, "dropout", epoch))
+            torch.manual_seed(seed_from(seed, "dropout", epoch, *own))
             generator = stream(seed, "actions", epoch, device=device)
             augmentation = stream(seed, "augmentation", epoch, device=device)
             history = torch.zeros(len(train), 5, device=device)
             begin = first_step if epoch == first_epoch else 0
             if begin:
                 history[:begin] = saved["history"]
-                _set_random(saved["random"], generator, augmentation, device)
+                states = saved["random"]
+                _set_random(states[min(distributed.rank(), len(states) - 1)], generator, augmentation, device)
             model.train()
             began = time.monotonic()
             batches = train.epoch(stream(seed, "batches", epoch), begin)
@@ -182,15 +209,17 @@ def fit(
                 factor = learning_rate(epoch * len(train) + step, steps, recipe.schedule, recipe.warmup)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
-                x = to_unit(recipe.augment(images, augmentation), hardware.memory_format)
+                x = to_unit(recipe.augment(images, augmentation, share=share), hardware.memory_format)
                 with _told_of_memory(recipe.batch_size):
                     with hardware.autocast():
                         outcome = train_step(
                             wrapped, x, y, recipe.act, generator,
                             adversary=adversary, bare_model=model, probability_floor=recipe.probability_floor,
+                            share=share,
                         )  # fmt: skip
                     optimizer.zero_grad()
                     outcome.loss.backward()  # type: ignore[no-untyped-call]
+                distributed.average([p.grad for p in model.parameters() if p.grad is not None])
                 norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
                 optimizer.step()
                 # Kept on the device: reading a number here would wait for the GPU at every step.
@@ -203,11 +232,14 @@ def fit(
                     loss=outcome.loss.detach(),
                     epoch=f"{epoch + 1}/{recipe.epochs}",
                 )
+                distributed.heed()
                 if interrupt.asked() and step + 1 < len(train):  # else the epoch is brought to its end
-                    random = _random(generator, augmentation, device)
-                    save(epoch, step=step + 1, history=history[: step + 1], random=random)
+                    random = distributed.gather(_random(generator, augmentation, device))
+                    distributed.average([so_far := history[: step + 1].clone()])
+                    save(epoch, step=step + 1, history=so_far, random=random)
                     interrupt.check()
             seconds = time.monotonic() - began
+            distributed.average([history])
             loss, reward, accuracy, adversarial_loss, grad_norm = history.mean(0).tolist()
             metrics = {
                 "loss": loss,
@@ -219,9 +251,12 @@ def fit(
             }
             if adversary is not None and adversary.objective != "alone":
                 metrics["adversarial_loss"] = adversarial_loss
+            # Where BatchNorm has seen shares, all go on with the mean of what it has seen.
+            distributed.average([buffer for buffer in model.buffers() if buffer.is_floating_point()])
             scores = validate(model, val, hardware, adversary, seed)
             if (fault := _not_finite(history, scores)) is not None:
-                best.write()
+                if distributed.is_main():
+                    best.write()
                 raise UserError(
                     f"training stopped at epoch {epoch + 1} of {recipe.epochs}: {fault}; what was saved of the epochs "
                     "before is kept. A smaller trainer.optimizer.lr or a trainer.clip may help"
@@ -270,9 +305,9 @@ class _Best:
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load last.pt, and return what it says beside the weights: how far training came; {} at the beginning."""
-    if not path.exists():
+    if not distributed.from_main(path.exists):
         return {}
-    state: dict[str, Any] = checkpoint.load(path)
+    state: dict[str, Any] = distributed.from_main(lambda: checkpoint.load(path))
     model.load_state_dict(state.pop("model"))
     optimizer.load_state_dict(state.pop("optimizer"))
     step = f" and step {state['step']} of the next" if state.get("step") else ""
@@ -326,17 +361,19 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy and cross-entropy on the validation images, in fp32; under the adversary too if it is given."""
     sums: dict[str, Any] = {"accuracy": 0.0, "loss": 0.0}
-    generator = BatchGenerator(stream(seed, "validation", device=hardware.device))
+    generator = stream(seed, "validation", device=hardware.device)
     with evaluating(model):
-        for images, y in val.epoch(None):
+        for batch, (images, y) in enumerate(val.epoch(None)):
             x = to_unit(images, hardware.memory_format)
             with torch.no_grad():
                 logits = model(x)
             sums["accuracy"] += (logits.argmax(1) == y).sum()
             sums["loss"] += F.cross_entropy(logits, y, reduction="sum")
             if adversary is not None:
-                x_adv = adversary.attack(model, x, y, generator=generator)
+                noise = BatchGenerator(generator, val.share(batch))
+                x_adv = adversary.attack(model, x, y, generator=noise)
                 with torch.no_grad():
                     right = (model(x_adv).argmax(1) == y).sum()
                 sums["adversarial_accuracy"] = sums.get("adversarial_accuracy", 0.0) + right
-    return {name: float(total) / val.size for name, total in sums.items()}
+    totals = distributed.total(torch.stack([torch.as_tensor(value).double() for value in sums.values()]))
+    return dict(zip(sums, (totals / val.size).tolist(), strict=True))

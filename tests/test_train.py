@@ -186,7 +186,7 @@ def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
     class Killed(Exception):
         pass
 
-    def dies_in_the_third_epoch(images, generator, calls=iter(range(100))):  # noqa: B008
+    def dies_in_the_third_epoch(images, generator, share=None, calls=iter(range(100))):  # noqa: B008
         if next(calls) == 2 * 6 + 3:
             raise Killed
         return settings.augment(images, generator)
@@ -207,7 +207,7 @@ def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
 def test_nan_stops_training_names_the_place_and_keeps_the_checkpoint(tmp_path, data, hardware, monkeypatch):
     monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
-    def breaks(images, generator, calls=iter(range(100))):  # noqa: B008
+    def breaks(images, generator, share=None, calls=iter(range(100))):  # noqa: B008
         if next(calls) == 6 + 2:
             model.net[0].weight.data.fill_(math.nan)
         return images

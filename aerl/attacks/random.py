@@ -1,10 +1,13 @@
 """Where attacks get their random numbers: one stream per image, or one per batch for training."""
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from aerl.distributed import Share
 
 
 class Noise(Protocol):
@@ -78,11 +81,12 @@ class SampleGenerator:
 class BatchGenerator:
     """The same interface on one `torch.Generator`: a single draw per batch, on the generator's device.
 
-    For training, where speed matters and a sample's noise need not outlive its batch.
+    For training, where speed matters and a sample's noise need not outlive its batch. Of a batch of which
+    this process has a `share`, the noise is drawn for all, so that each sample gets what it would get alone.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, share: Share | None = None) -> None:
+        self.generator, self.share = generator, share
 
     @property
     def seed(self) -> int:
@@ -91,13 +95,18 @@ class BatchGenerator:
 
     def normal(self, like: Tensor) -> Tensor:
         """See `Noise.normal`."""
-        device = self.generator.device
-        return torch.empty_like(like, device=device).normal_(generator=self.generator).to(like.device)
+        return self._fill(like, Tensor.normal_)
 
     def uniform(self, like: Tensor) -> Tensor:
         """See `Noise.uniform`."""
-        device = self.generator.device
-        return torch.empty_like(like, device=device).uniform_(generator=self.generator).to(like.device)
+        return self._fill(like, Tensor.uniform_)
+
+    def _fill(self, like: Tensor, distribution: Callable[..., Tensor]) -> Tensor:
+        share, rows = self.share, slice(None)
+        if share is not None and 0 < len(like) == share.last - share.first:
+            like, rows = torch.cat([like[:1]] * share.whole), share.rows
+        noise = torch.empty_like(like, device=self.generator.device)
+        return distribution(noise, generator=self.generator)[rows].to(like.device)
 
     def __getitem__(self, index: Tensor) -> "BatchGenerator":
         """Itself: the one stream serves whichever samples are left."""

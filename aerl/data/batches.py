@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aerl.data.splits import Split
+from aerl.distributed import Share, share
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -30,13 +31,23 @@ class Batches:
     """
 
     def __init__(
-        self, split: Split, batch_size: int, device: torch.device | str = "cpu", *, drop_last: bool = False
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        drop_last: bool = False,
+        shared: bool = False,
     ) -> None:
-        """`drop_last` leaves out an incomplete last batch, unless it is the only one."""
+        """`drop_last` leaves out an incomplete last batch, unless it is the only one.
+
+        `shared`: of every batch, only the share of this process, where there are several.
+        """
         self.batch_size = batch_size
         self.device = torch.device(device)
         incomplete = len(split) % batch_size if drop_last and len(split) >= batch_size else 0
         self.size, self.used = len(split), len(split) - incomplete
+        self.shared = shared
         self.resident = not split.mapped and _fits(split.images, self.device)
         self.images = split.images.to(self.device) if self.resident else split.images
         self.labels = split.labels.to(self.device) if self.resident else split.labels
@@ -51,10 +62,7 @@ class Batches:
 
         `start` leaves out that many batches at the beginning.
         """
-        spans = [
-            slice(first, min(first + self.batch_size, self.used))
-            for first in range(0, self.used, self.batch_size)
-        ][start:]
+        spans = [self._span(batch) for batch in range(start, len(self))]
         if self.resident and generator is None:
             return ((self.images[span], self.labels[span]) for span in spans)
         in_order = generator is None
@@ -62,6 +70,17 @@ class Batches:
         order = order.to(self.labels.device)
         rows = [order[span] for span in spans]
         return map(self._select, rows) if self.resident else ahead(self._read, rows)
+
+    def share(self, batch: int) -> Share | None:
+        """What of batch number `batch` this process has; None where that is all of it."""
+        first = batch * self.batch_size
+        return share(min(self.batch_size, self.used - first)) if self.shared else None
+
+    def _span(self, batch: int) -> slice:
+        first, part = batch * self.batch_size, self.share(batch)
+        if part is None:
+            return slice(first, min(first + self.batch_size, self.used))
+        return slice(first + part.first, first + part.last)
 
     def _select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.images.index_select(0, rows), self.labels.index_select(0, rows)

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aerl.distributed import is_main
+
 _VARIABLE = "AERL_MULTIRUN"
 _manifest: Path | None = None  # of the multirun that this very process has started
 
 
 def note(job: int, **news: Any) -> None:
     """Add to what is known of a job of the multirun under way; without one this does nothing."""
-    if manifest := os.environ.get(_VARIABLE):
+    if is_main() and (manifest := os.environ.get(_VARIABLE)):
         # One short write to a file opened for appending: lines of several processes do not mix.
         with Path(manifest).open("a") as file:
             file.write(json.dumps({"job": job, **news}) + "\n")
@@ -31,6 +33,8 @@ class Manifest:
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config import sweep_name
 
+        if not is_main():
+            return
         global _manifest
         folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
         folder.mkdir(parents=True, exist_ok=True)

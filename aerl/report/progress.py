@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from aerl.distributed import is_main
 
 _LIVE_SECONDS = 0.2  # between two redrawings of the bar
 _PLAIN_SECONDS = 10.0  # between two plain lines
@@ -69,6 +72,10 @@ def progress(description: str, total: int, unit: str = "images", *, start: int =
     one in ten seconds at the most, and the same last line.
     """
     meter = Meter(description, total, unit, start)
+    if not is_main():
+        meter._next = math.inf
+        yield meter
+        return
     try:
         with _bar(meter) if _live() else contextlib.nullcontext():
             yield meter

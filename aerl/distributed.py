@@ -1,0 +1,231 @@
+"""One run on several processes, one for each GPU, as `torchrun` starts them.
+
+Each takes its share of every training batch and of the test images' batches, and is told what the others
+found, so that all hold the same state and take the same way. The first alone writes, logs and reports.
+Nothing of torch is imported before the processes meet.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aerl import interrupt
+from aerl.interrupt import Stopped
+from aerl.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+T = TypeVar("T")
+
+# A process waits for another as long as that lives: torchrun ends them all as soon as one has died.
+_PATIENCE = timedelta(days=100)
+# One that has failed waits this long for the others to fail likewise, and go on to the next run together.
+_SECONDS_TO_AGREE = 10
+
+_store: Any = None
+_jobs = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples `first` to `last` (exclusive) of a batch of `whole`: those of one process."""
+
+    first: int
+    last: int
+    whole: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+
+def rank() -> int:
+    """Which of the processes this is; 0 without torchrun."""
+    return int(os.environ["RANK"]) if _started_by_torchrun() else 0
+
+
+def world() -> int:
+    """How many processes there are; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
+
+
+def local_rank() -> int:
+    """Which of the processes of this machine this is."""
+    return int(os.environ["LOCAL_RANK"]) if _started_by_torchrun() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes, logs and reports."""
+    return rank() == 0
+
+
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def meet(device: str) -> None:
+    """Let the processes of torchrun find each other, once for all runs of a multirun.
+
+    `device` is the one of the configuration: on GPUs they talk by NCCL, else by gloo. Raises UserError where
+    there is no torchrun.
+    """
+    global _store
+    if not _started_by_torchrun():
+        raise UserError(
+            "hardware.distributed=true: needs a process for each GPU: "
+            "torchrun --standalone --nproc-per-node=gpu launch.py hardware=ddp ..."
+        )
+    if _store is not None:
+        return
+    import torch
+    from torch import distributed
+
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _store = distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+
+
+def share(whole: int) -> Share | None:
+    """This process's samples of a batch of `whole`; None where it has them all."""
+    number, count = rank(), world()
+    return None if count == 1 else Share(number * whole // count, (number + 1) * whole // count, whole)
+
+
+def gather(value: T) -> list[T]:
+    """What each process has, in the order of their ranks; all of them must call it."""
+    if world() == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * world()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def total(values: "Tensor") -> "Tensor":
+    """The sum over the processes, in place; all of them must call it."""
+    if world() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(values)
+    return values
+
+
+def average(tensors: Sequence["Tensor"]) -> None:
+    """Replace each by its mean over the processes; all of them must call it.
+
+    Without torch's DistributedDataParallel: a model stays one that an attack can differentiate, any of its
+    parameters may be unused, and all gradients go in one message, short beside the step that made them.
+    """
+    if world() == 1 or not tensors:
+        return
+    import torch
+
+    means = total(torch.cat([tensor.flatten() for tensor in tensors])).div_(world())
+    lengths = [tensor.numel() for tensor in tensors]
+    for tensor, mean in zip(tensors, torch.split(means, lengths), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, or the UserError it raises, in all of them."""
+    if world() == 1:
+        return make()
+    from torch import distributed
+
+    made: list[Any] = [None, None]
+    if is_main():
+        try:
+            made[0] = make()
+        except UserError as error:
+            made[1] = error
+    distributed.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]  # type: ignore[no-any-return]
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """What `make` returns, in each process its own; the first leaves its files to the others."""
+    made: list[T] = []
+    from_main(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+def spread(model: "Module") -> None:
+    """Give `model` the weights that it has in the first process."""
+    if world() > 1:
+        from torch import distributed
+
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """`folder` itself for the first process; for each of the others one that nobody reads, and soon gone."""
+    if is_main():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory(prefix="aerl-") as place:
+            yield Path(place)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let a run end alike in all processes: what made one of them fail, or stop, is the end of it for all.
+
+    A process that fails while others wait for it in the midst of the run ends at once, and torchrun them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _agree(error)
+        raise
+    else:
+        _agree(None)
+
+
+def _agree(error: BaseException | None) -> None:
+    global _jobs
+    if _store is None:
+        return
+    _jobs += 1
+    keys = [f"end/{_jobs}/{number}" for number in range(world())]
+    _store.set(keys[rank()], "" if error is None else f"{type(error).__name__}: {error}")
+    try:
+        _store.wait(keys, _PATIENCE if error is None else timedelta(seconds=_SECONDS_TO_AGREE))
+    except RuntimeError:  # the others wait in the midst of the run, and cannot be reached
+        print(f"error: process {rank()} of {world()}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    ends = [_store.get(key).decode() for key in keys]
+    if error is None and (number := next((n for n, end in enumerate(ends) if end), None)) is not None:
+        kind, _, told = ends[number].partition(": ")
+        if kind == Stopped.__name__:
+            raise Stopped(signal.SIGTERM)
+        raise UserError(
+            f"process {number} of {world()}: {told if kind == UserError.__name__ else ends[number]}"
+        )
+
+
+def heed() -> None:
+    """Stop here, all of us, if one of us was told to; all of them must call it, at the same point."""
+    heard = interrupt.heard()
+    if world() > 1:
+        import torch
+        from torch import distributed
+
+        most = torch.tensor(heard)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        heard = int(most)
+    interrupt.heed(heard)

@@ -1,0 +1,196 @@
+"""One run on two processes that a real torchrun starts, against the same run on one. They talk by gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aerl.results import read_results
+from tests.conftest import ROOT
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+DDP = ("hardware=ddp", "hardware.device=cpu")
+# Without dropout, which each process draws for itself.
+NET = (
+    "model=foreign",
+    "model.net._target_=tests.test_distributed.net",
+    "model.mean=[0.3]",
+    "model.std=[0.3]",
+)
+QUICK = (*NET, "evaluation.samples=40", "evaluation.batch_size=4", "logger=none", "analysis=none", "eps=0.3")
+
+
+def net(num_classes: int, channels: int, size: tuple[int, int]) -> torch.nn.Module:
+    nn = torch.nn
+    features = 8 * (size[0] // 2) * (size[1] // 2)
+    convolution = nn.Conv2d(channels, 8, 3, padding=1)
+    return nn.Sequential(
+        convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes)
+    )
+
+
+class OnlyTheSecondFails(torch.nn.Linear):
+    """A network that only the process of rank 1 cannot train."""
+
+    def __init__(self, num_classes: int, channels: int, size: tuple[int, int]) -> None:
+        super().__init__(channels * size[0] * size[1], num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and os.environ.get("RANK") == "1":
+            raise ValueError("a fault of this process alone")
+        return super().forward(x.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def start(place: Path, data_dir: Path):  # type: ignore[no-untyped-def]
+    """`start(TORCHRUN, "trainer=rl", ...)`: the command line in `place`, on two processes or, with (), on one."""
+
+    def popen(torchrun: tuple[str, ...], *words: str) -> subprocess.Popen[str]:
+        command = [
+            *(torchrun or (sys.executable,)),
+            str(ROOT / "launch.py"),
+            *words,
+            *(DDP if torchrun and "hardware=cpu" not in words else ()),
+        ]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
+        env |= {"AERL_DATA": str(data_dir), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+        return subprocess.Popen(
+            command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return popen
+
+
+def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def results(folder: Path) -> list[tuple[object, ...]]:
+    """What was measured, but for times and for what a metric is worth."""
+    return [
+        (r.metric, r.split, r.attack, r.step) for r in read_results(folder / "results.jsonl")
+        if r.metric not in ("seconds", "images_per_second")
+    ]  # fmt: skip
+
+
+def values(folder: Path) -> list[float]:
+    return [
+        r.value for r in read_results(folder / "results.jsonl")
+        if r.metric not in ("seconds", "images_per_second")
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(place, start):
+    """RL with an adversary, which draws actions, shifts and attacks: on one process, and on two."""
+    words = ("trainer=rl_adv", "trainer.adversary.start_epoch=1", "trainer.epochs=3", "attack=fgsm", *QUICK,
+             "dataset.augmentation.translate=0.1")  # fmt: skip
+    for name, torchrun in (("one", ()), ("two", TORCHRUN)):
+        done = ended(start(torchrun, *words, f"name={name}"))
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("worst case") == 1  # one process speaks
+    return place / "runs/one", place / "runs/two"
+
+
+def test_training_shares_its_batches_and_stays_the_same(trained):
+    one, two = trained
+    assert results(one) == results(two)
+    np.testing.assert_allclose(values(one), values(two), rtol=1e-5)
+    weights = [torch.load(folder / "checkpoints/last.pt")["model"] for folder in trained]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_writes_and_says_how_many_there_were(trained):
+    one, two = trained
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["environment"]["processes"] == "2"
+    assert (two / "run.log").read_text().count("going on after") == 0
+
+
+def test_the_outcomes_are_those_of_one_process(trained, start, place):
+    """Of three batches of a first stage and of all sorts of later ones, to the last bit."""
+    words = ("trainer=none", f"checkpoint={trained[0]}", *QUICK, "evaluation.samples=12",
+             "attack=[noise,pgd,autoattack]", "attack.pgd.restarts=2", "attack.pgd.steps=20",
+             "attack.autoattack.batch_size=4", "attack.autoattack.queries=30", "evaluation.survivors_only=true",
+             )  # fmt: skip
+    for name, torchrun in (("judged-one", ()), ("judged-two", TORCHRUN)):
+        done = ended(start(torchrun, *words, f"name={name}"))
+        assert done.returncode == 0, done.stderr
+    for name in ("outcomes.npz", "examples.npz"):
+        one, two = (dict(np.load(place / f"runs/judged-{n}" / name)) for n in ("one", "two"))
+        assert one.keys() == two.keys() and len(one) >= 3
+        assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert values(place / "runs/judged-one")[:2] == values(place / "runs/judged-two")[:2]
+
+
+def test_a_multirun_goes_on_after_a_job_that_fails(start, place):
+    """Both processes fail in it, and neither is left behind in it."""
+    words = ("-m", "trainer.batch_size=32,33,64", "trainer.epochs=1", "attack=fgsm", *QUICK, "runs_dir=swept")
+    done = ended(start(TORCHRUN, *words))
+    assert done.returncode == 1
+    assert (
+        done.stderr.count("trainer.batch_size=33: cannot be shared evenly by the 2 processes") == 2
+    )  # and Hydra's
+    finished = [json.loads(path.read_text())["status"] for path in place.glob("swept/digits/**/summary.json")]
+    assert sorted(finished) == ["failed", "finished", "finished"]
+    assert "failed: job 1 (trainer.batch_size=33)" in done.stdout
+    assert (place / "swept/multirun").is_dir()
+
+
+def test_a_process_that_fails_alone_takes_the_others_with_it(start, place):
+    words = (
+        "trainer.epochs=1",
+        *QUICK,
+        "model.net._target_=tests.test_distributed.OnlyTheSecondFails",
+        "name=alone",
+    )
+    done = ended(start(TORCHRUN, *words))
+    assert done.returncode == 1
+    assert "error: process 1 of 2: a fault of this process alone" in done.stderr
+
+
+def test_told_to_end_all_stop_at_the_same_step_and_go_on(start, place):
+    """Once in training and once in an attack; then it ends as one that nobody disturbed."""
+    words = ("trainer=rl", "trainer.epochs=6", "attack=[pgd]", "attack.pgd.steps=1500", "attack.pgd.drop_fooled=false",
+             *QUICK)  # fmt: skip
+    folder = place / "runs/stopped"
+    for sign in ("results.jsonl", "progress.npz"):
+        process = start(TORCHRUN, *words, "name=stopped")
+        deadline = time.monotonic() + 120
+        while not (folder / sign).is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # which torchrun hands on
+        assert ended(process).returncode != 0
+        assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    for name in ("stopped", "whole"):
+        done = ended(start(TORCHRUN, *words, f"name={name}"))
+        assert done.returncode == 0, done.stderr
+    assert results(folder) == results(place / "runs/whole")
+    assert values(folder) == values(place / "runs/whole")
+
+
+def test_torchrun_and_the_configuration_must_agree(start, place):
+    alone = ended(start((), "hardware=ddp"))
+    assert alone.returncode == 1 and alone.stderr.splitlines() == [
+        "error: hardware.distributed=true: needs a process for each GPU: "
+        "torchrun --standalone --nproc-per-node=gpu launch.py hardware=ddp ..."
+    ]
+    each = ended(start(TORCHRUN, "hardware=cpu"))
+    assert each.returncode == 1
+    assert each.stderr.count("error: hardware.distributed=false: torchrun has started 2 processes") == 1
