@@ -247,7 +247,8 @@ def difference(config: Config, folder: Path) -> str:
     keys = [*here, *(key for key in kept if key not in here)]
     there = {key: value for key, value in kept.items() if key.partition(".")[0] not in NOT_IDENTITY}
     differing = [key for key in keys if (key in here or key in there) and here.get(key) != there.get(key)]
-    differing = [key for key in differing if key != "evaluation.batch_size"]
+    same_run = ("evaluation.batch_size", *(() if config.hardware.distributed else ("hardware.distributed",)))
+    differing = [key for key in differing if key not in same_run or there.get(key) is True]
     told = [f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in differing[:2]]
     return "; ".join([*told, f"{len(differing) - 2} more"] if len(differing) > 2 else told)
 
