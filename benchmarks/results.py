@@ -36,7 +36,7 @@ def launch(*words: str) -> None:
 def train(args: argparse.Namespace, trainer: str, seed: int) -> None:
     what = _PAPER[trainer] if args.paper else ["dataset=cifar10_small", f"trainer={trainer}"]
     where = [f"dataset.path={args.cifar10}"] if args.cifar10 else []
-    launch(*what, *where, f"eps={args.eps}", f"seed={seed}", "attack=none", "analysis=none",
+    launch(*what, *args.train, *where, f"eps={args.eps}", f"seed={seed}", "attack=none", "analysis=none",
            f"runs_dir={args.runs}", f"name={trainer}-{seed}")  # fmt: skip
 
 
@@ -185,6 +185,10 @@ def main() -> None:
     parser.add_argument(
         "--eps", type=float, help="L2; 0.5 at 16x16, with --paper 1.0 at 32x32: equal per pixel"
     )
+    parser.add_argument(
+        "--train", nargs="+", default=[], metavar="KEY=VALUE",
+        help="overrides of every training, such as model=cnn model.net.width=0.25",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=500, help="test images that are attacked")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
