@@ -31,13 +31,20 @@ def save(state: dict[str, Any], path: Path) -> None:
 def load(path: Path, key: str = "checkpoint") -> Any:
     """Read tensors and plain containers; `weights_only` refuses anything that would run code.
 
-    A `.safetensors` file cannot hold such a thing; one that was exported must be what was exported.
+    A `.safetensors` file cannot hold such a thing. Weights that a run or an export has left must be those that
+    its summary.json records; where it records none, as runs of earlier versions did, they are taken as they are.
     What cannot be read is a UserError about the `key` that named it, here and in the functions below.
     """
     try:
+        if (recorded := _recorded(path)) is not None:
+            check(path, recorded, f"{key}={path}")
         if path.suffix == ".safetensors":
-            return _load_safetensors(path)
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{key}={path}: no such file") from None
     except pickle.UnpicklingError as error:
@@ -50,14 +57,27 @@ def load(path: Path, key: str = "checkpoint") -> Any:
         raise UserError(f"{key}={path}: damaged or not a {kind} file ({first_line(error)})") from error
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def check(path: Path, recorded: str, what: str) -> None:
+    """A UserError about `what` unless the file at `path` has the SHA-256 that was `recorded` of it."""
+    found = sha256(path)
+    if found != recorded:
+        raise UserError(
+            f"{what}: is not the file whose SHA-256 was recorded: that began with {recorded[:12]}, this with "
+            f"{found[:12]}; restore it, or repeat with overwrite=true the command that recorded it"
+        )
 
-    weights: dict[str, Tensor] = load_file(path)
-    told = (read_summary(path.parent) or {}).get("weights") or {}
-    if told.get("file") == path.name and told.get("sha256") != sha256(path):
-        raise ValueError("its SHA-256 is not the one in summary.json")
-    return weights
+
+def _recorded(path: Path) -> str | None:
+    """The SHA-256 that the summary.json of a run or an export states for this file of weights, if it does."""
+    path = path.absolute()
+    in_run = path.parent.name == "checkpoints"
+    if not path.is_file() or not (in_run or path.suffix == ".safetensors"):
+        return None
+    folder = path.parents[1] if in_run else path.parent
+    told = (read_summary(folder) or {}).get("weights")
+    if not isinstance(told, dict) or told.get("file") != path.relative_to(folder).as_posix():
+        return None
+    return str(told.get("sha256"))
 
 
 def tensors(path: Path, key: str = "checkpoint") -> dict[str, Tensor]:

@@ -41,6 +41,8 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
         raise UserError(f"{run}: is {summary.get('status')}; only a finished run has a verdict to hand on")
     config = _read_config(run)
     weights = checkpoint.find(_judged(run, summary, config), f"{run}: checkpoint")
+    if summary.get("weights"):
+        checkpoint.check(weights, summary["weights"]["sha256"], f"{run}: {weights}")
     tensors = checkpoint.tensors(weights, f"{run}: checkpoint")
     out = run / "export" if out is None else out
     with writing(out):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from aerl import config as schema
 from aerl import distributed, interrupt
 from aerl.config import Config
+from aerl.files import sha256
 from aerl.record import Record, earlier_start, recorded
 from aerl.report.multirun import note
 from aerl.report.page import written
@@ -57,6 +58,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         log.info("This run was finished before; nothing was done. overwrite=true does it again.")
         return _headline(summary)
 
+    choices = _choices("dataset", "model")
     from aerl.build import build, build_data
     from aerl.hardware import describe
     from aerl.judge import judge
@@ -68,7 +70,6 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                  config.data_dir)  # fmt: skip
         return None
     parts = build(config)  # whatever is wrong is found here, before the run folder is touched
-    options = HydraConfig.get().runtime.choices
     with (
         interrupt.listening(),
         distributed.scratch(folder) as place,
@@ -78,7 +79,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
             config,
             summary,
             overrides=overrides,
-            choices={group: options[group] for group in ("dataset", "model")},
+            choices=choices,
             environment=describe(parts.hardware),
         ) as record,
     ):
@@ -87,6 +88,8 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         record.save(doubts=list(parts.doubts))
         if parts.recipe is not None:
             _train(parts, config, record)
+        elif config.checkpoint not in (None, "own"):
+            _identify(config.checkpoint, record)
         outcomes, split = judge(parts, config, record)
         if distributed.is_main():
             _analyse(parts, config, record, outcomes, split)
@@ -108,6 +111,17 @@ def _log_to_stderr() -> None:
         log.addHandler(logging.StreamHandler())
 
 
+def _choices(*groups: str) -> dict[str, str]:
+    """Which options the command line takes of these groups."""
+    options = HydraConfig.get().runtime.choices
+    for group in groups:
+        if group not in options:  # several were, and merged
+            raise UserError(
+                f"{group}: takes one option, not a list; -m {group}=A,B runs each of several, one by one"
+            )
+    return {group: str(options[group]) for group in groups}
+
+
 def _headline(summary: Mapping[str, Any]) -> float | None:
     accuracy = summary.get("worst_case_accuracy")
     return None if accuracy is None else accuracy["value"]
@@ -127,9 +141,21 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
             seed=config.seed, folder=folder, results=record.results,
         )  # fmt: skip
         seconds = record.summary["seconds"] | {"train": time.monotonic() - began}
-        record.save(best_epoch=best_epoch, seconds=seconds)
+        digest = distributed.from_main(lambda: sha256(folder / "best.pt"))
+        weights = {"file": "checkpoints/best.pt", "sha256": digest}
+        record.save(best_epoch=best_epoch, seconds=seconds, weights=weights)
     distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
     distributed.spread(parts.model)
+
+
+def _identify(judged: str, record: Record) -> None:
+    """Record which file of weights is judged: a run that was begun on one does not go on with another."""
+    from aerl import checkpoint
+
+    path = checkpoint.find(judged)
+    if "weights" in record.summary:
+        checkpoint.check(path, record.summary["weights"]["sha256"], f"checkpoint={judged}")
+    record.save(weights={"file": str(path), "sha256": sha256(path)})
 
 
 def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes", split: "Split") -> None:

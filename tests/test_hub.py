@@ -144,8 +144,65 @@ def test_damaged_weights_are_told_in_one_line(exported, launch, tmp_path, damage
             raise UserError(done.stderr.strip().splitlines()[-1])
         checkpoint.load(checkpoint.find(str(exported)))
     assert "\n" not in str(error.value)
-    wanted = {"flipped": "SHA-256 is not the one", "other architecture": "checkpoint=model"}
-    assert wanted.get(damage, "damaged or not a safetensors file") in str(error.value)
+    told = "is not the file whose SHA-256 was recorded"
+    assert {"other architecture": "checkpoint=model"}.get(damage, told) in str(error.value)
+    if damage in ("truncated", "not one"):
+        (exported / "summary.json").unlink()  # as if from elsewhere: the reader has to tell
+        with pytest.raises(UserError, match="damaged or not a safetensors file"):
+            checkpoint.load(path)
+
+
+def altered(path):
+    """One weight is another: the file still loads."""
+    weights = torch.load(path)
+    weights["model"]["net.fc2.bias"][0] += 1
+    torch.save(weights, path)
+
+
+def test_altered_weights_of_a_run_are_refused_wherever_they_are_taken(trained, tmp_path, launch):
+    recorded = json.loads((trained / "summary.json").read_text())["weights"]
+    digest = hashlib.sha256((trained / "checkpoints/best.pt").read_bytes()).hexdigest()
+    assert recorded == {"file": "checkpoints/best.pt", "sha256": digest}
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    path = copy / "checkpoints/best.pt"
+    altered(path)
+    now = hashlib.sha256(path.read_bytes()).hexdigest()
+    reason = (
+        f"is not the file whose SHA-256 was recorded: that began with {digest[:12]}, this with {now[:12]}; "
+        "restore it, or repeat with overwrite=true the command that recorded it"
+    )
+    for words in (
+        ("trainer=none", "checkpoint=copy"),
+        ("trainer.epochs=1", "attack=transfer", "attack.transfer.sources=[copy]"),
+    ):
+        done = launch(*words, *QUIET, "analysis=none")
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith(f"=copy/checkpoints/best.pt: {reason}")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        export(copy)
+    assert not (tmp_path / "runs").exists() and not (copy / "export").exists()
+    summary = json.loads((copy / "summary.json").read_text())
+    del summary["weights"]  # a run of an earlier version
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert checkpoint.tensors(checkpoint.find(str(copy)))
+
+
+def test_a_judgement_does_not_go_on_with_other_weights(trained, tmp_path, launch):
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy/checkpoints/best.pt").rename(tmp_path / "mine.pth")
+    judging = ("trainer=none", "checkpoint=mine.pth", *JUDGING, *QUIET, "name=judged")
+    assert launch(*judging).returncode == 0
+    path = tmp_path / "runs/judged/summary.json"
+    summary = json.loads(path.read_text())
+    assert summary["weights"] == {
+        "file": "mine.pth",
+        "sha256": hashlib.sha256((tmp_path / "mine.pth").read_bytes()).hexdigest(),
+    }
+    path.write_text(json.dumps(summary | {"status": "running"}))  # as a killed process leaves it
+    altered(tmp_path / "mine.pth")
+    done = launch(*judging)
+    assert done.returncode == 1
+    assert re.search(r"^error: checkpoint=mine.pth: is not the file whose", done.stderr, re.MULTILINE)
 
 
 def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
