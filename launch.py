@@ -1,9 +1,11 @@
 """Train, attack and judge an image classifier: `python launch.py --help` explains the command line."""
 
+import argparse
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -36,6 +38,12 @@ def times(factor: float, number: float | str) -> float:
     return factor * float(quotient(number))
 
 
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """In place of argparse's own many lines."""
+    print(f"error: {message}; an override is key=value, without dashes (see --help)", file=sys.stderr)
+    sys.exit(2)
+
+
 def tell(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config import explain
@@ -53,6 +61,7 @@ def tell(error: Exception) -> None:
 if __name__ == "__main__":
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing many lines of its own
+    argparse.ArgumentParser.error = refuse  # type: ignore[method-assign]
     try:
         main()
     except KeyboardInterrupt:

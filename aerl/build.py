@@ -59,6 +59,10 @@ def build(config: Config) -> Parts:
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = hardware.set_up(**config.hardware.model_dump())
     data = build_data(config)
+    if (config.evaluation.samples or 0) > len(data.test):
+        raise UserError(
+            f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images"
+        )
     model = build_model(config, data)
     elsewhere = {
         "load": partial(load_models, config=config, data=data, hardware=machine),

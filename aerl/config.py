@@ -45,6 +45,18 @@ def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
 Target = Annotated[dict[str, Any], AfterValidator(_names_its_target)]
 
 
+def _below(name: str) -> str:
+    """It becomes part of a run folder's path, which overwrite=true discards."""
+    path = Path(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise ValueError("must be the name of a folder below runs_dir")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_below)]
+Folder = Annotated[str, Field(min_length=1)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -56,7 +68,7 @@ class Augmentation(Section):
 
 
 class Dataset(Section):
-    name: str
+    name: Name
     epochs: Count
     path: str | None
     size: Count | None
@@ -69,7 +81,7 @@ class Dataset(Section):
 
 
 class Model(Section):
-    name: str
+    name: Name
     mean: list[float] | None
     std: list[Positive] | None
     net: Target
@@ -88,7 +100,7 @@ class Adversary(Section):
 
 
 class Trainer(Section):
-    name: str
+    name: Name
     epochs: Count
     batch_size: Count
     optimizer: Target
@@ -113,7 +125,7 @@ class Hardware(Section):
     tf32: bool
     channels_last: bool
     compile: bool
-    threads: Count | None
+    threads: Annotated[Count, Field(le=1024)] | None
     deterministic: bool
     distributed: bool
 
@@ -132,9 +144,9 @@ class Config(Section):
     norm: Norm
     eps: NonNegative
     checkpoint: str | None
-    runs_dir: str
-    data_dir: str
-    name: str | None
+    runs_dir: Folder
+    data_dir: Folder
+    name: Name | None
     overwrite: bool
     prepare_data_only: bool
     dataset: Dataset
@@ -379,9 +391,13 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf_line(error)
+    text = " ".join(str(error).split())
+    if "Config group override must be a string" in text:
+        return f"a group takes the name of an option, or a list of names ({text})"
     if not isinstance(error, HydraException):
         return None
-    text = " ".join(str(error).split())
+    if "'${dataset}_${trainer}'" in text:
+        return "dataset, trainer: each takes one option, not a list; -m trainer=sl,rl runs each of several"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: is not an override; expected key=value, in quotes if it has spaces or brackets"
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -412,11 +428,11 @@ def _unknown_override(key: str, cause: OmegaConfBaseException) -> str:
 
 def adopt(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
     """With trainer=none and the checkpoint of a run: that run's dataset and model, unless chosen here."""
-    if cfg.trainer is not None or cfg.checkpoint in (None, "own"):
+    if cfg.trainer is not None or cfg.checkpoint in (None, "own") or OmegaConf.is_config(cfg.checkpoint):
         return cfg
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
     groups = [group for group in ("dataset", "model") if group not in chosen]
-    folder = _run_folder(cfg.checkpoint)
+    folder = _run_folder(str(cfg.checkpoint))
     if not groups or folder is None:
         return cfg
     try:

@@ -14,7 +14,7 @@ import yaml
 
 from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
 from aerl.distributed import is_main
-from aerl.files import atomic_write
+from aerl.files import atomic_write, writing
 from aerl.interrupt import Stopped
 from aerl.results import ResultLog, Tracker, eps_text, open_tracker, read_summary, write_summary
 from aerl.types import UserError
@@ -103,7 +103,8 @@ def recorded(
         "environment": dict(environment),
         "masking": None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     logger = config.logger.model_dump(include={"mode", "project", "entity"})
     tracker = open_tracker(
         folder=folder,

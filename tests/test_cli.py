@@ -107,6 +107,27 @@ def test_tab_completion_completes_options(launch):
         (["dataset=npz", "dataset.path=tiny.npz"], r"model=alicnn: 4x4 images are too small .*"),
         (["evaluation.samples=0"], r"evaluation.samples=0: should be greater than or equal to 1"),
         (["~trainer"], r".*trainer.*"),
+        (["--trainer=rl"], r"unrecognized arguments: --trainer=rl; an override is key=value, without dashes .*"),
+        (["trainer=null"], r"a group takes the name of an option, or a list of names .*"),
+        (["trainer=[sl,rl]"], r"dataset, trainer: each takes one option, not a list; -m trainer=sl,rl runs .*"),
+        (["model=[alicnn,cnn]"], r"model: takes one option, not a list; -m model=A,B runs each of several.*"),
+        (["-m", "trainer="], r"trainer=: no such option; known: none, .*"),
+        (["-m", "multirun_sweeps=nope"], r"multirun_sweeps=nope: no such option; known: .*"),
+        (["attack=[pgd"], r"attack=\[pgd: is not an override; expected key=value, in quotes if it has .*"),
+        (["model=réseau"], r"model=réseau: is not an override; .*"),
+        (["checkpoint=[a,b]", "trainer=none"], r"checkpoint=\['a', 'b'\]: should be a valid string"),
+        (["name="], r"name=: must be the name of a folder below runs_dir"),
+        (["name=../x"], r"name=../x: must be the name of a folder below runs_dir"),
+        (["dataset.name="], r"dataset.name=: must be the name of a folder below runs_dir"),
+        (["runs_dir="], r"runs_dir=: .* at least 1 character"),
+        (["runs_dir=file"], r"cannot read file/.*/summary.json: .*Not a directory.*"),
+        (["runs_dir=/proc/x"], r"cannot write /proc/x/digits/alicnn/sl/default/seed0: No such file or directory"),
+        (["-m", "runs_dir=file", "seed=0,1"], r"cannot write .*/file/multirun/seed=0,1: Not a directory"),
+        (["data_dir=file"], r"data_dir=file: cannot hold the prepared data of digits .*"),
+        (["hardware.threads=0"], r"hardware.threads=0: should be greater than or equal to 1"),
+        (["hardware.threads=100000"], r"hardware.threads=100000: should be less than or equal to 1024"),
+        (["evaluation.samples=361"], r"evaluation.samples=361: the test split has 360 images"),
+        (["dataset=npz", "dataset.path=file"], r"dataset.path=file: is not an .npz file, .*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -114,6 +135,7 @@ def test_a_wrong_command_line_is_told_in_one_line_and_leaves_nothing_behind(laun
     here = tmp_path / "here"
     here.mkdir()
     (here / "damaged.pt").write_bytes(b"PK\x03\x04 not really")
+    (here / "file").write_text("in the way")
     rng = np.random.default_rng(0)
     images = {f"X_{part}": rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8) for part in ("train", "test")}
     np.savez(here / "tiny.npz", **images, y_train=np.arange(40) % 2, y_test=np.arange(40) % 2)

@@ -32,14 +32,21 @@ class Manifest:
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config import sweep_name
+        from aerl.files import writing
+        from aerl.types import UserError
 
         if not is_main():
             return
         global _manifest
         folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
-        folder.mkdir(parents=True, exist_ok=True)
-        _manifest = folder / "jobs.jsonl"
-        _manifest.write_text("")
+        manifest = folder / "jobs.jsonl"
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                manifest.write_text("")
+        except UserError as error:
+            sys.exit(f"error: {error}")  # any other exception Hydra would warn of, and go on
+        _manifest = manifest
         os.environ[_VARIABLE] = str(_manifest)
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
