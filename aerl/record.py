@@ -184,4 +184,5 @@ def _log_file(path: Path) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of a full disk, which the error under way tells
+            handler.close()

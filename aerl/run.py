@@ -107,6 +107,7 @@ def _log_to_stderr() -> None:
     log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
+    logging.raiseExceptions = False  # a full disk is told by the files that matter, not by a log's traceback
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
 

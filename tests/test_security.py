@@ -1,0 +1,134 @@
+"""Files that would run code, where aerl reads files of others: nothing is executed, and one line tells."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT
+
+WORDS = ("trainer.epochs=1", "attack=fgsm", "evaluation.samples=20", "analysis=none", "logger=none", "name=r")
+JUDGE = ("trainer=none", "checkpoint=runs/r", "attack=fgsm", "analysis=none", "logger=none", "name=j")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """A run folder, shared: no test writes into it."""
+    home = tmp_path_factory.mktemp("trained")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
+    command = [sys.executable, str(ROOT / "launch.py"), *WORDS]
+    done = subprocess.run(
+        command, cwd=home, env=env | {"AERL_DATA": str(data_dir)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return home / "runs/r"
+
+
+class Malicious:
+    """Unpickled, it makes a folder, the canary."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def changed(path, change):
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content))
+
+
+def half_done(run, seconds):
+    """The run as a killed process leaves it: the same command goes on from its files."""
+    changed(run / "summary.json", lambda told: told.update(status="running", seconds=seconds))
+
+
+def best(run, bait, canary):
+    torch.save({"model": bait}, run / "checkpoints/best.pt")
+    changed(run / "summary.json", lambda told: told.pop("weights"))  # else its hash would tell
+
+
+def last(run, bait, canary):
+    half_done(run, {})
+    torch.save({"model": bait}, run / "checkpoints/last.pt")
+
+
+def outcomes(run, bait, canary):
+    half_done(run, {"train": 1.0})
+    np.savez(run / "outcomes.npz", clean_pred=np.array([bait], dtype=object))
+
+
+def progress(run, bait, canary):
+    half_done(run, {"train": 1.0})
+    changed(run / "summary.json", lambda told: told.update(attacks={}))
+    np.savez(run / "progress.npz", attack=np.array([bait], dtype=object))
+
+
+def dataset(run, bait, canary):
+    images = np.zeros((20, 8, 8), np.uint8)
+    labels = np.array([bait] * 20, dtype=object)
+    np.savez("mine.npz", X_train=images, X_test=images, y_train=labels, y_test=labels)
+
+
+def target(run, bait, canary):
+    net = {"_target_": "os.system", "command": f"mkdir {canary}"}
+    changed(run / "config.yaml", lambda config: config["model"].update(net=net))
+
+
+def interpolation(run, bait, canary):
+    changed(run / "config.yaml", lambda config: config["model"]["net"].update(hidden="${oc.env:HOME}"))
+
+
+def tag(run, bait, canary):
+    text = (run / "config.yaml").read_text()
+    path = run / "config.yaml"
+    path.write_text(text + f'more: !!python/object/apply:os.mkdir ["{canary}"]\n')
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "line"),
+    [
+        (best, JUDGE, "checkpoint=runs/r/checkpoints/best.pt: holds something other than tensors"),
+        (last, WORDS, "checkpoint=runs/r/checkpoints/last.pt: holds something other than tensors"),
+        (outcomes, WORDS, "cannot read runs/r/outcomes.npz: Object arrays cannot be loaded"),
+        (progress, WORDS, "attack.fgsm: cannot read runs/r/progress.npz: Object arrays cannot be loaded"),
+        (dataset, ("dataset=npz", "dataset.path=mine.npz"), "dataset.path=mine.npz: "),
+        (target, JUDGE, "checkpoint=runs/r: its config.yaml says model.net._target_=os.system"),
+        (interpolation, JUDGE, "checkpoint=runs/r: its config.yaml says model.net.hidden=${oc.env:HOME}"),
+        (tag, JUDGE, "checkpoint=runs/r: its config.yaml or summary.json is damaged (could not determine"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_malicious_file_is_refused_and_not_executed(
+    trained, launch, tmp_path, monkeypatch, make, words, line
+):
+    monkeypatch.chdir(tmp_path)
+    canary = tmp_path / "canary"
+    shutil.copytree(trained, tmp_path / "runs/r")
+    make(tmp_path / "runs/r", Malicious(canary), canary)
+    assert not canary.exists()
+    done = launch(*words)
+    assert done.returncode == 1
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert said.removeprefix("error: ").startswith(line)
+    assert "Traceback" not in done.stderr and "No such file" not in done.stderr
+    assert not canary.exists()
+    assert not (tmp_path / "runs/j").exists()
+
+
+def test_the_bait_is_real(tmp_path):
+    """With the readers that aerl does not use, each kind of file makes the canary."""
+    torch.save(Malicious(tmp_path / "torch"), tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    np.savez(tmp_path / "x.npz", x=np.array([Malicious(tmp_path / "numpy")], dtype=object))
+    np.load(tmp_path / "x.npz", allow_pickle=True)["x"]
+    yaml.unsafe_load(f'!!python/object/apply:os.mkdir ["{tmp_path / "yaml"}"]')
+    assert {"torch", "numpy", "yaml"} <= {path.name for path in tmp_path.iterdir()}
