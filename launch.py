@@ -14,21 +14,33 @@ from omegaconf import DictConfig, OmegaConf
 
 # Lets multirun_sweeps/ lie beside conf/ and be found from any working directory.
 os.environ.setdefault("AERL_ROOT", str(Path(__file__).resolve().parent))
-OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
-OmegaConf.register_new_resolver("times", lambda factor, number: times(factor, number), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
+    from aerl import interrupt
     from aerl.run import run
+    from aerl.types import UserError
 
+    register()  # a worker of a multirun gets this function alone
     try:
         return run(cfg)
+    except interrupt.Stopped as stopped:
+        if interrupt.is_worker():  # joblib would kill the other workers, before they have saved
+            raise UserError(str(stopped)) from None
+        raise
     except Exception as error:
         tell(error)
         if HydraConfig.get().mode is RunMode.RUN:
             sys.exit(1)
         raise  # Hydra runs the other jobs of the multirun, and then raises it again
+
+
+def register() -> None:
+    """The resolvers that conf/ uses."""
+    OmegaConf.register_new_resolver("share", lambda part, whole: round(part * whole), replace=True)
+    OmegaConf.register_new_resolver("times", times, replace=True)
+    OmegaConf.register_new_resolver("gpus", gpus, replace=True)
 
 
 def times(factor: float, number: float | str) -> float:
@@ -42,6 +54,13 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's own many lines."""
     print(f"error: {message}; an override is key=value, without dashes (see --help)", file=sys.stderr)
     sys.exit(2)
+
+
+def gpus() -> int:
+    """How many jobs this machine has a GPU for; one where there is none."""
+    from aerl.gpus import visible
+
+    return max(1, len(visible()))
 
 
 def tell(error: Exception) -> None:
@@ -58,6 +77,8 @@ def tell(error: Exception) -> None:
         print(f"error: {line}", file=sys.stderr)
 
 
+register()
+
 if __name__ == "__main__":
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing many lines of its own
@@ -69,7 +90,8 @@ if __name__ == "__main__":
         sys.exit(130)
     except Exception as error:
         tell(error)
-        sys.exit(1)
+        interrupt = sys.modules.get("aerl.interrupt")
+        sys.exit(interrupt.REQUEUE if interrupt and interrupt.heard() else 1)
     finally:
         if multirun := sys.modules.get("aerl.report.multirun"):  # Hydra has imported its callback
             multirun.conclude()

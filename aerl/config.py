@@ -391,6 +391,8 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf_line(error)
+    if type(error).__module__.startswith(("submitit.", "joblib.")):
+        return _launcher_line(error)
     text = " ".join(str(error).split())
     if "Config group override must be a string" in text:
         return f"a group takes the name of an option, or a list of names ({text})"
@@ -403,6 +405,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: no such option; {_suggest(option, error.options)}"
+    if match := re.search(r"Could not load 'hydra/launcher/(\w+)'", text):  # what one of ours builds on
+        ours, extra = _EXTRAS[match[1]]
+        return f"hydra/launcher={ours}: needs the extra {extra}: pip install -e '.[{extra}]'"
     if match := re.search(r"Could not load '(?:.*/)?(\w+)/([^/']+)'", text):  # one option of a list
         options = [path.stem for path in Path(os.environ["AERL_ROOT"], "conf", match[1]).glob("*.yaml")]
         return f"{match[1]}={match[2]}: no such option; {_suggest(match[2], options)}"
@@ -414,6 +419,20 @@ def explain(error: BaseException) -> str | None:
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_override(match[1], cause)
     return f"{text} {_omegaconf_line(cause)}".strip()
+
+
+# Our option of hydra/launcher over each of Hydra's, and the extra that brings that.
+_EXTRAS = {"joblib": ("gpus", "joblib"), "submitit_slurm": ("slurm", "slurm")}
+
+
+def _launcher_line(error: BaseException) -> str:
+    """What a launcher says of a job that it could not start, or that ended without an answer."""
+    name, text = type(error).__name__, str(error)
+    if name == "TerminatedWorkerError":
+        return "a worker was killed, for want of memory perhaps, and the others with it; the same command goes on"
+    if match := re.search(r"^Job (\S+) .* with path (.+)/[^/]+$", text, re.MULTILINE):
+        return f"job {match[1]} ended without a result; its output is in {match[2]}, and the same command goes on"
+    return " ".join(text.split())
 
 
 def _unknown_override(key: str, cause: OmegaConfBaseException) -> str:

@@ -11,10 +11,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl import config as schema
-from aerl import distributed, interrupt
+from aerl import distributed, gpus, interrupt
 from aerl.config import Config
 from aerl.files import sha256
 from aerl.record import Record, earlier_start, recorded
+from aerl.report import progress
 from aerl.report.multirun import note
 from aerl.report.page import written
 from aerl.report.table import show
@@ -34,7 +35,11 @@ def run(cfg: DictConfig) -> float | None:
 
     The same command is the same run: an unfinished one goes on, a finished one is shown again.
     """
-    _log_to_stderr()
+    _log_to_stderr(f"job {HydraConfig.get().job.num}: " if interrupt.is_worker() else "")
+    if interrupt.is_worker():
+        interrupt.work()
+        interrupt.heed(interrupt.heard())
+        interrupt.check()  # what it was asked during an earlier job
     overrides = list(HydraConfig.get().overrides.task)
     config = schema.read(schema.adopt(cfg, overrides))
     if config.hardware.distributed:
@@ -69,6 +74,8 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                  len(data.train), len(data.val), len(data.test), "x".join(map(str, data.image_shape)),
                  config.data_dir)  # fmt: skip
         return None
+    if "joblib" in HydraConfig.get().launcher._target_ and config.hardware.device != "cpu":
+        gpus.claim()
     parts = build(config)  # whatever is wrong is found here, before the run folder is touched
     with (
         interrupt.listening(),
@@ -102,14 +109,16 @@ def _show(summary: Mapping[str, Any]) -> None:
         show(summary)
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(label: str) -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
+    progress.label = label
     log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
     logging.raiseExceptions = False  # a full disk is told by the files that matter, not by a log's traceback
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
+    log.handlers[0].setFormatter(logging.Formatter(f"{label}%(message)s"))
 
 
 def _choices(*groups: str) -> dict[str, str]:

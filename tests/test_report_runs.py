@@ -77,7 +77,7 @@ def test_a_multirun_ends_with_its_table_and_with_the_jobs_that_left_no_folder(sw
     folder = home / re.search(r"written: (.*)/report\.html", table)[1]
     assert folder.is_relative_to(home / "out/multirun")
     assert {path.name for path in folder.iterdir()} == {
-        "jobs.jsonl", "report.html", "table.csv", "table.md", "table.tex",
+        "jobs", "report.html", "table.csv", "table.md", "table.tex",
     }  # fmt: skip
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -115,7 +115,7 @@ def test_only_the_jobs_of_the_last_start_are_told_and_a_killed_one_is(launch, tm
     assert re.search(r"^sl\s+2\s+[\d.]+ ± ", again.stdout, re.MULTILINE)
     assert "unfinished" not in again.stdout
     (folder,) = (tmp_path / "runs/multirun").iterdir()
-    assert len((folder / "jobs.jsonl").read_text().splitlines()) == 6
+    assert [len(file.read_text().splitlines()) for file in (folder / "jobs").iterdir()] == [3, 3]
 
 
 def test_it_imports_nothing_slow_and_says_what_is_wrong(swept, tmp_path):

@@ -1,34 +1,38 @@
 """The table at the end of a multirun, over exactly its jobs, also those that left no run folder.
 
-A Hydra callback notes each job's start and end, one JSON line each, in a manifest whose path the environment
-hands to workers in other processes; `aerl.run` adds the run folder. Hydra itself is not imported: it calls a
-callback's methods by their names. Nothing heavy is imported before a multirun ends.
+A Hydra callback notes each job's start and end, one JSON line each, in a folder that has a file for each job;
+`aerl.run` adds the run folder. Hydra itself is not imported: it calls a callback's methods by their names.
+Nothing heavy is imported before a multirun ends.
 """
 
 import contextlib
 import json
-import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aerl import interrupt
 from aerl.distributed import is_main
 
-_VARIABLE = "AERL_MULTIRUN"
-_manifest: Path | None = None  # of the multirun that this very process has started
+_manifest: Path | None = None  # the folder of the multirun under way
 
 
 def note(job: int, **news: Any) -> None:
     """Add to what is known of a job of the multirun under way; without one this does nothing."""
-    if is_main() and (manifest := os.environ.get(_VARIABLE)):
-        # One short write to a file opened for appending: lines of several processes do not mix.
-        with Path(manifest).open("a") as file:
-            file.write(json.dumps({"job": job, **news}) + "\n")
+    # A requeued job may outlive the folder.
+    if is_main() and _manifest is not None and _manifest.is_dir():
+        # A file for each job: two machines that append to one file over NFS overwrite each other's lines.
+        with (_manifest / f"{job}.jsonl").open("a") as file:
+            file.write(json.dumps(news) + "\n")
 
 
 class Manifest:
-    """The Hydra callback."""
+    """The Hydra callback. Workers in other processes, also those of a requeued job, get it pickled."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config import sweep_name
@@ -39,25 +43,28 @@ class Manifest:
             return
         global _manifest
         folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
-        manifest = folder / "jobs.jsonl"
+        jobs = folder / "jobs"
         try:
             with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                manifest.write_text("")
+                shutil.rmtree(jobs, ignore_errors=True)
+                jobs.mkdir(parents=True, exist_ok=True)
         except UserError as error:
             sys.exit(f"error: {error}")  # any other exception Hydra would warn of, and go on
-        _manifest = manifest
-        os.environ[_VARIABLE] = str(_manifest)
+        _manifest = self.folder = jobs
+        if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time is done in this process
+            interrupt.hand_on()
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        os.environ.pop(_VARIABLE, None)  # of a multirun that has started this command
+        """Hydra calls every method of a callback."""
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
-        if os.environ.get(_VARIABLE):
+        global _manifest
+        _manifest = self.folder
+        if self.folder is not None:
             note(config.hydra.job.num, status="started", overrides=list(config.hydra.overrides.task))
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
-        if not os.environ.get(_VARIABLE):
+        if self.folder is None:
             return
         from aerl.config import explain
 
@@ -77,7 +84,7 @@ class Manifest:
 
 def conclude() -> None:
     """Print and write the tables over the jobs of the multirun that this process has started, if it has."""
-    if _manifest is None or not _manifest.is_file():
+    if _manifest is None or not _manifest.is_dir():
         return
     from aerl.report import page, runs
     from aerl.types import UserError
@@ -92,7 +99,7 @@ def conclude() -> None:
             failed.append(_reason(f"job {number} ({' '.join(told)})", job))
     if not jobs:  # told already: the command line was wrong
         with contextlib.suppress(OSError):
-            _manifest.unlink()
+            _manifest.rmdir()
             _manifest.parent.rmdir()
             _manifest.parent.parent.rmdir()
     if not folders and not failed:
@@ -114,13 +121,15 @@ def conclude() -> None:
 def _jobs(manifest: Path) -> dict[int, dict[str, Any]]:
     """What was noted of each job, the later over the earlier; a line torn by a killed process is passed over."""
     jobs: dict[int, dict[str, Any]] = {}
-    for news in _lines(manifest):
-        jobs.setdefault(news["job"], {"status": "started", "overrides": []}).update(news)
+    for file in manifest.glob("*.jsonl"):
+        job = jobs[int(file.stem)] = {"status": "started", "overrides": []}
+        for news in _lines(file):
+            job.update(news)
     return jobs
 
 
-def _lines(manifest: Path) -> Iterator[dict[str, Any]]:
-    for line in manifest.read_text().splitlines():
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text().splitlines():
         try:
             yield json.loads(line)
         except ValueError:

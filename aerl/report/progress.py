@@ -12,6 +12,7 @@ from aerl.distributed import is_main
 
 _LIVE_SECONDS = 0.2  # between two redrawings of the bar
 _PLAIN_SECONDS = 10.0  # between two plain lines
+label = ""  # before each plain line, where several processes share the terminal, which then has no bar
 
 
 class Meter:
@@ -84,7 +85,7 @@ def progress(description: str, total: int, unit: str = "images", *, start: int =
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(label + line, file=sys.stderr, flush=True)
 
 
 def _number(name: str, value: Any) -> str:
@@ -97,7 +98,7 @@ def _live() -> bool:
     """Whether stderr is a terminal that can redraw a line. Rich alone would believe FORCE_COLOR in CI."""
     from rich.console import Console
 
-    return sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
+    return not label and sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal
 
 
 @contextlib.contextmanager
