@@ -28,6 +28,15 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+def results_of(folder):
+    """Every line of results.jsonl but those that tell times."""
+    return [
+        (r.metric, r.split, r.attack, r.step, r.value)
+        for r in read_results(folder / "results.jsonl")
+        if r.metric not in ("images_per_second", "seconds")
+    ]
+
+
 def only_run(tmp_path, depth="*/*/*/*/*"):
     folders = [path.parent for path in (tmp_path / "runs").glob(f"{depth}/summary.json")]
     assert len(folders) == 1, folders
@@ -256,13 +265,7 @@ def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_di
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     outcomes = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in ("cut", "whole")]
     assert all(np.array_equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[1])
-    timing = {"images_per_second", "seconds"}
-    lines = [
-        [(r.metric, r.split, r.attack, r.step, r.value) for r in read_results(tmp_path / f"runs/{name}/results.jsonl")
-         if r.metric not in timing]
-        for name in ("cut", "whole")
-    ]  # fmt: skip
-    assert lines[0] == lines[1]
+    assert results_of(tmp_path / "runs/cut") == results_of(tmp_path / "runs/whole")
 
 
 # The command line with a checkpoint after every epoch, so that the test need not wait for one.
