@@ -33,6 +33,7 @@ def main(cfg: DictConfig) -> float | None:
         tell(error)
         if HydraConfig.get().mode is RunMode.RUN:
             sys.exit(1)
+        told.append(error)
         raise  # Hydra runs the other jobs of the multirun, and then raises it again
 
 
@@ -78,6 +79,7 @@ def tell(error: Exception) -> None:
 
 
 register()
+told: list[Exception] = []  # of the jobs of a multirun
 
 if __name__ == "__main__":
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -89,7 +91,8 @@ if __name__ == "__main__":
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        tell(error)
+        if error not in told:
+            tell(error)
         interrupt = sys.modules.get("aerl.interrupt")
         sys.exit(interrupt.REQUEUE if interrupt and interrupt.heard() else 1)
     finally:

@@ -234,6 +234,25 @@ def sweep_name(overrides: Collection[str]) -> str:
     return f"multirun/{_file_name(kept) or 'default'}"
 
 
+def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
+    """The overrides of every job that a multirun is going to have; None where its sweeper finds them as it goes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if not cfg.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    words = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*words, *cfg.hydra.overrides.task])
+    try:
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except HydraException:  # which the sweeper is about to raise itself
+        return None
+    return jobs
+
+
 def _file_name(words: Collection[str]) -> str:
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,")
     if len(name) > 120:  # file systems end at 255 bytes

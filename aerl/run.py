@@ -59,8 +59,11 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         note(HydraConfig.get().job.num, folder=str(folder.absolute()))
     summary = distributed.from_main(lambda: earlier_start(folder, config))
     if summary.get("status") == "finished":
-        _show(summary)
-        log.info("This run was finished before; nothing was done. overwrite=true does it again.")
+        if HydraConfig.get().mode is RunMode.MULTIRUN:  # its table tells what was found
+            log.info("was finished before: %s", folder)
+        else:
+            _show(summary)
+            log.info("This run was finished before; nothing was done. overwrite=true does it again.")
         return _headline(summary)
 
     choices = _choices("dataset", "model")

@@ -7,9 +7,12 @@ Nothing heavy is imported before a multirun ends.
 
 import contextlib
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,10 @@ from aerl import interrupt
 from aerl.distributed import is_main
 
 _manifest: Path | None = None  # the folder of the multirun under way
+_then: list[str] = []  # the run that follows it
+
+# What is overridden for the jobs is also meant for the run that follows them; dataset and model it takes from theirs.
+_CARRIED = ("norm", "eps", "evaluation", "hardware", "logger", "runs_dir", "data_dir", "overwrite")
 
 
 def note(job: int, **news: Any) -> None:
@@ -31,26 +38,37 @@ def note(job: int, **news: Any) -> None:
 class Manifest:
     """The Hydra callback. Workers in other processes, also those of a requeued job, get it pickled."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Sequence[str] = ()) -> None:
+        """`then`: the overrides of a run that follows once all jobs are done. In them {runs} stands for the run
+        folders of the jobs, {first} for the first of these, and {folder} for the multirun's under runs_dir."""
+        self.then = list(then)
         self.folder: Path | None = None
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config import sweep_name
+        from aerl.config import sweep_jobs, sweep_name
         from aerl.files import writing
+        from aerl.report.status import PLAN, planned
         from aerl.types import UserError
 
         if not is_main():
             return
-        global _manifest
-        folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
-        jobs = folder / "jobs"
+        global _manifest, _then
+        words = list(config.hydra.overrides.task)
+        launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
+        command = ["launch.py", *([] if "multirun_sweeps" in " ".join(words) else ["-m"]), *launcher, *words]
+        folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words) / "jobs"
+        jobs = sweep_jobs(config)
         try:
             with writing(folder):
-                shutil.rmtree(jobs, ignore_errors=True)
-                jobs.mkdir(parents=True, exist_ok=True)
+                if jobs is None or jobs != planned(folder):  # else what is known of them still holds
+                    shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / PLAN).write_text(json.dumps({"command": command, "jobs": jobs}))
         except UserError as error:
             sys.exit(f"error: {error}")  # any other exception Hydra would warn of, and go on
-        _manifest = self.folder = jobs
+        _manifest = self.folder = folder
+        carried = [word for word in words if re.split("[=.]", word)[0] in _CARRIED]
+        _then = [*self.then, *carried] if self.then else []
         if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time is done in this process
             interrupt.hand_on()
 
@@ -86,60 +104,48 @@ def conclude() -> None:
     """Print and write the tables over the jobs of the multirun that this process has started, if it has."""
     if _manifest is None or not _manifest.is_dir():
         return
-    from aerl.report import page, runs
+    from aerl.report import page, runs, status
     from aerl.types import UserError
 
-    jobs, folders, failed = _jobs(_manifest), [], []
-    shared = set.intersection(*(set(job["overrides"]) for job in jobs.values())) if len(jobs) > 1 else set()
-    for number, job in sorted(jobs.items()):
-        if job["status"] == "finished":
-            folders += [Path(job["folder"])] if "folder" in job else []
-        else:
-            told = [word for word in job["overrides"] if word not in shared]
-            failed.append(_reason(f"job {number} ({' '.join(told)})", job))
-    if not jobs:  # told already: the command line was wrong
+    out = _manifest.parent
+    jobs = status.jobs(out)
+    if all(job.state == "left" for job in jobs):  # told already: the command line was wrong
+        shutil.rmtree(_manifest)
         with contextlib.suppress(OSError):
-            _manifest.rmdir()
-            _manifest.parent.rmdir()
-            _manifest.parent.parent.rmdir()
-    if not folders and not failed:
+            out.rmdir()
+            out.parent.rmdir()
         return
-    seen = runs.overview(dict.fromkeys(folders), failed)
-    runs.show(seen)
+    folders = dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None)
+    seen = runs.overview(folders, status.listed(jobs, "failed", "unfinished"))
+    if folders or seen.failed:
+        runs.show(seen)
     for line in seen.doubts:
         print(line, file=sys.stderr)
-    out = _manifest.parent
+    done = all(job.state == "done" for job in jobs)
+    print(f"\n{status.count(jobs)}{'' if done else '; the same command does what is not done'}")
     try:
         runs.write_tables(seen, out)
         page.write_set(seen, out)
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
-        return
-    print(f"\nwritten: {runs.shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
+    else:
+        print(f"written: {runs.shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
+    sys.stdout.flush()
+    if _then and done:
+        _follow([str(folder) for folder in folders])
 
 
-def _jobs(manifest: Path) -> dict[int, dict[str, Any]]:
-    """What was noted of each job, the later over the earlier; a line torn by a killed process is passed over."""
-    jobs: dict[int, dict[str, Any]] = {}
-    for file in manifest.glob("*.jsonl"):
-        job = jobs[int(file.stem)] = {"status": "started", "overrides": []}
-        for news in _lines(file):
-            job.update(news)
-    return jobs
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-def _reason(name: str, job: Mapping[str, Any]) -> str:
-    from aerl.report.runs import one_line, shown
-
-    what = f"{name}, {shown(Path(job['folder']))}" if "folder" in job else name
-    if job["status"] == "failed":
-        return f"failed: {what}: {one_line(job['error'])}"
-    return f"unfinished: {what}: killed or interrupted; the same command goes on with it"
+def _follow(folders: Sequence[str]) -> None:
+    """The run that needs all jobs' results; this command fails where it does."""
+    assert _manifest is not None
+    place = {
+        "runs": ",".join(f'"{folder}"' for folder in folders),
+        "first": folders[0],
+        "folder": "/".join(_manifest.parent.parts[-2:]),
+    }
+    command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py"))]
+    command += [word.format_map(place) for word in _then]
+    ours = ("HYDRA_FULL_ERROR", "TORCHELASTIC_RUN_ID")  # of this process alone
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    if code := subprocess.run(command, env=environment).returncode:
+        sys.exit(code)
