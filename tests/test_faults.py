@@ -111,7 +111,10 @@ def is_whole(tmp_path, process):
     return line, summary
 
 
-@pytest.mark.parametrize("fault", ["refuses", "rejects", pytest.param("stalls", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fault",
+    ["rejects", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("refuses", "stalls"))],
+)
 def test_a_run_that_cannot_begin_at_wandb_is_recorded_offline(tmp_path, data_dir, fault, refusing):
     server = None if fault == "refuses" else WandB(fault)
     url = refusing if server is None else server.url
