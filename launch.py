@@ -67,9 +67,9 @@ def gpus() -> int:
 def tell(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config import explain
-    from aerl.distributed import is_main
+    from aerl.distributed import speaks
 
-    if not is_main():
+    if not speaks():
         return
     line = explain(error)
     if line is None or wants_traceback:
@@ -98,3 +98,5 @@ if __name__ == "__main__":
     finally:
         if multirun := sys.modules.get("aerl.report.multirun"):  # Hydra has imported its callback
             multirun.conclude()
+        if distributed := sys.modules.get("aerl.distributed"):
+            distributed.leave()

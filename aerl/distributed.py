@@ -171,6 +171,21 @@ def spread(model: "Module") -> None:
             distributed.broadcast(tensor, 0)
 
 
+def speaks() -> bool:
+    """Whether an error that all processes have is for this one to tell; until they have met, each tells it."""
+    return is_main() or _store is None
+
+
+def leave() -> None:
+    """To be called last: the others end after the first, because torchrun ends all as soon as one has failed."""
+    if _store is None:
+        return
+    if is_main():
+        _store.set("left", "")
+    else:
+        _store.wait(["left"], _PATIENCE)
+
+
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """`folder` itself for the first process; for each of the others one that nobody reads, and soon gone."""

@@ -24,7 +24,7 @@ NET = (
     "model.mean=[0.3]",
     "model.std=[0.3]",
 )
-QUICK = (*NET, "evaluation.samples=40", "evaluation.batch_size=4", "logger=none", "analysis=none", "eps=0.3")
+QUICK = (*NET, "evaluation.samples=40", "evaluation.batch_size=2", "logger=none", "analysis=none", "eps=0.3")
 
 
 def net(num_classes: int, channels: int, size: tuple[int, int]) -> torch.nn.Module:
@@ -124,9 +124,9 @@ def test_one_process_writes_and_says_how_many_there_were(trained):
 
 def test_the_outcomes_are_those_of_one_process(trained, start, place):
     """Of three batches of a first stage and of all sorts of later ones, to the last bit."""
-    words = ("trainer=none", f"checkpoint={trained[0]}", *QUICK, "evaluation.samples=12",
+    words = ("trainer=none", f"checkpoint={trained[0]}", *QUICK, "evaluation.samples=6",
              "attack=[noise,pgd,autoattack]", "attack.pgd.restarts=2", "attack.pgd.steps=20",
-             "attack.autoattack.batch_size=4", "attack.autoattack.queries=30", "evaluation.survivors_only=true",
+             "attack.autoattack.batch_size=2", "attack.autoattack.queries=30", "evaluation.survivors_only=true",
              )  # fmt: skip
     for name, torchrun in (("judged-one", ()), ("judged-two", TORCHRUN)):
         done = ended(start(torchrun, *words, f"name={name}"))
@@ -143,9 +143,7 @@ def test_a_multirun_goes_on_after_a_job_that_fails(start, place):
     words = ("-m", "trainer.batch_size=32,33,64", "trainer.epochs=1", "attack=fgsm", *QUICK, "runs_dir=swept")
     done = ended(start(TORCHRUN, *words))
     assert done.returncode == 1
-    assert (
-        done.stderr.count("trainer.batch_size=33: cannot be shared evenly by the 2 processes") == 2
-    )  # and Hydra's
+    assert done.stderr.count("trainer.batch_size=33: cannot be shared evenly by the 2 processes") == 1
     finished = [json.loads(path.read_text())["status"] for path in place.glob("swept/digits/**/summary.json")]
     assert sorted(finished) == ["failed", "finished", "finished"]
     assert "failed: job 1 (trainer.batch_size=33)" in done.stdout
@@ -164,6 +162,7 @@ def test_a_process_that_fails_alone_takes_the_others_with_it(start, place):
     assert "error: process 1 of 2: a fault of this process alone" in done.stderr
 
 
+@pytest.mark.slow
 def test_told_to_end_all_stop_at_the_same_step_and_go_on(start, place):
     """Once in training and once in an attack; then it ends as one that nobody disturbed."""
     words = ("trainer=rl", "trainer.epochs=6", "attack=[pgd]", "attack.pgd.steps=1500", "attack.pgd.drop_fooled=false",
@@ -193,4 +192,4 @@ def test_torchrun_and_the_configuration_must_agree(start, place):
     ]
     each = ended(start(TORCHRUN, "hardware=cpu"))
     assert each.returncode == 1
-    assert each.stderr.count("error: hardware.distributed=false: torchrun has started 2 processes") == 1
+    assert "error: hardware.distributed=false: torchrun has started 2 processes" in each.stderr
