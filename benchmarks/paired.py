@@ -1,26 +1,52 @@
 """Timing that survives a noisy machine: the candidates take turns, and only ratios of medians are told."""
 
-import atexit
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 
-def time_in_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each candidate, `rounds` times A B C, A B C, ... after one uncounted round."""
+@dataclass(frozen=True)
+class Timed:
+    """What a candidate returns that has timed itself, because its call does more than what is to be timed."""
+
+    seconds: float
+    result: Any = None
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where it is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any], times: int = 1) -> Timed:
+    """Seconds of one of `times` calls, and what the last of them returned."""
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        result = call()
+    synchronize()
+    return Timed((time.perf_counter() - began) / times, result)
+
+
+def time_in_turns(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate, `rounds` times A B C, A B C, ..., with `warm_up` after an uncounted one."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(-warm_up, rounds):
         for name, call in candidates.items():
-            began = time.perf_counter()
-            call()
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - began)
+            found = timed(call)
+            if turn >= 0:
+                own = found.result.seconds if isinstance(found.result, Timed) else found.seconds
+                seconds[name].append(own)
     return seconds
 
 
@@ -29,27 +55,34 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def in_its_own_process(make: Callable[..., Callable[[], object]], *args: object) -> Callable[[], None]:
-    """`make(*args)` lives in a process of its own; calling the result runs it there once.
+@contextmanager
+def in_its_own_process(make: Callable[..., Callable[..., Any]], *args: object) -> Iterator[Callable[..., Any]]:
+    """`make(*args)` lives in a process of its own; what is yielded calls there what it returned.
 
-    For a candidate that must not profit from what another one does to the whole process.
+    For a candidate that must not profit from what another one does to the whole process. Everything that goes
+    there or comes back is pickled: modules and tensors on the CPU.
     """
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_serve, args=(theirs, make, args))
     process.start()
-    atexit.register(ours.send, False)
+    theirs.close()
 
-    def call() -> None:
-        ours.send(True)
-        ours.recv()
+    def call(*words: object) -> Any:
+        ours.send(words)
+        return ours.recv()
 
-    return call
+    try:
+        yield call
+    finally:
+        ours.close()
+        process.join()
 
 
-def _serve(
-    connection: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]
-) -> None:
+def _serve(connection: Connection, make: Callable[..., Callable[..., Any]], args: tuple[object, ...]) -> None:
     call = make(*args)
-    while connection.recv():
-        call()
-        connection.send(None)
+    while True:
+        try:
+            words = connection.recv()
+        except EOFError:  # nobody asks any more
+            return
+        connection.send(call(*words))

@@ -1,18 +1,22 @@
-"""A trained, undefended AliCNN on 3x32x32 images, for the attacks to be timed on."""
+"""Trained AliCNNs on 3x32x32 images, undefended and adversarially trained, for the attacks to be timed on."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from aerl.attacks import pgd
 from aerl.data import DataSplits, Split, prepare
 from aerl.data.sources import cifar, digits
 from aerl.hardware import Hardware
 from aerl.models import AliCNN, Classifier
 from aerl.objectives import Labels
 from aerl.results import ResultLog
-from aerl.train import Recipe, fit
+from aerl.train import Adversary, Recipe, fit
+
+Defence = Literal["undefended", "pgd_at"]
 
 
 def images_32(cifar10: Path | None, data_dir: Path) -> DataSplits:
@@ -34,13 +38,31 @@ def images_32(cifar10: Path | None, data_dir: Path) -> DataSplits:
     )
 
 
-def trained(data: DataSplits, hardware: Hardware, folder: Path, images: int) -> Classifier:
-    """Trained for three epochs on the first `images` training images."""
+def trained(
+    data: DataSplits, hardware: Hardware, folder: Path, images: int, defence: Defence = "undefended"
+) -> Classifier:
+    """Trained for three epochs on the first `images` training images; `pgd_at` on PGD-5, L2 eps 0.5."""
     torch.manual_seed(0)
     net = AliCNN(num_classes=data.num_classes, channels=3, size=(32, 32))
     model = hardware.place(Classifier(net, data.mean, data.std))
-    few = replace(data, train=Split(data.train.images[:images], data.train.labels[:images]))
-    recipe = Recipe(epochs=3, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=1e-3), act=Labels())
-    identity = {"run_id": "victim", "seed": 0, "dataset": "", "model": "alicnn", "trainer": "sl"}
-    fit(model, few, recipe, hardware, seed=0, folder=folder / "victim", results=ResultLog(folder, identity))
-    return model
+    few = replace(
+        data,
+        train=Split(data.train.images[:images], data.train.labels[:images]),
+        val=Split(data.val.images[:500], data.val.labels[:500]),
+    )
+    attack = partial(
+        pgd, norm="L2", eps=0.5, steps=5, step_size=0.15, loss="ce", drop_fooled=False, keep="last"
+    )
+    adversary = Adversary(attack, weight=1.0, start_epoch=0, objective="alone")
+    recipe = Recipe(
+        epochs=3,
+        batch_size=64,
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        act=Labels(),
+        adversary=adversary if defence == "pgd_at" else None,
+    )
+    folder = folder / defence
+    folder.mkdir()
+    log = ResultLog(folder, {"run_id": "", "seed": 0, "dataset": "", "model": "alicnn", "trainer": defence})
+    fit(model, few, recipe, hardware, seed=0, folder=folder, results=log)
+    return model.eval()
