@@ -133,7 +133,13 @@ def robust_accuracy(model: nn.Module, x_adv: Tensor, y: Tensor) -> float:
 
 
 def measure(
-    models: Mapping[str, nn.Module], data: DataSplits, hardware: Hardware, rounds: int, *, samples: int, steps: int
+    models: Mapping[str, nn.Module],
+    data: DataSplits,
+    hardware: Hardware,
+    rounds: int,
+    *,
+    samples: int,
+    steps: int,
 ) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal) of PGD on the models by name; every attack starts at the clean image.
 
@@ -152,7 +158,16 @@ def measure(
 
 
 def _pgd(
-    model: nn.Module, x: Tensor, y: Tensor, size: int, rounds: int, *, who: str, norm: str, eps: float, steps: int
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    size: int,
+    rounds: int,
+    *,
+    who: str,
+    norm: str,
+    eps: float,
+    steps: int,
 ) -> list[tuple[str, str, str]]:
     ours = partial(
         pgd, model, generator=BatchGenerator(torch.Generator()), norm=norm, eps=eps, steps=steps,
@@ -164,9 +179,7 @@ def _pgd(
         "aerl": ours,
     }
     absent = missing()
-    attacks |= {
-        name: make(model, norm, eps, steps) for name, make in LIBRARIES.items() if name not in absent
-    }
+    attacks |= {name: make(model, norm, eps, steps) for name, make in LIBRARIES.items() if name not in absent}
     if norm == "L2":
         attacks["cleverhans' formula"] = partial(cleverhans_formula, model, eps=eps, steps=steps)
 
@@ -187,18 +200,20 @@ def _pgd(
     return rows
 
 
-def users_autoattack(model: nn.Module, split: Split, device: torch.device) -> Callable[[str, float, int], Timed]:
-    """pyautoattack by itself: a contiguous model in eval mode on PyTorch's defaults, as its README shows it.
+def users_autoattack(
+    models: Mapping[str, nn.Module], split: Split, device: torch.device
+) -> Callable[[str, str, float, int], Timed]:
+    """pyautoattack by itself: contiguous models in eval mode on PyTorch's defaults, as its README shows it.
 
-    What is called with (norm, eps, samples) tells the seconds, and which of the first samples are robust.
+    What is called with (model, norm, eps, samples) tells the seconds, and which of the first samples are robust.
     """
     from pyautoattack import AutoAttack as Library
 
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    model = model.to(device).eval()
     x, y = to_unit(split.images).to(device), split.labels.to(device)
 
-    def attack(norm: str, eps: float, samples: int) -> Timed:
+    def attack(who: str, norm: str, eps: float, samples: int) -> Timed:
+        model = models[who].to(device).eval()
         library = Library(model, device=device, eps=eps, norm=norm, seed=0, version="standard")
         run = partial(library.run_standard_evaluation, x[:samples], y[:samples], batch_size=_AUTOATTACK_BATCH)
         done = timed(run)
@@ -210,19 +225,28 @@ def users_autoattack(model: nn.Module, split: Split, device: torch.device) -> Ca
 
 
 def measure_autoattack(
-    models: Mapping[str, nn.Module], data: DataSplits, hardware: Hardware, rounds: int, *, samples: Mapping[str, int]
+    models: Mapping[str, nn.Module],
+    data: DataSplits,
+    hardware: Hardware,
+    rounds: int,
+    *,
+    samples: Mapping[str, int],
 ) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal) of AutoAttack standard, on so many `samples` for each model by name.
 
     Both with the same seed and batches, so that the same samples should withstand them.
     """
     torch.backends.cudnn.benchmark = False
+    chosen = subset(data.test, max(samples.values()))
+    plain = {
+        name: copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for name, model in models.items()
+    }
     rows = []
-    for who, model in models.items():
-        split = subset(data.test, samples[who])
-        plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        with in_its_own_process(users_autoattack, plain, split, hardware.device) as theirs:
-            theirs("L2", 1e-3, 2)  # by which it has loaded what it needs
+    with in_its_own_process(users_autoattack, plain, chosen, hardware.device) as theirs:
+        for who, model in models.items():
+            theirs(who, "L2", 100.0, 2)  # nothing withstands it; by then all is loaded
+            split = Split(chosen.images[: samples[who]], chosen.labels[: samples[who]])
             for norm, eps in THREATS:
                 rows.append(_autoattack(model, split, hardware, rounds, theirs, who=who, norm=norm, eps=eps))
     return rows
@@ -249,7 +273,7 @@ def _autoattack(
         return Timed(done.seconds)
 
     def library() -> Timed:
-        done = theirs(norm, eps, len(split))
+        done = theirs(who, norm, eps, len(split))
         masks["library"] = done.result
         return Timed(done.seconds)
 

@@ -13,7 +13,7 @@ _LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 _ONE_STEP = ("dataset.train_samples=64", "trainer.epochs=1", "attack=none", "analysis=none", "logger=none")
 
 
-def measure(rounds: int, scratch: Path) -> list[tuple[str, str, str]]:
+def measure(rounds: int, scratch: Path, smoke: bool) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal)."""
     rows = []
     for words in (["--help"], ["--cfg", "job"]):
@@ -23,8 +23,8 @@ def measure(rounds: int, scratch: Path) -> list[tuple[str, str, str]]:
             subprocess.run([sys.executable, str(_LAUNCH), *words], check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - began)
         rows.append((f"launch.py {' '.join(words)}", f"{statistics.median(seconds[1:]):.2f} s", "< 1 s"))
-    steps = [_first_step(scratch / f"step{turn}", scratch / "data") for turn in range(rounds + 1)]
-    warm = f"{statistics.median(steps[1:]):.2f} s"
+    steps = [_first_step(scratch / f"step{turn}", scratch / "data") for turn in range(rounds + (not smoke))]
+    warm = f"{statistics.median(steps[not smoke :]):.2f} s"
     rows.append(("launch.py, until the first training step is logged, warm", warm, "< 6 s"))
     for what, words in (
         ("launch.py --help", ["--help"]),

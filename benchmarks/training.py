@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stderr, suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -49,10 +49,14 @@ class Work:
     size: int
     width: float = 1.0
 
-    def __str__(self) -> str:
+    @property
+    def shape(self) -> str:
         name = {"cnn": "6-layer CNN", "alicnn": "AliCNN", "resnet18": "ResNet-18"}[self.net]
-        shape = f"{self.size}x{self.size}"
-        return f"{self.trainer}, {name}{f' x{self.width}' if self.width != 1 else ''}, {shape}, batch {self.batch_size}"
+        narrow = "" if self.width == 1 else f" x{self.width}"
+        return f"{name}{narrow}, {self.size}x{self.size}, batch {self.batch_size}"
+
+    def __str__(self) -> str:
+        return f"{self.trainer}, {self.shape}"
 
 
 def works(net: str, hardware: Hardware, smoke: bool) -> list[Work]:
@@ -63,13 +67,16 @@ def works(net: str, hardware: Hardware, smoke: bool) -> list[Work]:
         sizes = dict.fromkeys(TRAINERS, 4)
     elif net == "resnet18" and hardware.device.type == "cpu":
         sizes = dict.fromkeys(TRAINERS, 16)  # 256 such images take a CPU minutes a step
-    return [Work(net, trainer, sizes[trainer], size, 0.1 if smoke else 1.0) for trainer in TRAINERS]
+    return [
+        Work(net, trainer, sizes[trainer], size, 0.1 if smoke and net == "cnn" else 1.0)
+        for trainer in TRAINERS
+    ]
 
 
 def network(work: Work, *, padded_by_pytorch: bool = False) -> nn.Module:
     shape: dict[str, Any] = {"num_classes": 10, "channels": 3, "size": (work.size, work.size)}
     if work.net == "alicnn":
-        return AliCNN(**shape, hidden=round(1024 * work.width))
+        return AliCNN(**shape)
     if work.net == "resnet18":
         return torchvision_net(**shape, arch="resnet18", resize=None)
     return (PaddedByPyTorch if padded_by_pytorch else CNN)(**shape, width=work.width)

@@ -48,7 +48,7 @@ def trained(
     few = replace(
         data,
         train=Split(data.train.images[:images], data.train.labels[:images]),
-        val=Split(data.val.images[:500], data.val.labels[:500]),
+        val=Split(data.val.images[: images // 8], data.val.labels[: images // 8]),
     )
     attack = partial(
         pgd, norm="L2", eps=0.5, steps=5, step_size=0.15, loss="ce", drop_fooled=False, keep="last"
