@@ -64,7 +64,7 @@ def works(net: str, hardware: Hardware, smoke: bool) -> list[Work]:
     size = 224 if net == "resnet18" and not smoke else 32
     sizes = {"sl": 256, "rl": 32, "rl_adv": 32}
     if smoke:
-        sizes = dict.fromkeys(TRAINERS, 4)
+        sizes = dict.fromkeys(TRAINERS, 2)
     elif net == "resnet18" and hardware.device.type == "cpu":
         sizes = dict.fromkeys(TRAINERS, 16)  # 256 such images take a CPU minutes a step
     return [
@@ -168,6 +168,7 @@ def papers_loop(work: Work, device: torch.device) -> Callable[[], None]:
     loader = DataLoader(
         PerImage(random_split(1024 if work.size == 32 else 128, work.size)),
         work.batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True,
+        multiprocessing_context="fork",  # Linux's default, which a process that was spawned itself has lost
     )  # fmt: skip
     batches = forever(loader)
 

@@ -1,0 +1,80 @@
+"""The benchmarks run, and what they compute from measurements is right; what they measure is no test's business."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.attacks import missing
+from benchmarks.scaling import exponent, headline, makespan
+from tests.conftest import ROOT
+
+
+def test_smoke_prints_the_rows_of_every_part(tmp_path):
+    """In tiny sizes; the parts that start many runs of launch.py are left to a reader with minutes to spare."""
+    out = tmp_path / "table.md"
+    parts = [word for part in ("training", "attacks", "memory") for word in ("--only", part)]
+    command = [sys.executable, "-m", "benchmarks", "--smoke", *parts, "--net", "alicnn", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    text = out.read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", text, re.MULTILINE)[1:]
+    for trainer in ("sl", "rl", "rl_adv"):
+        for what in ("over the paper's loop", "over the bare step's", "share of the matmul peak"):
+            (found,) = [told for name, told, _ in rows if name.startswith(f"{trainer}, ") and what in name]
+            assert float(re.match(r"[\d.]+", found)[0]) > 0
+    present = {"torchattacks", "foolbox", "art"} - set(missing())
+    for model in ("undefended", "pgd_at"):
+        for norm in ("L2", "Linf"):
+            mine = [name for name, _, _ in rows if f"{norm} eps" in name and f"{model} model" in name]
+            assert {name.split(": ")[-1].split("'")[0] for name in mine} >= present
+            assert sum("over the bare loop" in name for name in mine) == 1
+    for name in missing():
+        assert (f"PGD by {name}", "left out: not installed, see the bench extra", "") in rows
+    assert sum("peak memory" in name for name, _, _ in rows) == 2
+    assert "SMOKE" in text and "SMOKE" in done.stdout
+
+
+def test_the_exponent_of_a_power():
+    assert exponent([1, 2, 4], [3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
+
+
+def test_the_headline_grid_costs_what_its_parts_do():
+    """Epochs of so many images, and attacks of so many passes, at one a second."""
+    speeds = {"sl": 1.0, "rl": 1.0, "rl_adv": 0.5}
+    hours = headline(speeds, passes_per_second=float("inf"))
+    assert len(hours) == 27
+    assert hours[0] == pytest.approx(100 * 45_000 / 3600)
+    assert hours[-1] == pytest.approx(100 * 114_021 * (0.333 / 0.5 + 0.667) / 3600)
+    speeds = dict.fromkeys(speeds, float("inf"))
+    hours = headline(speeds, passes_per_second=1.0, robust={"sl": 0.0, "rl": 0.5, "rl_adv": 1.0})
+    assert hours[0] == pytest.approx(10_000 * 330 / 3600)
+    assert hours[9] == pytest.approx(10_000 * (330 + 6_500) / 3600)
+
+
+def test_the_grid_takes_as_long_as_its_longest_run_where_workers_abound():
+    assert makespan([1.0, 3.0, 2.0], 64) == 3.0
+    assert makespan([1.0, 3.0, 2.0], 2) == 3.0
+    assert makespan([2.0, 2.0, 2.0], 2) == 4.0
+
+
+def test_what_needs_a_gpu_names_what_is_left(tmp_path, monkeypatch, capsys):
+    (tmp_path / "training-cnn.txt").touch()  # done before
+    monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path), "--dry-run"])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # this process keeps its own
+    gpu.main()
+    done = capsys.readouterr()
+    left = re.search(r"^left: (.*)$", done.out, re.MULTILINE)[1].split(", ")
+    assert "training-cnn" not in left and {"tests", "training-alicnn", "results"} <= set(left)
+    assert len(re.findall(r"^\+ ", done.err, re.MULTILINE)) == len(left)
+
+
+def test_a_step_that_is_cut_off_is_not_taken_for_done(tmp_path):
+    asleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert not gpu.run("asleep", asleep, tmp_path, seconds=0.2)
+    assert not gpu.run("failing", [sys.executable, "-c", "raise SystemExit(3)"], tmp_path, seconds=60)
+    assert not list(tmp_path.glob("*.txt"))
+    assert gpu.run("fine", [sys.executable, "-c", "print(7)"], tmp_path, seconds=60)
+    assert (tmp_path / "fine.txt").read_text() == "7\n"
