@@ -32,6 +32,7 @@ _PATIENCE = timedelta(days=100)
 _SECONDS_TO_AGREE = 10
 
 _store: Any = None
+_alone = False
 _jobs = 0
 
 
@@ -54,8 +55,19 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
+    """How many processes there are; 1 without torchrun, and while this one works alone."""
+    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work that only the first process does: nothing in it asks the others, who wait for the end of the run."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def local_rank() -> int:

@@ -102,7 +102,8 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
             _identify(config.checkpoint, record)
         outcomes, split = judge(parts, config, record)
         if distributed.is_main():
-            _analyse(parts, config, record, outcomes, split)
+            with distributed.alone():
+                _analyse(parts, config, record, outcomes, split)
     _show(record.summary)
     return _headline(record.summary)
 
@@ -202,7 +203,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     )
     not_made = {}
     for name, analysis in parts.analyses.items():
-        interrupt.heed(interrupt.heard())
+        distributed.heed()
         interrupt.check()
         try:
             analysis(context)

@@ -97,7 +97,7 @@ def values(folder: Path) -> list[float]:
 def trained(place, start):
     """RL with an adversary, which draws actions, shifts and attacks: on one process, and on two."""
     words = ("trainer=rl_adv", "trainer.adversary.start_epoch=1", "trainer.epochs=3", "attack=fgsm", *QUICK,
-             "dataset.augmentation.translate=0.1")  # fmt: skip
+             "dataset.augmentation.translate=0.1", "analysis=[curve]", "analysis.curve.samples=8")  # fmt: skip
     for name, torchrun in (("one", ()), ("two", TORCHRUN)):
         done = ended(start(torchrun, *words, f"name={name}"))
         assert done.returncode == 0, done.stderr
@@ -117,6 +117,7 @@ def test_training_shares_its_batches_and_stays_the_same(trained):
 def test_one_process_writes_and_says_how_many_there_were(trained):
     one, two = trained
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert "curve.png" in {path.name for path in (two / "figures").iterdir()}  # by attacks of the first alone
     summary = json.loads((two / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["environment"]["processes"] == "2"
     assert (two / "run.log").read_text().count("going on after") == 0

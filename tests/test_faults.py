@@ -248,6 +248,7 @@ def test_a_disk_that_fills_up_at_any_stage_is_told_and_the_run_goes_on(tmp_path,
     assert one == other
 
 
+@pytest.mark.slow
 def test_a_disk_full_of_wandb_costs_wandb_only(tmp_path, data_dir, disk):
     full = disk(tmp_path / "runs/r/wandb", 1)
     process = begin(tmp_path, data_dir, *WORDS, "logger.mode=offline")

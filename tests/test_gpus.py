@@ -148,6 +148,7 @@ def test_asked_to_end_the_workers_save_and_no_further_job_begins(tmp_path, data_
     )
 
 
+@pytest.mark.slow
 def test_a_job_that_submitit_preempts_saves_goes_on_and_ends_as_if_undisturbed(tmp_path, data_dir, launch):
     """Local mode: its own process, its own signal, its own requeueing."""
     words = ("trainer=rl", "trainer.epochs=8", *WORDS)

@@ -112,6 +112,7 @@ def test_no_multirun_is_told_in_one_line(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_the_transfer_grid_ends_with_the_matrix_of_its_runs(launch, tmp_path):
     words = ("multirun_sweeps=transfer", *QUICK[1:], "trainer.epochs=3", "eps=0.5", "runs_dir=here")
     done = launch(*words)
