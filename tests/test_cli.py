@@ -122,7 +122,7 @@ def test_tab_completion_completes_options(launch):
         (["runs_dir="], r"runs_dir=: .* at least 1 character"),
         (["runs_dir=file"], r"cannot read file/.*/summary.json: .*Not a directory.*"),
         (["runs_dir=/proc/x"], r"cannot write /proc/x/digits/alicnn/sl/default/seed0: No such file or directory"),
-        (["-m", "runs_dir=file", "seed=0,1"], r"cannot write .*/file/multirun/seed=0,1: Not a directory"),
+        (["-m", "runs_dir=file", "seed=0,1"], r"cannot write .*/file/multirun/seed=0,1/jobs: Not a directory"),
         (["data_dir=file"], r"data_dir=file: cannot hold the prepared data of digits .*"),
         (["hardware.threads=0"], r"hardware.threads=0: should be greater than or equal to 1"),
         (["hardware.threads=100000"], r"hardware.threads=100000: should be less than or equal to 1024"),
