@@ -51,6 +51,9 @@ def test_of_twelve_jobs_three_fail_and_the_same_command_does_these_three(launch,
     assert (first.stdout + first.stderr).count("dataset.path=d.npz: no such file") == 6
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/npz/**/summary.json")}
     assert len(finished) == 9
+    assert (
+        "dataset.path" in first.stdout and "dataset.source.path" not in first.stdout
+    )  # one column is enough
     code, told = status("runs", tmp_path)
     assert code == 1 and "12 jobs: 9 done, 3 failed, 0 left" in told
     for job, seed in ((9, 0), (10, 1), (11, 2)):

@@ -337,7 +337,9 @@ def test_sources_that_will_not_do_are_told_in_one_line_each_and_nothing_is_left(
     three = AliCNN(num_classes=3, channels=1, size=(8, 8)).state_dict()
     weights = {f"net.{name}": tensor for name, tensor in three.items()}
     weights |= {f"normalize.{name}": torch.ones(1, 1, 1, 1) for name in ("mean", "std")}
-    altered(home, "classes", weights=weights, summary=lambda s: s.pop("weights"))  # whose hash would be told first
+    altered(
+        home, "classes", weights=weights, summary=lambda s: s.pop("weights")
+    )  # whose hash would be told first
     (home / "alone").mkdir()
     shutil.copy(home / "a/checkpoints/best.pt", home / "alone/best.pt")
     (home / "empty").mkdir()

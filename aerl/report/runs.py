@@ -290,10 +290,12 @@ def _row(told: Mapping[str, str], runs: Sequence[Run], measured: Sequence[str]) 
 
 def _varied(runs: Sequence[Run]) -> list[str]:
     """The settings in which runs differ that have the same trainer and model, and the attack, if it is one of its."""
-    varied = []
+    varied: list[str] = []
     for key in dict.fromkeys(key for run in runs for key in run.settings):
         if _TOLD_OTHERWISE.match(key) or key == "attack":
             continue
+        if any(all(run.settings.get(key) == run.settings.get(other) for run in runs) for other in varied):
+            continue  # a copy, by interpolation
         values: dict[str, set[str]] = {}
         for run in runs:
             if (owner := _owner(key, run)) is not None:
