@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from aerl.attacks import AutoAttack, NoGradient, SampleGenerator, collect_warnings, pgd
+from aerl.attacks.autoattack import _drop_fooled
 from aerl.types import UserError
 
 STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -102,12 +103,47 @@ def test_marks_the_same_samples_as_the_library_called_directly(digits, short, no
     fooled = wrong(model, ours, y)
     assert 5 < fooled.sum() < 35
     assert torch.equal(fooled, wrong(model, theirs, y))
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours[~fooled], theirs[~fooled])
     assert (sizes(ours - x, norm) <= eps + 1e-6).all()
     assert ours.min() >= 0 and ours.max() <= 1
     # PGD is not far behind, and does not find what AutoAttack cannot.
     ours = pgd(model, x, y, generator=SampleGenerator.for_images(x, 3), norm=norm, eps=eps, restarts=2)
     assert abs(int(wrong(model, ours, y).sum()) - int(fooled.sum())) <= 1
+
+
+@pytest.mark.parametrize("name", ["apgd", "apgd_targeted"])
+@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.8), ("Linf", 0.12)])
+def test_apgd_does_the_same_to_samples_that_resist_and_asks_no_more_about_the_others(digits, norm, eps, name):
+    from pyautoattack import AutoAttack as Library
+
+    net, x, y = digits[0], digits[1][:40], digits[2][:40]
+    asked = []
+
+    def model(images):
+        asked.append(len(images))
+        return net(images)
+
+    def run(dropping):
+        apgd = getattr(Library(model, eps=eps, norm=norm, seed=0), name)
+        if dropping:
+            _drop_fooled(apgd, 10)
+        asked.clear()
+        apgd.init_hyperparam(x)
+        apgd.y_target = (y + 1) % 10
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            best, resists, _, found = apgd.attack_single_run(x, y)
+        assert apgd.model is model
+        return best, resists, found, sum(asked)
+
+    best, resists, _, all_passes = run(dropping=False)
+    same_best, same, first_found, passes = run(dropping=True)
+    assert 3 < resists.sum() < 35 and all_passes == 101 * 40
+    assert torch.equal(same, resists)
+    torch.testing.assert_close(same_best[resists], best[resists])
+    assert torch.equal(wrong(net, first_found, y), ~resists)
+    assert (sizes(first_found - x, norm) <= eps + 1e-6).all()
+    assert passes < 0.9 * all_passes
 
 
 @pytest.mark.parametrize("version", ["standard", "plus", "rand"])

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from aerl.attacks.modes import attacking, count_classes, input_gradient, warn
 from aerl.attacks.projections import norms
@@ -40,7 +41,9 @@ class AutoAttack:
         outcome may depend on this and on the order of the samples.
 
     Each component works on what the ones before have left, and a robust sample comes back as its clean
-    image: no source of transfer attacks.
+    image: no source of transfer attacks. Which samples are fooled is the library's finding; the model is not
+    asked about a sample any more once APGD has fooled it, so that its image is the first that does and not,
+    as in the library, the last.
 
     Few classes: targeted components aim at min(9, K - 1) classes. Targeted DLR needs four classes and is
     replaced by plain DLR for three; DLR needs three and is left out for two. Square in L2 needs images of
@@ -115,6 +118,9 @@ class AutoAttack:
             library.attacks_to_run = components
             library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
             library.square.n_queries = self.queries
+            if self.version != "rand":  # which averages over several passes, none of which decides alone
+                _drop_fooled(library.apgd, classes)
+                _drop_fooled(library.apgd_targeted, classes)
             found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
             return self._valid(found, x)
 
@@ -145,6 +151,39 @@ class AutoAttack:
         if not valid.all():
             warn("AutoAttack: it returned images outside the ball or the box; they count as not found")
         return torch.where(valid[:, None, None, None], found, x)
+
+
+def _drop_fooled(apgd: Any, classes: int) -> None:
+    """Let the library's `apgd` ask the model only about samples that it has not fooled yet in the same run.
+
+    It goes on to step all of its samples, each by its own gradient. For a fooled one it is given the logits
+    of a right answer that depends on nothing: then it keeps the image that fooled the model.
+    """
+    ask, whole_run = apgd.model, apgd.attack_single_run
+
+    def attack_single_run(x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
+        resists = torch.ones_like(y, dtype=torch.bool)
+
+        def model(images: Tensor) -> Tensor:
+            rows = resists.nonzero().flatten()
+            if len(rows) == len(y):
+                logits: Tensor = ask(images)
+            else:
+                right = F.one_hot(y, classes).float()
+                logits = right + 0 * images.flatten(1)[:, :1]  # so that there is a gradient: zero
+                if len(rows):
+                    logits = logits.index_put((rows,), ask(images[rows]))
+            resists.logical_and_(logits.detach().argmax(1) == y)
+            return logits
+
+        apgd.model = model
+        try:
+            found: tuple[Tensor, ...] = whole_run(x, y, x_init)
+        finally:
+            apgd.model = ask
+        return found
+
+    apgd.attack_single_run = attack_single_run
 
 
 @contextmanager
