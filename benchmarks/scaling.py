@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from aerl import evaluate
 from aerl.attacks import BatchGenerator, SampleGenerator, pgd
@@ -22,7 +23,16 @@ from aerl.data import Split, to_unit
 from aerl.hardware import Hardware
 from aerl.models import AliCNN, Classifier
 from benchmarks.paired import Timed, time_in_turns, timed
-from benchmarks.training import TRAINERS, Work, aerls_loop, bare_step, classifier, random_split, works
+from benchmarks.training import (
+    TRAINERS,
+    Work,
+    aerls_loop,
+    bare_step,
+    classifier,
+    operations,
+    random_split,
+    works,
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LINEAR = 1.1  # an exponent above this is named
@@ -97,7 +107,7 @@ def measure(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -> list
             "a multirun of digits: runs", partial(_multirun, scratch / "sweep"), runs, 1, warm_up=not smoke
         )
     )
-    return [*rows, headline_row(hardware, rounds, scratch, smoke)]
+    return [*rows, *headline_rows(hardware, rounds, scratch, smoke)]
 
 
 def _pgd(model: Classifier, split: Split, count: int, hardware: Hardware, steps: int) -> Tensor:
@@ -144,6 +154,7 @@ _ADVERSARIAL = 0.333  # of rl_adv's epochs, by conf/trainer/rl_adv.yaml
 _PAPER, _SUITE, _WITHSTOOD = 300, 30, 13_000
 # Shares that withstood the worst case, from the means of docs/results.md; on other data, of another net.
 _ROBUST = {"sl": 0.008, "rl": 0.011, "rl_adv": 0.080}
+_ASSUMED = 1e14  # operations a second that a GPU sustains, where none is there to be measured
 
 
 def headline(
@@ -179,8 +190,11 @@ def makespan(hours: list[float], workers: int) -> float:
     return max(busy)
 
 
-def headline_row(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -> tuple[str, str, str]:
-    """What the grid would cost on this machine, from the speeds of the 6-layer CNN measured here."""
+def headline_rows(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -> list[tuple[str, str, str]]:
+    """What the grid would cost on this machine, from the speeds of the 6-layer CNN measured here.
+
+    Without a GPU also what it would cost on one, from the operations counted and an assumed speed.
+    """
     candidates: dict[str, Callable[[], object]] = {}
     three = works("cnn", hardware, smoke)
     for work in three:
@@ -201,11 +215,24 @@ def headline_row(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) ->
     speeds = {work.trainer: work.batch_size / statistics.median(seconds[work.trainer]) for work in three}
     passes = batch * (3 * steps + 1) / statistics.median(seconds["attack"])
     hours = headline(speeds, passes)
-    unit = "GPU hours" if hardware.device.type == "cuda" else "hours of this CPU"
-    told = f"{sum(hours):,.0f} {unit}"
-    if hardware.device.type == "cuda":
-        # A run is one job and takes one GPU: more GPUs than runs stay idle.
-        told += f"; {makespan(hours, 64):,.1f} h on 64 GPUs, of which {min(64, len(hours))} have work"
+    gpu = hardware.device.type == "cuda"
     rates = ", ".join(f"{name} {speeds[name]:,.0f}" for name in TRAINERS)
+    told = _on_gpus(hours) if gpu else f"{sum(hours):,.0f} hours of this CPU"
     told += f" (measured: {rates} images/s in training, {passes:,.0f} passes/s in attacks)"
-    return f"EXTRAPOLATED, not run: multirun_sweeps=headline, {len(hours)} runs", told, ""
+    rows = [(f"EXTRAPOLATED, not run: multirun_sweeps=headline, {len(hours)} runs", told, "")]
+    if not gpu:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(x[:1])  # BatchNorm has nothing to normalise one image by
+        training = {work.trainer: _ASSUMED / operations(work) for work in three}
+        hours = headline(training, _ASSUMED / counter.get_total_flops())
+        told = f"{_on_gpus(hours)} ({sum(hours) * 3600 * _ASSUMED:.2g} operations)"
+        rows.append((f"the same on GPUs, by counting, at an ASSUMED {_ASSUMED / 1e12:.0f} TFLOP/s", told, ""))
+    return rows
+
+
+def _on_gpus(hours: list[float]) -> str:
+    """A run is one job and takes one GPU: more GPUs than runs stay idle."""
+    return (
+        f"{sum(hours):,.1f} GPU hours; {makespan(hours, 64):,.1f} h on 64 GPUs, "
+        f"of which {min(64, len(hours))} have work"
+    )
