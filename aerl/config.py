@@ -181,11 +181,21 @@ NOT_IDENTITY = ("runs_dir", "data_dir", "name", "overwrite", "prepare_data_only"
 
 def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that determines a run's numbers."""
-    kept = config.model_dump(exclude=set(NOT_IDENTITY))
-    kept["evaluation"].pop("batch_size")
-    if not config.hardware.distributed:  # which came later: runs made before it are still the same runs
-        kept["hardware"].pop("distributed")
-    return kept
+    return _identifying(config.model_dump())
+
+
+def _identifying(config: Mapping[Any, Any]) -> dict[str, Any]:
+    def counts(key: str, value: Any) -> bool:
+        # hardware.distributed came later: runs made before it are still the same runs.
+        return key != "evaluation.batch_size" and (key, value) != ("hardware.distributed", False)
+
+    return {
+        name: {key: value for key, value in part.items() if counts(f"{name}.{key}", value)}
+        if isinstance(part, Mapping)
+        else part
+        for name, part in config.items()
+        if name not in NOT_IDENTITY
+    }
 
 
 def config_hash(config: Config) -> str:
@@ -271,15 +281,12 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def difference(config: Config, folder: Path) -> str:
     """The first keys in which the configuration kept in a run folder differs from this one, for a reader."""
     try:
-        kept = dict(_leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+        kept = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return "its config.yaml cannot be read"
     here = dict(_leaves(identity(config)))
-    keys = [*here, *(key for key in kept if key not in here)]
-    there = {key: value for key, value in kept.items() if key.partition(".")[0] not in NOT_IDENTITY}
-    differing = [key for key in keys if (key in here or key in there) and here.get(key) != there.get(key)]
-    same_run = ("evaluation.batch_size", *(() if config.hardware.distributed else ("hardware.distributed",)))
-    differing = [key for key in differing if key not in same_run or there.get(key) is True]
+    there = dict(_leaves(_identifying(kept))) if isinstance(kept, Mapping) else {}
+    differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     told = [f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in differing[:2]]
     return "; ".join([*told, f"{len(differing) - 2} more"] if len(differing) > 2 else told)
 

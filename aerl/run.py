@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> float | None:
     _log_to_stderr(f"job {HydraConfig.get().job.num}: " if interrupt.is_worker() else "")
     if interrupt.is_worker():
         interrupt.work()
-        interrupt.heed(interrupt.heard())
+        distributed.heed()
         interrupt.check()  # what it was asked during an earlier job
     overrides = list(HydraConfig.get().overrides.task)
     config = schema.read(schema.adopt(cfg, overrides))
@@ -169,7 +169,8 @@ def _identify(judged: str, record: Record) -> None:
     path = checkpoint.find(judged)
     if "weights" in record.summary:
         checkpoint.check(path, record.summary["weights"]["sha256"], f"checkpoint={judged}")
-    record.save(weights={"file": str(path), "sha256": sha256(path)})
+    else:
+        record.save(weights={"file": str(path), "sha256": sha256(path)})
 
 
 def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes", split: "Split") -> None:

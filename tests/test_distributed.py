@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from aerl.results import read_results
 from tests.conftest import ROOT
+from tests.runs import results_of, wait_for
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 DDP = ("hardware=ddp", "hardware.device=cpu")
@@ -78,19 +77,8 @@ def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def results(folder: Path) -> list[tuple[object, ...]]:
-    """What was measured, but for times and for what a metric is worth."""
-    return [
-        (r.metric, r.split, r.attack, r.step) for r in read_results(folder / "results.jsonl")
-        if r.metric not in ("seconds", "images_per_second")
-    ]  # fmt: skip
-
-
 def values(folder: Path) -> list[float]:
-    return [
-        r.value for r in read_results(folder / "results.jsonl")
-        if r.metric not in ("seconds", "images_per_second")
-    ]  # fmt: skip
+    return [value for *_, value in results_of(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +95,7 @@ def trained(place, start):
 
 def test_training_shares_its_batches_and_stays_the_same(trained):
     one, two = trained
-    assert results(one) == results(two)
+    assert [told[:-1] for told in results_of(one)] == [told[:-1] for told in results_of(two)]
     np.testing.assert_allclose(values(one), values(two), rtol=1e-5)
     weights = [torch.load(folder / "checkpoints/last.pt")["model"] for folder in trained]
     for key, tensor in weights[0].items():
@@ -171,18 +159,14 @@ def test_told_to_end_all_stop_at_the_same_step_and_go_on(start, place):
     folder = place / "runs/stopped"
     for sign in ("results.jsonl", "progress.npz"):
         process = start(TORCHRUN, *words, "name=stopped")
-        deadline = time.monotonic() + 120
-        while not (folder / sign).is_file():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for((folder / sign).is_file, process)
         process.send_signal(signal.SIGTERM)  # which torchrun hands on
         assert ended(process).returncode != 0
         assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     for name in ("stopped", "whole"):
         done = ended(start(TORCHRUN, *words, f"name={name}"))
         assert done.returncode == 0, done.stderr
-    assert results(folder) == results(place / "runs/whole")
-    assert values(folder) == values(place / "runs/whole")
+    assert results_of(folder) == results_of(place / "runs/whole")
 
 
 def test_torchrun_and_the_configuration_must_agree(start, place):

@@ -15,6 +15,7 @@ import pytest
 
 from aerl.results import read_results
 from tests.conftest import ROOT
+from tests.runs import results_of, wait_for
 from tests.test_wandb import KEY, history, read_back, refusing, silent
 
 assert refusing and silent  # fixtures: servers out of reach
@@ -78,13 +79,6 @@ def begin(tmp_path, data_dir, *words, **environment):
     )  # fmt: skip
 
 
-def wait_for(happened, process):
-    deadline = time.monotonic() + 240
-    while not happened():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def kill_service(process):
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -140,7 +134,7 @@ def test_a_run_that_cannot_begin_at_wandb_is_recorded_offline(tmp_path, data_dir
 def test_a_run_that_loses_wandb_on_its_way_is_whole_on_the_disk(tmp_path, data_dir, fault):
     server = WandB("well")
     process = begin(tmp_path, data_dir, *WORDS, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
-    wait_for((tmp_path / "runs/r/results.jsonl").exists, process)
+    wait_for((tmp_path / "runs/r/results.jsonl").exists, process, 240)
     assert server.begun.is_set()
     if fault == "service killed":
         assert kill_service(process)
@@ -230,7 +224,7 @@ def test_a_disk_that_fills_up_at_any_stage_is_told_and_the_run_goes_on(tmp_path,
     }
     for stage, reached in stages.items():
         process = begin(tmp_path, data_dir, *words)
-        wait_for(reached, process)
+        wait_for(reached, process, 240)
         fill(runs)
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 1, (stage, err)
@@ -240,19 +234,14 @@ def test_a_disk_that_fills_up_at_any_stage_is_told_and_the_run_goes_on(tmp_path,
         (runs / "filler").unlink()
     assert launch(*words).returncode == 0
     assert launch(*words, "runs_dir=whole").returncode == 0
-    one, other = (
-        [(r.metric, r.split, r.attack, r.step, r.value) for r in read_results(place / "r/results.jsonl")
-         if r.metric not in ("seconds", "images_per_second")]
-        for place in (runs, tmp_path / "whole")
-    )  # fmt: skip
-    assert one == other
+    assert results_of(runs / "r") == results_of(tmp_path / "whole/r")
 
 
 @pytest.mark.slow
 def test_a_disk_full_of_wandb_costs_wandb_only(tmp_path, data_dir, disk):
     full = disk(tmp_path / "runs/r/wandb", 1)
     process = begin(tmp_path, data_dir, *WORDS, "logger.mode=offline")
-    wait_for((tmp_path / "runs/r/results.jsonl").exists, process)
+    wait_for((tmp_path / "runs/r/results.jsonl").exists, process, 240)
     fill(full)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

@@ -6,15 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from aerl import gpus
 from tests.conftest import ROOT
-from tests.test_run import results_of, summary_of
+from tests.runs import log_of, same_end, summary_of, wait_for
 
 WORDS = ("analysis=none", "logger=none", "attack=none", "evaluation.samples=40")
 
@@ -189,22 +187,3 @@ def test_without_its_extra_a_launcher_says_what_to_install(launch, tmp_path, opt
         == f"error: hydra/launcher={option}: needs the extra {extra}: pip install -e '.[{extra}]'\n"
     )
     assert launch("seed=1", "--cfg", "job", PYTHONPATH=str(tmp_path)).stdout.startswith("seed: 1\n")
-
-
-def wait_for(happened, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def log_of(folder: Path) -> str:
-    return (folder / "run.log").read_text()
-
-
-def same_end(cut: Path, whole: Path) -> None:
-    """Weights to the bit, and every number once."""
-    weights = [torch.load(folder / "checkpoints/last.pt")["model"] for folder in (cut, whole)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert results_of(cut) == results_of(whole)

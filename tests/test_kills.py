@@ -15,6 +15,7 @@ import torch
 
 from aerl.results import read_results
 from tests.conftest import ROOT
+from tests.runs import FREQUENT
 
 KILLS = 50
 WORDS = (
@@ -24,16 +25,6 @@ WORDS = (
     "logger=none", "name=cut", "analysis=[pictures,norms,curve,masking]", "analysis.masking.samples=12",
     "analysis.masking.steps=10", "analysis.masking.queries=10", "analysis.curve.steps=5",
 )  # fmt: skip
-# The command line, with every checkpoint and every state of an attack that it could be killed in.
-FREQUENT = f"""
-import runpy, sys
-import aerl.judge
-import aerl.train
-aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
-aerl.judge._SECONDS_BETWEEN_SAVES = 0
-sys.argv = ["launch.py", *sys.argv[1:]]
-runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
-"""
 
 
 def start(place, data_dir):

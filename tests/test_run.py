@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import yaml
 
 from aerl.results import read_results
 from tests.conftest import ROOT
+from tests.runs import FREQUENT, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back
 from tests.test_wandb import summary as wandb_summary
 
@@ -22,19 +22,6 @@ SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "atta
          "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10",
          "analysis.landscape.resolution=30", "analysis.gradients.steps=5", "analysis.curve.steps=5")  # fmt: skip
 QUICK = (*SMALL[:7], "logger=none", "analysis=[pictures,masking]")
-
-
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def results_of(folder):
-    """Every line of results.jsonl but those that tell times."""
-    return [
-        (r.metric, r.split, r.attack, r.step, r.value)
-        for r in read_results(folder / "results.jsonl")
-        if r.metric not in ("images_per_second", "seconds")
-    ]
 
 
 def only_run(tmp_path, depth="*/*/*/*/*"):
@@ -243,41 +230,22 @@ def test_killed_and_repeated_it_ends_as_if_undisturbed(launch, tmp_path, data_di
         )
     env = {**os.environ, "AERL_DATA": str(data_dir)}
     process = subprocess.Popen(
-        [sys.executable, "-c", _FREQUENT, *words, "name=cut"],
+        [sys.executable, "-c", FREQUENT, *words, "name=cut"],
         cwd=tmp_path,
         env=env,
         stderr=subprocess.DEVNULL,
     )
     wanted = "checkpoints/last.pt" if moment == "training" else "progress.npz"
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "runs/cut" / wanted).exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for((tmp_path / "runs/cut" / wanted).exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert summary_of(tmp_path / "runs/cut")["status"] == "running"
     for name in ("cut", "whole"):
         done = launch(*words, f"name={name}")
         assert done.returncode == 0, done.stderr
-    weights = [
-        torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")
-    ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
     outcomes = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in ("cut", "whole")]
     assert all(np.array_equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[1])
-    assert results_of(tmp_path / "runs/cut") == results_of(tmp_path / "runs/whole")
-
-
-# The command line with a checkpoint after every epoch, so that the test need not wait for one.
-_FREQUENT = f"""
-import runpy, sys
-import aerl.judge
-import aerl.train
-aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
-aerl.judge._SECONDS_BETWEEN_SAVES = 0
-sys.argv = ["launch.py", *sys.argv[1:]]
-runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
-"""
 
 
 def test_judging_a_run_takes_its_dataset_and_model_from_its_folder(launch, tmp_path):
@@ -426,13 +394,10 @@ def test_asked_to_end_it_saves_says_requeue_and_goes_on(tmp_path, data_dir, laun
     else:
         words += ("trainer.epochs=1", "attack=pgd", "attack.pgd.drop_fooled=false", "evaluation.batch_size=2")
     env = {**os.environ, "AERL_DATA": str(data_dir)}
-    command = [sys.executable, "-c", _FREQUENT, *words, "name=cut"]
+    command = [sys.executable, "-c", FREQUENT, *words, "name=cut"]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     begun = tmp_path / "runs/cut" / {"training": "results.jsonl", "evaluation": "progress.npz"}[moment]
-    deadline = time.monotonic() + 120
-    while not begun.exists():  # the first epoch is done; the attack is under way
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(begun.exists, process)  # the first epoch is done; the attack is under way
     process.send_signal(number)
     log = process.communicate(timeout=120)[1]
     assert process.returncode == 75, log

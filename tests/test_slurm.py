@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_gpus import WORDS, log_of, same_end, wait_for
-from tests.test_run import summary_of
+from tests.runs import log_of, same_end, summary_of, wait_for
+from tests.test_gpus import WORDS
 
 pytestmark = pytest.mark.slurm
 ON_SLURM = (

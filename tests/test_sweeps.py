@@ -6,13 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 from tests.conftest import ROOT
+from tests.runs import wait_for
 
 QUICK = ("trainer.epochs=1", "evaluation.samples=8", "attack=fgsm", "analysis=none", "logger=none")
 
@@ -81,11 +81,7 @@ def test_what_was_never_begun_is_left_and_other_jobs_are_another_multirun(launch
         [sys.executable, str(ROOT / "launch.py"), *words, "trainer.epochs=200"], cwd=tmp_path,
         env={**os.environ, "AERL_DATA": str(data_dir)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    del words
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/digits/**/seed0/results.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: list(tmp_path.glob("runs/digits/**/seed0/results.jsonl")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (folder,) = (tmp_path / "runs/multirun").iterdir()

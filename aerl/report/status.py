@@ -85,14 +85,15 @@ def _job(number: int, words: Sequence[str], noted: dict[str, Any]) -> Job:
 
 def _under_way(folder: Path | None) -> str:
     """What a job that has begun and not ended is doing: a killed one cannot tell."""
+    if folder is None:
+        return "begun; nothing written yet"
     try:
-        summary = (folder and read_summary(folder)) or {}
+        summary = read_summary(folder) or {}
     except UserError as error:
         return str(error)
     if summary.get("status") == "stopped":
         return str(summary["error"])
-    files = [] if folder is None else [file for file in folder.glob("*") if file.is_file()]
-    files += [] if folder is None else [*folder.glob("checkpoints/*.pt")]
+    files = [file for file in (*folder.glob("*"), *folder.glob("checkpoints/*.pt")) if file.is_file()]
     if not files:
         return "begun; nothing written yet"
     ago = duration(max(0.0, time.time() - max(file.stat().st_mtime for file in files)))

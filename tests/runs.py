@@ -1,0 +1,54 @@
+"""What tests of whole runs share: how to wait for a moment in one, and what it has left behind."""
+
+import json
+import time
+
+import torch
+
+from aerl.results import read_results
+from tests.conftest import ROOT
+
+# For python -c: the command line with a checkpoint after every epoch and the state of an attack after every batch,
+# so that a test need not wait for one.
+FREQUENT = f"""
+import runpy, sys
+import aerl.judge
+import aerl.train
+aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
+aerl.judge._SECONDS_BETWEEN_SAVES = 0
+sys.argv = ["launch.py", *sys.argv[1:]]
+runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
+"""
+
+
+def wait_for(happened, process, seconds=120):
+    """Until `happened()`, while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def log_of(folder):
+    return (folder / "run.log").read_text()
+
+
+def results_of(folder):
+    """Every line of results.jsonl but those that tell times."""
+    return [
+        (r.metric, r.split, r.attack, r.step, r.value)
+        for r in read_results(folder / "results.jsonl")
+        if r.metric not in ("images_per_second", "seconds")
+    ]
+
+
+def same_end(cut, whole):
+    """Weights to the bit, and every number once."""
+    weights = [torch.load(folder / "checkpoints/last.pt")["model"] for folder in (cut, whole)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert results_of(cut) == results_of(whole)
