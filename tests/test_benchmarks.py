@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 
 def test_smoke_prints_the_rows_of_every_part(tmp_path):
-    """In tiny sizes; the parts that start many runs of launch.py are left to a reader with minutes to spare."""
+    """In tiny sizes; `.ci/run` runs all parts, also those that start many runs of launch.py."""
     out = tmp_path / "table.md"
     parts = [word for part in ("training", "attacks", "memory") for word in ("--only", part)]
     command = [sys.executable, "-m", "benchmarks", "--smoke", *parts, "--net", "alicnn", "--out", str(out)]
