@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from aerl import evaluate
 from aerl.attacks import BatchGenerator, SampleGenerator, pgd
@@ -29,6 +28,7 @@ from benchmarks.training import (
     aerls_loop,
     bare_step,
     classifier,
+    flops,
     operations,
     random_split,
     works,
@@ -221,10 +221,9 @@ def headline_rows(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -
     told += f" (measured: {rates} images/s in training, {passes:,.0f} passes/s in attacks)"
     rows = [(f"EXTRAPOLATED, not run: multirun_sweeps=headline, {len(hours)} runs", told, "")]
     if not gpu:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(x[:1])  # BatchNorm has nothing to normalise one image by
         training = {work.trainer: _ASSUMED / operations(work) for work in three}
-        hours = headline(training, _ASSUMED / counter.get_total_flops())
+        model.eval()  # BatchNorm has nothing to normalise one image by
+        hours = headline(training, _ASSUMED / flops(partial(model, x[:1])))
         told = f"{_on_gpus(hours)} ({sum(hours) * 3600 * _ASSUMED:.2g} operations)"
         rows.append((f"the same on GPUs, by counting, at an ASSUMED {_ASSUMED / 1e12:.0f} TFLOP/s", told, ""))
     return rows

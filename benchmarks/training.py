@@ -305,13 +305,16 @@ def ceiling(work: Work, hardware: Hardware) -> tuple[Callable[[], None], float]:
     return steps[layout], fastest[layout]
 
 
-def operations(work: Work) -> float:
-    """Floating-point operations of a bare step per image; a multiplication and an addition count as two."""
-    two = replace(work, batch_size=2)
-    step = bare_step(two, Hardware(torch.device("cpu")))
+def flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call; a multiplication and an addition count as two."""
     with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() / 2
+        call()
+    return counter.get_total_flops()
+
+
+def operations(work: Work) -> float:
+    """Floating-point operations of a bare step per image."""
+    return flops(bare_step(replace(work, batch_size=2), Hardware(torch.device("cpu")))) / 2
 
 
 def matmul(hardware: Hardware, smoke: bool) -> tuple[Callable[[], Timed], float]:

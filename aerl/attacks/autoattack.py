@@ -163,16 +163,13 @@ def _drop_fooled(apgd: Any, classes: int) -> None:
 
     def attack_single_run(x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
         resists = torch.ones_like(y, dtype=torch.bool)
+        right = F.one_hot(y, classes).float()
 
         def model(images: Tensor) -> Tensor:
+            logits = right + 0 * images.flatten(1)[:, :1]  # so that there is a gradient: zero
             rows = resists.nonzero().flatten()
-            if len(rows) == len(y):
-                logits: Tensor = ask(images)
-            else:
-                right = F.one_hot(y, classes).float()
-                logits = right + 0 * images.flatten(1)[:, :1]  # so that there is a gradient: zero
-                if len(rows):
-                    logits = logits.index_put((rows,), ask(images[rows]))
+            if len(rows):
+                logits = logits.index_put((rows,), ask(images[rows]))
             resists.logical_and_(logits.detach().argmax(1) == y)
             return logits
 
