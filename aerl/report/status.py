@@ -120,6 +120,11 @@ def planned(folder: Path) -> list[list[str]] | None:
     return _read(folder).get("jobs")
 
 
+def planned_wish(folder: Path) -> str | None:
+    """See `multirun.wish`."""
+    return _read(folder).get("wish")
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((folder / PLAN).read_text())
