@@ -5,6 +5,7 @@ import csv
 import errno
 import hashlib
 import io
+import json
 import os
 import time
 import zipfile
@@ -22,6 +23,8 @@ _REMEDIES = {
     errno.EROFS: "; choose a folder that can be written to",
 }
 _STALE_SECONDS = 3600.0
+_TEXT_BYTES = 8_000_000
+_DEPTH = 100
 
 
 @contextlib.contextmanager
@@ -68,6 +71,87 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path`, if it lies in `folder` with all links followed: what others made reads nothing but their own.
+
+    The folder itself may be reached through links, and a snapshot in the Hugging Face cache consists of links
+    to the blobs beside it. Raises UserError otherwise, also for a link that leads in circles.
+    """
+    home = folder.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    try:
+        target = path.resolve()
+        target.lstat() if path.is_symlink() else None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: is a link that leads nowhere ({first_line(error)})") from error
+    if not any(target.is_relative_to(place) for place in homes):
+        raise UserError(
+            f"{path}: is a link out of {folder}, to {target}; put a copy in its place if you trust it"
+        )
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError for whatever cannot be read: missing, too large, too deep, damaged."""
+    with _reading(path):
+        value = json.loads(_text(path))
+        level = [value]
+        for _ in range(_DEPTH):
+            branches = [
+                node.values() if isinstance(node, dict) else node
+                for node in level
+                if isinstance(node, (dict, list))
+            ]
+            level = [child for branch in branches for child in branch]
+        if level:
+            raise RecursionError
+        return value
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values, no aliases, which can make a few lines mean gigabytes.
+
+    Raises UserError for whatever cannot be read: missing, too large, too deep, damaged.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
+    with _reading(path):
+        text, depth = _text(path), 0
+        for event in yaml.parse(text, loader):  # the C loader would crash on what is nested too deep
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise RecursionError
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases (*), which are not read; write the values out")
+        return yaml.load(text, loader)
+
+
+def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("is not a file")
+    with path.open("rb") as file:
+        content = file.read(_TEXT_BYTES + 1)
+    if len(content) > _TEXT_BYTES:
+        raise ValueError(f"is larger than {_TEXT_BYTES:,} bytes")
+    return content.decode()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+    except RecursionError:
+        raise UserError(f"cannot read {path}: it is nested too deep") from None
+    except Exception as error:  # the YAML reader raises whatever a damaged date or number makes Python raise
+        reason = getattr(error, "problem", None) or first_line(
+            error
+        )  # YAML's first line is only "while parsing"
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
