@@ -32,6 +32,7 @@ _STALE_SECONDS = 3600.0
 _TEXT_BYTES = 8_000_000
 _LOCK_SECONDS = 60.0  # a process that is being killed, and holds the lock meanwhile, is waited for so long
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_DEPTH = 100
 
 
 @contextlib.contextmanager
@@ -101,23 +102,38 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError for whatever cannot be read: no file, too large, too deep, damaged."""
+    """What a JSON file holds. Raises UserError for whatever cannot be read: missing, too large, too deep, damaged."""
     with _reading(path):
-        return json.loads(_text(path))
+        value = json.loads(_text(path))
+        level = [value]
+        for _ in range(_DEPTH):
+            branches = [
+                node.values() if isinstance(node, dict) else node
+                for node in level
+                if isinstance(node, (dict, list))
+            ]
+            level = [child for branch in branches for child in branch]
+        if level:
+            raise RecursionError
+        return value
 
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds: plain values, no aliases, which can make a few lines mean gigabytes.
 
-    Raises UserError for whatever cannot be read: no file, too large, too deep, damaged.
+    Raises UserError for whatever cannot be read: missing, too large, too deep, damaged.
     """
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
     with _reading(path):
-        text = _text(path)
-        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            raise ValueError("it has aliases (*), which are not read; write the values out")
+        text, depth = _text(path), 0
+        for event in yaml.parse(text, loader):  # the C loader would crash on what is nested too deep
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH:
+                raise RecursionError
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases (*), which are not read; write the values out")
         return yaml.load(text, loader)
 
 
@@ -140,7 +156,10 @@ def _reading(path: Path) -> Iterator[None]:
     except RecursionError:
         raise UserError(f"cannot read {path}: it is nested too deep") from None
     except Exception as error:  # the YAML reader raises whatever a damaged date or number makes Python raise
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+        reason = getattr(error, "problem", None) or first_line(
+            error
+        )  # YAML's first line is only "while parsing"
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
