@@ -294,8 +294,7 @@ def _made(
     """
     from aerl.analyses import NotMade
     from aerl.attacks import NoGradient
-
-    is_out_of_memory = lambda error: isinstance(error, MemoryError) or "out of memory" in str(error)  # SHIM
+    from aerl.hardware import is_out_of_memory
 
     began = time.monotonic()
     while True:
@@ -315,7 +314,8 @@ def _made(
             )
             log.warning("%s: failed: %s; the same command tries it again", name, reason)
             if not isinstance(error, UserError):
-                log.debug("", exc_info=error)
+                log.debug("%s", name, exc_info=error)
+            record.results.restore(record.summary["results"])
             return {"status": "failed", "reason": f"failed: {reason}"}
         return {"status": "made", "seconds": time.monotonic() - began}
 

@@ -1,13 +1,16 @@
-"""Killed at fifty random moments, whatever it was doing, a run ends as if it had never been disturbed."""
+"""Killed at a hundred random moments, whatever it was doing, a run ends as if it had never been disturbed."""
 
 import collections
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,26 +20,64 @@ from aerl.results import read_results
 from tests.conftest import ROOT
 from tests.runs import FREQUENT
 
-KILLS = 50
 WORDS = (
     "trainer=rl_adv", "trainer.epochs=8", "trainer.adversary.start_epoch=4", "eps=0.4", "evaluation.samples=60",
     "evaluation.batch_size=10", "attack=[fgsm,pgd,autoattack]", "attack.pgd.steps=20", "attack.pgd.drop_fooled=false",
     "attack.autoattack.attacks=[apgd-ce,square]", "attack.autoattack.batch_size=10", "attack.autoattack.queries=300",
-    "logger=none", "name=cut", "analysis=[pictures,norms,curve,masking]", "analysis.masking.samples=12",
+    "logger=none", "analysis=[pictures,norms,curve,masking]", "analysis.masking.samples=12",
     "analysis.masking.steps=10", "analysis.masking.queries=10", "analysis.curve.steps=5",
 )  # fmt: skip
+SHORT = (
+    "trainer.epochs=4",
+    "evaluation.samples=30",
+    "attack=[fgsm,pgd]",
+    "attack.pgd.steps=10",
+    "analysis=norms",
+)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def start(place, data_dir):
+@dataclass(frozen=True)
+class Disturbance:
+    """How often, in which command, and what is killed: the whole process group, or W&B's service alone."""
+
+    kills: int
+    words: tuple[str, ...]
+    torchrun: bool = False
+    victim: str = "everything"
+
+
+DISTURBANCES = {
+    "run": Disturbance(40, (*WORDS, "name=cut")),
+    "overwrite": Disturbance(20, (*WORDS, "name=cut", "overwrite=true")),
+    "multirun": Disturbance(15, ("-m", "seed=0,1", *SHORT, "logger=none")),
+    "ddp": Disturbance(10, (*SHORT, "logger=none", "name=cut", "hardware=ddp", "hardware.device=cpu"), torchrun=True),
+    "wandb": Disturbance(15, (*SHORT, "logger.mode=offline", "name=cut"), victim="wandb-core"),
+}  # fmt: skip
+
+
+def start(place, data_dir, disturbance):
     place.mkdir(exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     env |= {"PYTHONPATH": str(ROOT), "AERL_DATA": str(data_dir), "HOME": str(place)}
     env |= {"MPLCONFIGDIR": str(data_dir / "matplotlib")}
+    (place / "frequent.py").write_text(FREQUENT)
+    launcher = TORCHRUN if disturbance.torchrun else ()
     with (place / "stderr").open("ab") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-c", FREQUENT, *WORDS],
+            [sys.executable, *launcher, str(place / "frequent.py"), *disturbance.words],
             cwd=place, env=env, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
         )  # fmt: skip
+
+
+def kill(process, victim):
+    if victim == "everything":
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if victim.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
 
 
 def phase(folder):
@@ -53,62 +94,87 @@ def phase(folder):
 
 def without_times(value):
     if isinstance(value, dict):
-        other = ("seconds", "run_id", "environment")
+        other = (
+            "seconds",
+            "run_id",
+            "environment",
+            "files",
+            "results",
+            "trained",
+            "evaluated",
+            "seal",
+            "wish",
+            "wandb",
+        )
         return {key: without_times(item) for key, item in value.items() if key not in other}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-def end(folder):
-    """All that a run has left, but for times."""
+def end(place):
+    """All that the runs in a folder have left, but for times."""
+    return {
+        path.parent.name: end_of_run(path.parent) for path in sorted((place / "runs").rglob("summary.json"))
+    }
+
+
+def end_of_run(folder):
     left = {}
     for name in ("best", "last"):
         state = torch.load(folder / f"checkpoints/{name}.pt", weights_only=True)["model"]
-        left |= {f"{name}/{key}": tensor.numpy() for key, tensor in state.items()}
+        left |= {f"{name}/{key}": tensor.numpy().tobytes() for key, tensor in state.items()}
     for name in ("outcomes", "examples"):
         with np.load(folder / f"{name}.npz") as file:
-            left |= {f"{name}/{key}": file[key] for key in file.files}
-    told = [
+            left |= {f"{name}/{key}": file[key].tobytes() for key in file.files}
+    left["results"] = [
         (r.metric, r.value, r.n, r.split, r.attack, r.norm, r.eps, r.step)
         for r in read_results(folder / "results.jsonl")
         if r.metric not in ("seconds", "images_per_second")
     ]
-    tables = {path.name: path.read_text() for path in (folder / "tables").iterdir()}
-    return left, told, tables, without_times(json.loads((folder / "summary.json").read_text()))
+    assert len(set(left["results"])) == len(left["results"]) > 20
+    left |= {path.name: path.read_text() for path in (folder / "tables").iterdir()}
+    left["files"] = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if "wandb" not in path.parts
+    )
+    return left | {"summary": without_times(json.loads((folder / "summary.json").read_text()))}
 
 
 @pytest.mark.slow
-def test_fifty_kills_are_fifty_identical_ends(tmp_path, data_dir):
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_a_hundred_kills_are_a_hundred_identical_ends(tmp_path, data_dir, name):
     """One after another on the same folder, until the run gets through before it is killed; then on a new one."""
+    disturbance, seed = DISTURBANCES[name], 0
     began = time.monotonic()
-    assert start(tmp_path / "whole", data_dir).wait(600) == 0
+    assert start(tmp_path / "whole", data_dir, disturbance).wait(600) == 0
     duration = time.monotonic() - began
-    whole = end(tmp_path / "whole/runs/cut")
-    assert len(set(whole[1])) == len(whole[1]) > 60
-    moments, kills, folders = random.Random(0), collections.Counter(), 0
-    while kills.total() < KILLS:
+    whole = end(tmp_path / "whole")
+    moments, kills, folders = random.Random(f"{name}{seed}"), collections.Counter(), 0
+    while kills.total() < disturbance.kills:
         place = tmp_path / str(folders)
+        if name == "overwrite":  # of what is finished
+            shutil.copytree(tmp_path / "whole", place)
         # Every third folder prepares the dataset itself, so that it may be killed in that.
         data = place / "data" if folders % 3 == 0 else data_dir
         while True:
-            process = start(place, data)
+            process = start(place, data, disturbance)
             try:
                 # Mostly as long as a whole run takes; the last kills of a chain come in what is left of it.
-                limit = moments.uniform(0, duration) if kills.total() < KILLS else 600
+                limit = moments.uniform(0, duration) if kills.total() < disturbance.kills else 600
                 code = process.wait(limit)
                 break
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process, disturbance.victim)
                 kills[phase(place / "runs/cut")] += 1
+                if process.returncode is None:  # it goes on without the service
+                    code = process.wait(600)
+                    break
         assert code == 0, (place / "stderr").read_text()
-        for there, here in zip(whole, end(place / "runs/cut"), strict=True):
-            if isinstance(there, dict) and isinstance(next(iter(there.values())), np.ndarray):
-                assert there.keys() == here.keys()
-                assert [key for key in there if not np.array_equal(there[key], here[key])] == []
-            else:
-                assert there == here
+        assert end(place) == whole
         folders += 1
+        if name == "overwrite":
+            shutil.rmtree(place)
     print(
-        f"{dict(kills)} in {folders} folders; {duration:.0f} s undisturbed, {time.monotonic() - began:.0f} s in all"
+        f"{name}, seed {seed}: {dict(kills)} in {folders} folders; {duration:.0f} s undisturbed, "
+        f"{time.monotonic() - began:.0f} s in all"
     )
-    assert {"start-up", "training", "attacks", "analyses"} <= set(kills)
+    if name == "run":
+        assert {"start-up", "training", "attacks", "analyses"} <= set(kills)

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from aerl.results import read_results
+from aerl.files import sha256
+from aerl.results import read_results, read_summary, write_summary
 from tests.conftest import ROOT
 from tests.runs import FREQUENT, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back
@@ -282,6 +283,8 @@ def test_a_foreign_run_folder_cannot_name_what_to_import(launch, tmp_path):
     evil = yaml.safe_load(path.read_text())
     evil["model"]["net"]["_target_"] = "os.getcwd"
     path.write_text(yaml.safe_dump(evil))
+    forged = {**read_summary(path.parent), "files": {"config.yaml": sha256(path)}}
+    write_summary(path.parent, forged)
     refused = launch("trainer=none", "checkpoint=runs/foreign", "logger=none")
     assert refused.returncode == 1
     (line,) = refused.stderr.splitlines()

@@ -213,8 +213,8 @@ def _missing(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
     elif not (folder / "outcomes.npz").is_file():
         yield f"{shown(folder)}: has no outcomes.npz; its numbers are those of summary.json"
     for name in changed_files(folder, summary, ("outcomes.npz", "results.jsonl")):
-        if (folder / name).is_file():
-            yield f"{shown(folder)}: {name} was changed since the run finished; its numbers are those of summary.json"
+        if (folder / name).is_file() or name != "outcomes.npz":
+            yield f"{shown(folder)}: {name} is missing or changed; the run's numbers are those of summary.json"
 
 
 def _unfinished(folder: Path, summary: Mapping[str, Any]) -> str:
