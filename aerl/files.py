@@ -1,12 +1,16 @@
-"""Files that are whole or absent, and disks that refuse told in one line."""
+"""Files that are whole or absent, sealed against damage, and disks that refuse, in one line."""
 
 import contextlib
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
+import secrets
+import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from aerl.types import UserError, first_line
+
+log = logging.getLogger("aerl")
 
 _REMEDIES = {
     errno.ENOSPC: "; free some space and repeat the command",
@@ -24,6 +30,8 @@ _REMEDIES = {
 }
 _STALE_SECONDS = 3600.0
 _TEXT_BYTES = 8_000_000
+_LOCK_SECONDS = 60.0  # a process that is being killed, and holds the lock meanwhile, is waited for so long
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _DEPTH = 100
 
 
@@ -49,8 +57,8 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
     Raises UserError where the disk refuses (full, read-only, no such folder); no temporary file remains.
     """
     path = Path(path)
-    # The process id keeps two processes that fill the same cache from writing into each other's file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, because two containers that share a disk may have the same process ids.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -162,23 +170,99 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz atomically."""
+    """Write an .npz atomically, with a seal over its content that `load_arrays` checks."""
     import numpy as np
 
-    atomic_write(path, lambda file: np.savez(file, **arrays))
+    content = io.BytesIO()
+    kept = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez(content, **kept)  # type: ignore[arg-type]
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.comment = _seal(kept)
+    atomic_write(path, content.getvalue())
 
 
-def load_arrays(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz by name; none where there is no such file. UserError for a file that is damaged."""
+def load_arrays(path: Path, *, sealed: bool = True) -> dict[str, Any]:
+    """The arrays of an .npz by name; none where there is no such file.
+
+    Raises UserError where the file is damaged or, if it must be `sealed`, is not as `save_arrays` wrote it.
+    """
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+            arrays, comment = {name: file[name] for name in file.files}, archive.comment
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # what a damaged file makes zipfile and NumPy raise depends on where it is damaged
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+    if (sealed or comment) and comment != _seal(arrays):
+        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged")
+    return arrays
+
+
+def _seal(arrays: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return b"sha256:" + digest.hexdigest().encode()
+
+
+def _is(path: Path, file: int) -> bool:
+    """Whether the open `file` is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def locked(folder: Path, check: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made; one that holds it already is waited for.
+
+    `check` is called while waiting, and may raise. Raises UserError with the holder's name after 60 s. The lock is the
+    kernel's: it ends with its process, however that ends. A file system without locks keeps nobody out: that is logged.
+    """
+    path = folder / ".lock"
+    deadline, waiting = time.monotonic() + _LOCK_SECONDS, False
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(path, file):
+                break
+            os.close(file)  # its holder has removed it meanwhile
+            continue
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode(errors="replace") or "another process"
+            os.close(file)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(file)
+                raise UserError(f"cannot lock {path}: {error.strerror}") from error
+            log.warning("%s: its file system has no locks; start no second process on it", folder)
+            break
+        if time.monotonic() > deadline:
+            raise UserError(f"run folder {folder}: {holder} is at work in it; wait for it, or stop it")
+        if not waiting:
+            log.info("waiting up to %.0f s: %s is at work in %s", _LOCK_SECONDS, holder, folder)
+            waiting = True
+        check()
+        time.sleep(0.2)
+    try:
+        with contextlib.suppress(OSError):  # a full disk: the name is for the reader alone
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            folder.rmdir()  # if nothing else was written
+        os.close(file)
 
 
 def _settle(path: Path) -> None:
