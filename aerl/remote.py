@@ -20,7 +20,10 @@ def local(name: str, key: str = "checkpoint") -> Path:
 
     A hub out of reach means the cache. Raises UserError about the `key` that named it.
     """
-    return _fetch(name, key) if name.startswith("hf://") else Path(name).expanduser()
+    try:
+        return _fetch(name, key) if name.startswith("hf://") else Path(name).expanduser()
+    except RuntimeError as error:  # no HOME and a user without a name, or ~nobody
+        raise UserError(f"{key}={name}: ~ is unknown here; write the folder out, or set HOME") from error
 
 
 @functools.cache  # one run asks several times, and should be given the same files
