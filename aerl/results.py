@@ -6,6 +6,7 @@ are replaced atomically. This module imports neither torch nor, until a tracker 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -13,14 +14,14 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from aerl.files import atomic_write, sha256, writing
+from aerl.files import atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
@@ -75,22 +76,54 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json` of a run folder atomically."""
-    write_json(Path(folder) / "summary.json", summary)
+    """Write `summary.json` of a run folder atomically, with a seal over its content that `read_summary` checks."""
+    plain = _plain(summary)
+    write_json(Path(folder) / "summary.json", {**plain, "seal": _seal(plain)})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The `summary.json` of a run folder, or None where there is none; UserError where it is not one."""
+    """The `summary.json` of a run folder, or None where there is none.
+
+    Raises UserError where it is damaged, or is not as it was written.
+    """
     path = Path(folder) / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    summary = read_json(inside(Path(folder), path))
     if not isinstance(summary, dict):
         raise UserError(f"cannot read {path}: it holds no summary of a run")
+    seal = summary.pop("seal", None)
+    if (seal is not None or "inputs" in summary) and seal != _seal(summary):  # earlier versions sealed none
+        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
     return summary
+
+
+def _seal(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of a run folder; UserError where it is damaged, or is not the one summary.json records."""
+    path = Path(folder) / "config.yaml"
+    config = read_yaml(inside(Path(folder), path))
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}: it holds no configuration")
+    if changed_files(folder, read_summary(folder) or {}, ["config.yaml"]):
+        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
+    return config
+
+
+def changed_files(folder: Path, summary: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """Which files of a run are missing, or are not those that its summary records; of `names`, or all."""
+    recorded: Mapping[str, str] = summary.get("files") or {}
+    return [name for name in names or recorded if name in recorded and not _is(folder / name, recorded[name])]
+
+
+def _is(path: Path, digest: str) -> bool:
+    try:
+        return sha256(path) == digest
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------ intervals
@@ -177,16 +210,22 @@ def read_results(path: Path) -> list[Result]:
 class ResultLog:
     """The results of one run folder: every number goes to results.jsonl, then to the tracker, if any.
 
-    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. Opening the log of
-    a killed process drops the line it did not finish.
+    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. Who keeps the state of a run
+    keeps the `seal` of its results with it, and comes back to both by `restore`.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        tracker: "Tracker | None" = None,
+        *,
+        scratch: bool = False,
+    ) -> None:
+        """`scratch`: of a process whose results nobody reads, and which has none of the earlier starts."""
         self.path = Path(folder) / "results.jsonl"
-        self.tracker = tracker
+        self.tracker, self.scratch = tracker, scratch
         self._identity = dict(identity)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self.drop(lambda result: False)
 
     def log(
         self,
@@ -223,18 +262,38 @@ class ResultLog:
                 self.tracker.history(step, named)
         return results
 
-    def rewind(self, step: int) -> None:
-        """Go back to the end of epoch `step`: forget what a resumed run will measure again.
+    def seal(self) -> dict[str, Any]:
+        """What `restore` comes back to: the number of `bytes` so far, and their `sha256`."""
+        return _sealed(self._read())
 
-        That is every line of a later epoch, and those without one, which are measured after the last.
+    def restore(self, seal: Mapping[str, Any] | None) -> None:
+        """Go back to a `seal`, None being the beginning: forget what a resumed run will measure again.
+
+        Raises UserError where what stood before it is not there any more, or was changed.
         """
-        self.drop(lambda result: result.step is None or result.step > step)
+        if self.scratch:
+            return
+        content = self._read()
+        kept = content[: seal["bytes"] if seal else 0]
+        if seal and _sealed(kept) != seal:
+            raise UserError(
+                f"{self.path}: is not as aerl wrote it: it was changed, or is damaged; restore it, or begin the run "
+                "again with overwrite=true"
+            )
+        if kept != content:
+            atomic_write(self.path, kept)
 
-    def drop(self, unwanted: Callable[[Result], bool]) -> None:
-        """Rewrite results.jsonl atomically without the lines that are `unwanted`, nor a torn last one."""
-        if self.path.exists():
-            kept = [result for result in read_results(self.path) if not unwanted(result)]
-            atomic_write(self.path, "".join(map(_line, kept)))
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+def _sealed(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 # ------------------------------------------------------------------------------------ Weights & Biases
