@@ -26,8 +26,8 @@ class NoGradient(UserError):
 
 
 NOT_FINITE = (
-    "the model returned NaN or infinite logits or gradients: an image with such logits counts as misclassified, "
-    "and what is not finite in a gradient is not followed"
+    "the model returned NaN or infinity: images with such logits count as misclassified, and such gradients are "
+    "not followed"
 )
 
 
