@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl import distributed
-from aerl.attacks import NoGradient, SampleGenerator, attacking, warn
+from aerl.attacks import NoGradient, SampleGenerator, attacking, predictions, warn
 from aerl.data import Split, to_unit
 from aerl.hardware import Hardware, is_out_of_memory, seed_from
 from aerl.results import proportion
@@ -23,7 +23,6 @@ from aerl.types import UserError, foreign_code, is_foreign
 Attack = Callable[..., Tensor | dict[str, Tensor]]
 Outcomes = dict[str, np.ndarray]
 Policy = Literal["argmax", "sample"]
-_NOT_FINITE = -1  # the prediction of a sample whose logits are not finite: no label
 PER_SAMPLE = ("pred", "p", "confidence", "entropy", "l2", "linf")
 
 
@@ -79,13 +78,13 @@ def predict(
     clean = Attacked(np.zeros(n, np.int64), p, confidence, entropy, l2, linf, first)
 
     def work(index: Tensor) -> None:
-        x, y = _batch(split, index, hardware)
-        with _reproducible(0, "clean", int(index[0]), device=hardware.device):
+        x, y = batch(split, index, hardware)
+        with reproducible(0, "clean", int(index[0]), device=hardware.device):
             _record(clean, model, x, x, y, index)
 
     with foreign_code("model.net", getattr(model, "net", model)):
-        _within_memory(work, torch.arange(n), batch_size)
-    _warn_not_finite(clean.pred == _NOT_FINITE)
+        within_memory(work, torch.arange(n), batch_size)
+    _warn_not_finite(clean.pred < 0)
     return clean
 
 
@@ -94,7 +93,7 @@ def _warn_not_finite(rows: np.ndarray) -> None:
         warn(f"{count} images have logits that are not finite; they count as wrong")
 
 
-def _within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
+def within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
     """Do `work` on all samples of `index` (n,), at most `limit` at a time; returns the limit that sufficed.
 
     Where the memory does not, the limit is halved, which is said once, and the work repeated. Raises
@@ -124,13 +123,13 @@ def _within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) ->
     return limit
 
 
-def _batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
+def batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
     x = to_unit(split.images[index].to(hardware.device), hardware.memory_format)
     return x, split.labels[index].to(hardware.device)
 
 
 @contextmanager
-def _reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
+def reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
     """A randomised model draws from the global stream: it gets the same one in a rerun, and leaves no trace."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed_from(*words))
@@ -143,7 +142,7 @@ def stages(attack: Attack, model: nn.Module, split: Split, hardware: Hardware) -
     if parts is None:
         return [attack]
     with foreign_code("stages", attack, getattr(model, "net", model)):
-        found: Sequence[Attack] = parts(model, _batch(split, torch.arange(0), hardware)[0])
+        found: Sequence[Attack] = parts(model, batch(split, torch.arange(0), hardware)[0])
         if not found:
             raise UserError(f"stages returned {found}: expected attacks")
         return found
@@ -194,8 +193,8 @@ def run_attack(
         return still
 
     def work(index: Tensor) -> None:
-        x, y = _batch(split, index, hardware)
-        with attacking(model), _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
+        x, y = batch(split, index, hardware)
+        with attacking(model), reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
             layers = _layers(model)
             found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
@@ -214,7 +213,7 @@ def run_attack(
             fault = None
             try:
                 with foreign_code(key, attack, getattr(model, "net", model)):
-                    limit = _within_memory(work, torch.from_numpy(mine), limit)
+                    limit = within_memory(work, torch.from_numpy(mine), limit)
             except UserError as error:
                 fault = error
             faults = distributed.gather((isinstance(fault, NoGradient), fault and str(fault)))
@@ -236,7 +235,7 @@ def run_attack(
         state = Stage(state.number + 1, survivors, np.zeros(len(split), bool), state.seconds, state.parts)
     for attacked in state.parts.values():
         attacked.seconds = state.seconds / len(state.parts)
-        _warn_not_finite((attacked.pred == _NOT_FINITE) & (before.pred != _NOT_FINITE))
+        _warn_not_finite((attacked.pred < 0) & (before.pred >= 0))
     return state.parts or {name: before.copy()}
 
 
@@ -325,7 +324,7 @@ def _check_unaltered(
     altered = _differing(_tensors(model), weights)
     if altered and set(altered) <= dict(model.named_buffers()).keys():
         before = _tensors(model, clone=True)
-        with torch.no_grad(), _reproducible(0, key, device=x.device):
+        with torch.no_grad(), reproducible(0, key, device=x.device):
             model(x)
         own = _differing(_tensors(model), before)
         weights |= {name: before[name] for name in own}
@@ -357,11 +356,11 @@ def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: T
     """Put one batch of adversarial images, and what the model says of them, where they belong."""
     with attacking(model), torch.no_grad():
         logits = model(x_adv).float()
-    finite = logits.isfinite().all(1)
+    pred = predictions(logits)
     rows = index.numpy()  # NumPy takes a tensor of one index for a number
     delta = (x_adv - x).flatten(1)
-    attacked.pred[rows] = logits.argmax(1).where(finite, _NOT_FINITE).cpu().numpy()
-    softmax = logits.softmax(1).where(finite[:, None], 0)
+    attacked.pred[rows] = pred.cpu().numpy()
+    softmax = logits.softmax(1).where(pred[:, None] >= 0, 0)
     attacked.p[rows] = softmax.gather(1, y[:, None]).squeeze(1).cpu().numpy()
     attacked.confidence[rows] = softmax.amax(1).cpu().numpy()
     attacked.entropy[rows] = (torch.special.entr(softmax).sum(1) / math.log(2)).cpu().numpy()

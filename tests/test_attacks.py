@@ -24,6 +24,7 @@ from aerl.attacks import (
     pgd,
     warn,
 )
+from aerl.attacks import predictions as judged
 from aerl.attacks.modes import full_precision
 from aerl.types import UserError
 
@@ -401,8 +402,8 @@ def test_noise_needs_no_gradient_and_refuses_nonsense():
     broken = Through(model, lambda logits: logits.detach())
     assert torch.equal(noise(broken, x, y, generator=generator(), eps=0.5), expected)
     assert torch.equal(noise(model, x, y, generator=generator(), eps=0), x)
-    with pytest.raises(UserError, match="NaN or infinite logits"):
-        noise(Through(model, lambda logits: logits / 0), x, y, generator=generator(), eps=0.5)
+    with pytest.raises(UserError, match="2 classes or more"):
+        noise(Through(model, lambda logits: logits[:, :1]), x, y, generator=generator(), eps=0.5)
 
 
 # --- gradients that vanish --------------------------------------------------------------------------
@@ -576,12 +577,11 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (small_net(), {"targeted": True, "restarts": 4}, "restarts=4: .* only 3 wrong classes"),
         (small_net(), {"restarts": 2, "random_start": False}, "restarts=2: "),
         (small_net(), {"start": images(23)}, r"start=\(23, 3, 6, 6\): must have the images' shape"),
         (small_net(2), {"loss": "dlr"}, "loss=dlr: needs 3 classes"),
-        (Broken(lambda x: x.flatten(1)[:, :4] / 0), {}, "NaN or infinite logits"),
-        (Broken(lambda x: (x - x).flatten(1)[:, :4].sqrt()), {"drop_fooled": False}, "NaN or infinite"),
+        (small_net(1), {}, r"\(24, 1\): an attack needs logits .* 2 classes or more"),
+        (small_net(1), {"targeted": True}, "2 classes or more"),
     ],
 )
 def test_faults_are_told_in_one_line(model, settings, message):
@@ -602,8 +602,8 @@ def test_a_model_without_gradients_is_told_apart(other):
 
 def test_an_empty_batch_checks_the_settings():
     nothing, y = images(0), torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(UserError, match="restarts=4"):
-        attack(small_net(), nothing, y, targeted=True, restarts=4)
+    with pytest.raises(UserError, match="restarts=2"):
+        attack(small_net(), nothing, y, random_start=False, restarts=2)
     with pytest.raises(UserError, match="loss=dlr"):
         attack(small_net(2), nothing, y, loss="dlr")
     assert len(attack(small_net(), nothing, y, targeted=True, restarts=3)) == 0
@@ -614,6 +614,91 @@ def test_images_outside_the_box_are_refused():
     for bad in (x * 2 - 1, torch.full_like(x, torch.nan)):
         with pytest.raises(UserError, match=r"must be in \[0, 1\]"):
             attack(small_net(), bad, torch.zeros(len(x), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_targeted_aims_at_all_wrong_classes_where_they_are_fewer_than_restarts(classes):
+    model, x = wavy_net(classes), images()
+    y = predictions(model, x)
+    settings = {"targeted": True, "loss": "margin", "steps": 5, "eps": 0.1}
+    with collect_warnings() as messages:
+        found = attack(model, x, y, restarts=9, **settings)
+    assert messages == [f"restarts=9: aimed at all {classes - 1} wrong classes, since there are no more"]
+    assert torch.equal(found, attack(model, x, y, restarts=classes - 1, **settings))
+    assert (predictions(model, found) != y).any()
+
+
+# --- what is not finite is misclassified --------------------------------------------------------------
+
+
+class Cliff(nn.Module):
+    """A linear model that is NaN, infinite, ... (`beyond`) wherever the mean of an image has grown by `width`."""
+
+    def __init__(self, x, beyond, width=0.01):
+        super().__init__()
+        self.inner, self.beyond = Linear(4), beyond
+        self.edge = x.mean() + width
+
+    def forward(self, x):
+        logits = self.inner(x) + 40.0 * torch.arange(4, 0, -1)  # class 0, where NaN's argmax is, too
+        off = x.mean((1, 2, 3)) > self.edge
+        return torch.where(off[:, None] & (torch.arange(4) < 2), self.beyond, logits)
+
+
+FINITE = [
+    partial(pgd, loss="ce"),
+    partial(pgd, loss="margin", drop_fooled=False),
+    partial(pgd, loss="margin", targeted=True, restarts=2),
+    partial(pgd, eot=2),
+    partial(noise, draws=20),
+    *(partial(AutoAttack, attacks=[name]) for name in ("apgd-ce", "apgd-t", "fab-t", "square")),
+]
+
+
+@pytest.mark.parametrize("beyond", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("call", FINITE, ids=lambda call: " ".join(map(str, call.keywords.values())))
+def test_a_model_that_is_not_finite_within_the_ball_is_fooled_there(call, beyond):
+    x = images(4, low=0.4, high=0.6)
+    model = Cliff(x, torch.tensor(beyond), width=0.0005)
+    x = x - (x.mean((1, 2, 3), keepdim=True) - x.mean())  # all of them just before the edge
+    y = predictions(model, x)
+    call = partial(call, norm="L2", eps=0.4)
+    with collect_warnings() as messages:
+        attack_ = call() if call.func is AutoAttack else call
+        found = attack_(model, x, y, generator=SampleGenerator.for_images(x, 0))
+    assert found.isfinite().all() and (sizes(found - x, "L2") <= 0.4 + 1e-6).all()
+    with torch.no_grad():
+        found = judged(model(found))
+    assert (found == -1).any() and (
+        (found != y).all() or call.func is AutoAttack
+    )  # which does not look everywhere
+    assert any("NaN or infinity" in message for message in messages)
+
+
+@pytest.mark.parametrize("call", [pgd, *FINITE[-4:-1], PaperPGD])
+def test_a_gradient_that_is_not_finite_is_not_followed_which_is_said(call):
+    x = images(4)
+    model = Through(small_net(), lambda z: z + (0 * z[:, :1].detach() + 0 * z[:, :1]).sqrt())  # 0, slope NaN
+    y = predictions(model, x)
+    attack_ = call if call is pgd else call(eps=0.3)
+    with collect_warnings() as messages:
+        settings = {"eps": 0.3} if call is pgd else {}
+        found = attack_(model, x, y, generator=SampleGenerator.for_images(x, 0), **settings)
+    assert found.isfinite().all() and (sizes(found - x, "L2") <= 0.3 + 1e-6).all()
+    assert any("NaN or infinity" in message for message in messages)
+
+
+def test_no_attack_writes_into_what_it_gets_or_returns_a_view_of_it():
+    model, x = small_net(), images(6)
+    y = predictions(model, x)
+    source = tuple(t.clone() for t in (x, y))
+    calls = [partial(pgd, eps=0.3), partial(pgd, eps=0), partial(noise, eps=0.3), PaperPGD(eps=0.3, steps=3)]
+    calls += [AutoAttack(eps=eps, attacks=["apgd-ce", "square"], queries=5) for eps in (0, 0.3)]
+    for call in calls:
+        found = call(model, x, y, generator=SampleGenerator.for_images(x, 0))
+        assert torch.equal(x, source[0]) and torch.equal(y, source[1])
+        found.fill_(7)
+        assert torch.equal(x, source[0])
 
 
 # --- noise ------------------------------------------------------------------------------------------

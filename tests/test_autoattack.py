@@ -257,6 +257,52 @@ def test_tiny_images_do_without_square_in_l2(digits, short):
     assert "ran apgd-ce instead of apgd-ce, square, given 10 classes and 4x4 pixels" in messages[0]
 
 
+def square(height, width, norm, queries=3):
+    """What Square finds for two images of this size on a model that weighs pixels at random."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 1, height, width, generator=generator)
+    weight = torch.randn(height * width, 3, generator=generator)
+    model = Through(nn.Flatten(), lambda flat: flat @ weight)
+    found = attack(
+        model, x, wrong(model, x, -1) * 0 + model(x).argmax(1), norm=norm, attacks=["square"], queries=queries
+    )
+    assert (sizes(found - x, norm) <= 0.5 + 1e-6).all()
+    return x, found, model
+
+
+# Of those sides the first tiles fit, of these they reach beyond the image, or there are none at all.
+SIDES = [*((5, 5), (8, 13), (28, 32)), *((12, 12), (14, 9), (18, 30), (19, 60), (24, 24), (32, 48), (60, 5))]
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_square_runs_at_every_size(norm):
+    for size in SIDES:
+        square(*size, norm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_square_runs_at_every_size_there_is(norm):
+    for height in range(5, 65):
+        for width in range(5, 65):
+            square(height, width, norm)
+
+
+def test_squares_first_perturbation_covers_images_that_its_tiles_do_not_fit():
+    from pyautoattack.square import SquareAttack
+
+    from aerl.attacks.autoattack import _Tile
+
+    x = torch.full((1, 1, 12, 12), 0.5)
+    library = SquareAttack(lambda images: torch.tensor([[0.0, 1.0]]), norm="L2", eps=0.5, n_queries=1)
+    shape = library.eta
+    library.eta = lambda side: shape(side).as_subclass(_Tile)
+    library.init_hyperparam(x)
+    with torch.random.fork_rng([]):
+        _, found = library.attack_single_run(x, torch.tensor([0]))
+    assert type(found) is torch.Tensor and (found != x).sum() == 11 * 11
+
+
 def test_zero_eps_an_empty_batch_and_one_sample(digits, short):
     model, x, y = digits
     settings = {"version": "custom", "attacks": ["apgd-ce"]}
@@ -407,8 +453,9 @@ def test_what_cannot_be_attacked_is_refused(digits):
     model, x, y = train(classes=2, epochs=0)
     with pytest.raises(UserError, match="attacks=apgd-dlr: none of them can attack 2 classes"):
         attack(model, x[:0], y[:0], version="custom", attacks=["apgd-dlr"])
-    with pytest.raises(UserError, match="NaN or infinite logits"):
-        attack(Through(digits[0], lambda z: z / 0), x[:4], y[:4])
+    for settings in ({}, {"attacks": ["square"]}):
+        with pytest.raises(UserError, match="2 classes or more"):
+            attack(Through(digits[0], lambda z: z[:, :1]), x[:4], y[:4], **settings)
 
 
 def test_images_outside_the_threat_model_count_as_not_found(digits, monkeypatch):

@@ -12,6 +12,51 @@ from aerl.analyses.curve import curve
 from aerl.results import ResultLog, read_results
 
 
+class Memory(nn.Module):
+    """A model of which memory holds `limit` images, once `passes` with a gradient have gone well."""
+
+    def __init__(self, inner, limit, passes=10**9):
+        super().__init__()
+        self.inner, self.limit, self.passes, self.failures = inner, limit, passes, 0
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.passes -= 1
+        if len(x) > self.limit and self.passes <= 0:
+            self.failures += 1
+            raise torch.OutOfMemoryError("out of memory")
+        return self.inner(x)
+
+
+def test_no_sample_is_counted_twice_when_memory_runs_out_in_the_midst_of_a_batch(tmp_path, hardware):
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = inner(images.float() / 255).argmax(1)
+
+    def steps(model):
+        saved = {}
+        context = AnalysisContext(
+            model=model, images=images, labels=labels, class_names=tuple("abcd"), outcomes={}, adversarial={},
+            attacks={}, figures=tmp_path / "figures", norm="L2", eps=0.3, seed=0, trainer="sl",
+            hardware=hardware, batch_size=32, save=saved.update,
+            log=ResultLog(tmp_path, {"run_id": "r", "seed": 0, "dataset": "d", "model": "m", "trainer": "t"}),
+        )  # fmt: skip
+        curve(context, samples=40, steps=12)
+        with (tmp_path / "tables/curve_steps.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    counting = Memory(inner, limit=100)
+    expected = steps(counting)
+    assert 0 < float(expected[-1]["value"]) < float(expected[0]["value"]) - 0.2
+    passes = 10**9 - counting.passes
+    for last in (3, 16):  # passes from the end: within the second and the first batch of the curve against steps
+        model = Memory(inner, 2, passes - last)
+        assert steps(model) == expected
+        assert model.failures > 0
+
+
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
 def test_the_curve_of_a_linear_model_is_its_margins_distribution_and_ends_at_zero(tmp_path, hardware, norm):
     """Two classes, w.x + b: robust at eps if |margin| / dual norm of w > eps, as long as the box is far."""

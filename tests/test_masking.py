@@ -360,6 +360,48 @@ def test_what_cannot_be_measured_is_said_and_crashes_nothing(model, eps, says, c
     )
 
 
+class Failing(Apply):
+    """Fails with `error` from the pass after `calls` without a gradient on."""
+
+    def __init__(self, net, error, calls):
+        super().__init__(net)
+        self.error, self.calls = error, calls
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            self.calls -= 1
+            if self.calls < 0:
+                raise self.error
+        return super().forward(x)
+
+
+def test_a_check_that_fails_is_named_in_the_verdict(plain, audit, monkeypatch):
+    def crash(*args, **kwargs):
+        raise RuntimeError("The size of tensor a (2) must match\nthe size of tensor b (4)")
+
+    monkeypatch.setattr("pyautoattack.square.SquareAttack.attack_single_run", crash)
+    few = QUICK | {"queries": 20}
+    told, checks = audit(plain, few)
+    assert told["verdict"] == "no sign (square failed)"
+    assert "square failed: The size of tensor a (2) must match" in told["mechanism"]
+    assert checks["square"]["value"] is None and checks["square"]["says"].startswith("failed: The size")
+    assert checks["transfer"]["says"] == "not measured: no source; add attack=transfer"  # which is no failure
+    assert audit(Apply(plain, after=lambda z: 100 * z), few)[0]["verdict"] == "masked (square failed)"
+    told, _ = audit(Apply(plain, before=lambda x: x.float()), few)
+    assert told["verdict"] == "no sign (float64, float64_gradient, square failed)"
+
+
+def test_out_of_memory_is_no_finding(plain, context):
+    """Wherever it happens, it is raised, for the run to try again with smaller batches, and nothing is recorded."""
+    memory = torch.OutOfMemoryError("out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    for calls in (0, 60):
+        given, summary = context(Apply(plain))
+        for error in memory:
+            with pytest.raises(type(error)):
+                masking(replace(given, model=Failing(plain, error, calls)), samples=20, steps=5, queries=50)
+        assert summary == {} and not given.log.path.exists()
+
+
 def test_numbers_go_to_the_results_and_the_tracker(plain, context, tmp_path):
     class Tracker:
         def __init__(self):

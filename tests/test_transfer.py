@@ -1,6 +1,7 @@
 """Transfer: examples made once on each source and kept, the attack, the matrix, and sources that are refused."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -128,6 +129,49 @@ def test_a_damaged_chunk_is_told_and_made_again(tmp_path, caplog, damage):
     assert torch.equal(found, made)
     assert f"{path} is damaged" in caplog.text
     assert 0 < model.seen <= 12 * (SETTINGS["steps"] + 2)
+
+
+def test_a_chunk_that_was_tampered_with_is_passed_over_and_made_again(tmp_path, caplog):
+    model, (x, y) = Counting(), images(6)
+    made = Crafted(model, tmp_path, seed=0, **SETTINGS)(x, y)
+    (path,) = tmp_path.glob("*/*.npz")
+    with np.load(path) as file:
+        chunk = dict(file)
+    for change in ({"examples": np.clip(chunk["examples"] + 0.1, 0, 1)}, {"keys": chunk["keys"][::-1]}):
+        np.savez(path, **{**chunk, **change})
+        assert torch.equal(Crafted(model, tmp_path, seed=0, **SETTINGS)(x, y), made)
+        assert f"{path} is damaged" in caplog.text
+        caplog.clear()
+    Crafted(model, tmp_path, seed=0, **SETTINGS)(x, y)
+    assert "damaged" not in caplog.text
+
+
+def test_a_model_whose_source_code_or_buffers_changed_has_examples_of_its_own(tmp_path, monkeypatch):
+    source = """
+from torch import nn, ones
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 4)
+        self.register_buffer("scale", ones(1), persistent=False)
+    def forward(self, x):
+        return self.linear(x.flatten(1)) * SIGN * self.scale
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    x, y = images(4)
+
+    def crafted(sign, scale=1.0):
+        (tmp_path / "changing_net.py").write_text(source.replace("SIGN", str(sign)))
+        sys.modules.pop("changing_net", None)
+        torch.manual_seed(0)
+        model = nn.Sequential(importlib.import_module("changing_net").Net())
+        model[0].scale *= scale
+        return Crafted(model, tmp_path / "store", seed=0, **SETTINGS)(x, y)
+
+    first, same, other, scaled = crafted(1), crafted(1), crafted(-1), crafted(1, 2.0)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert len(list((tmp_path / "store").iterdir())) == 3 and scaled.shape == x.shape
 
 
 def test_two_at_once_share_what_either_has_made(tmp_path):

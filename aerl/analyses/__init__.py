@@ -58,7 +58,7 @@ class AnalysisContext:
 
     def right(self, samples: int) -> Split:
         """Up to `samples` images that are classified rightly, always the same ones; NotMade if there is none."""
-        rows = torch.from_numpy(self.outcomes["label"] == self.outcomes["clean_pred"]).nonzero().squeeze(1)
+        rows = torch.from_numpy(right(self.outcomes)).nonzero().squeeze(1)
         if len(rows) == 0:
             raise NotMade("no sample is classified rightly")
         return subset(Split(self.images[rows], self.labels[rows]), samples)
@@ -83,6 +83,11 @@ class AnalysisContext:
         write_csv(folder / f"{name}.csv", columns, rows)
         if self.log.tracker is not None:
             self.log.tracker.table(f"tables/{name}", columns, rows)
+
+
+def class_name(names: Sequence[str], predicted: int) -> str:
+    """The name of a predicted class: also of none, -1 (see `aerl.attacks.predictions`), and of those beyond `names`."""
+    return "not finite" if predicted < 0 else names[predicted] if predicted < len(names) else str(predicted)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
+from aerl.evaluate import right
 from aerl.files import inside, load_arrays
 from aerl.results import Result, changed_files, eps_text, read_config, read_summary
 from aerl.statistics import mcnemar, paired_difference
@@ -35,7 +36,9 @@ def _finished(run: str) -> str:
     if not (folder / "outcomes.npz").is_file():
         raise ValueError("must have an outcomes.npz, which a run that attacks writes")
     if changed_files(folder, summary, ["outcomes.npz"]):
-        raise ValueError("must have its own outcomes.npz; that was changed since the run finished, or is damaged")
+        raise ValueError(
+            "must have its own outcomes.npz; that was changed since the run finished, or is damaged"
+        )
     return run
 
 
@@ -143,11 +146,8 @@ def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
 
 def _right(outcomes: Outcomes, attacks: list[str], counted: list[str]) -> dict[str, Right]:
     """bool (N,) for each row of the comparison: clean, under each of `attacks`, and under all of `counted`."""
-    right = {"clean": outcomes["clean_pred"] == outcomes["label"]}
-    for name in attacks:
-        right[name] = right["clean"] & (outcomes[f"{name}_pred"] == outcomes["label"])
-    worst = {"worst_case": np.logical_and.reduce([right[name] for name in counted])} if counted else {}
-    return right | worst
+    rows = {"clean": right(outcomes)} | {name: right(outcomes, [name]) for name in attacks}
+    return rows | ({"worst_case": right(outcomes, counted)} if counted else {})
 
 
 def _row(here: Right, there: Right) -> dict[str, Any]:

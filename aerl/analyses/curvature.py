@@ -30,7 +30,7 @@ def curvature(
 
     The curvature is ||grad(x + step * u) - grad(x)||_2 / step with u the gradient's direction, `step` in pixels'
     range [0, 1]: how far a linear picture of the loss holds (Moosavi-Dezfooli et al. 2019, section 4.1). Where the
-    gradient is exactly zero neither is defined; the share of such images is told instead. Writes
+    gradient is exactly zero or not finite neither is defined; the share of such images is reported instead. Writes
     figures/curvature.png and tables/curvature.csv; returns a Result of each median. NotMade if no image is classified
     rightly.
     """
@@ -51,7 +51,7 @@ def curvature(
             norm.append(sizes(here, "L2").flatten().cpu())
             bend.append((sizes(there - here, "L2") / step).flatten().cpu())
     found = {"gradient_norm": torch.cat(norm).double().numpy(), "curvature": torch.cat(bend).double().numpy()}
-    alive = found["gradient_norm"] > 0
+    alive = (found["gradient_norm"] > 0) & np.isfinite(found["curvature"])
     zero = float(1 - alive.mean())
     found = {name: values[alive] for name, values in found.items()}
     quartiles = {name: [float(q) for q in _quartiles(values)] for name, values in found.items()}

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from aerl import evaluate
 from aerl.analyses import AnalysisContext
-from aerl.attacks import Noise, pgd
+from aerl.attacks import SampleGenerator, pgd, predictions
 from aerl.data import Split, subset
 from aerl.evaluate import Attacked
 from aerl.report.figures import BLACK, trainer_colour
@@ -71,21 +72,25 @@ def _against_eps(
 
 
 def _against_steps(context: AnalysisContext, chosen: Split, clean: Attacked, steps: int) -> Points:
+    standing = torch.from_numpy(clean.pred) == chosen.labels
     fallen = np.zeros(steps + 1, int)
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
+    def work(rows: Tensor) -> None:
+        x, y = evaluate.batch(chosen, rows, context.hardware)
+        here = np.zeros_like(fallen)  # counted once the batch is done: it may be repeated in smaller parts
+
         def observe(step: int, index: Tensor, logits: Tensor, gradient: Tensor | None) -> None:
-            fallen[step] += int((logits.argmax(1) != y[index]).sum())
+            here[step] += int((predictions(logits) != y[index]).sum())
 
-        return pgd(
-            model, x, y, generator=generator, norm=context.norm, eps=context.eps, steps=steps, observe=observe
-        )
+        with evaluate.reproducible(context.seed, "curve_steps", 0, int(rows[0]), device=x.device):
+            pgd(
+                context.model, x, y, generator=SampleGenerator.for_images(x, context.seed, "curve_steps"),
+                norm=context.norm, eps=context.eps, steps=steps, observe=observe,
+            )  # fmt: skip
+        np.add(fallen, here, out=fallen)
 
-    evaluate.run_attack(
-        attack, context.model, chosen, clean, context.hardware,
-        name="curve_steps", seed=context.seed, batch_size=context.batch_size,
-    )  # fmt: skip
-    left = int((clean.pred == chosen.labels.numpy()).sum()) - fallen.cumsum()
+    evaluate.within_memory(work, standing.nonzero().squeeze(1), context.batch_size)
+    left = int(standing.sum()) - fallen.cumsum()
     return [{"step": float(step)} | proportion(int(count), len(chosen)) for step, count in enumerate(left)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl.analyses import AnalysisContext, Beside, Subject
+from aerl.analyses import AnalysisContext, Beside, NotMade, Subject
 from aerl.attacks import SampleGenerator, pgd
 from aerl.data import Split, to_unit
 from aerl.report.figures import trainer_colour
@@ -170,7 +170,9 @@ class Gradients(Beside):
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
         """Write figures/gradients.png, tables/gradients.csv (a line for each model and step), and `gradients` in
-        summary.json; returns this run's means over all steps. NotMade if no image is classified rightly."""
+        summary.json; returns this run's means over all steps. NotMade if no image is classified rightly or eps is 0."""
+        if context.eps == 0:
+            raise NotMade("eps is 0")
         images = context.right(self.samples)
         subjects = self.subjects(context)
         found = [
@@ -190,7 +192,8 @@ class Gradients(Beside):
         zero = [float((dynamics.norm == 0).float().mean()) for dynamics in found]
         title = f"PGD on {self.loss}, {context.norm} eps {context.eps:.4g}, n = {len(images)}"
         context.draw("gradients", _draw(subjects, curves, zero, title), title)
-        means = {f"gradient_{name}": float(np.nanmean(curves[0][name][0])) for name, _ in _PANELS[1:]}
+        mean = {name: curve[0][np.isfinite(curve[0])] for name, curve in curves[0].items()}
+        means = {f"gradient_{name}": float(mean[name].mean()) for name, _ in _PANELS[1:] if len(mean[name])}
         means["gradient_zero_share"] = zero[0]
         context.save(gradients={"n": len(images), "loss": self.loss, "steps": self.steps, **means})
         return context.log.log(

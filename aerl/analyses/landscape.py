@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aerl import evaluate
-from aerl.analyses import AnalysisContext, Beside, NotMade, Subject
-from aerl.attacks import SampleGenerator, attacking, pgd
+from aerl.analyses import AnalysisContext, Beside, NotMade, Subject, class_name
+from aerl.attacks import SampleGenerator, attacking, pgd, predictions
 from aerl.attacks.projections import norms
 from aerl.data import Split, to_unit
 from aerl.files import save_arrays
@@ -31,9 +31,9 @@ class Plane:
     """A map of the plane x + eps * (a * first + b * second).
 
     `axis` (N,) are the values of a and of b; loss float32 (N, N) and classes int64 (N, N) have b along the first
-    dimension and a along the second. `adversarial` is the a of the adversarial example, whose b is 0; of the image
-    itself and of the example, `loss_at` and `class_at` were evaluated directly. `evaluated` is the share of the
-    points at which the model was asked.
+    dimension and a along the second; where the logits are not finite the loss is NaN and the class -1. `adversarial`
+    is the a of the adversarial example, whose b is 0; of the image itself and of the example, `loss_at` and
+    `class_at` were evaluated directly. `evaluated` is the share of the points at which the model was asked.
     """
 
     axis: np.ndarray
@@ -74,14 +74,20 @@ def survey(
             rows, columns = (slice(first, min(first + width + 1, n)) for first in (top, left))
             inside = values[: rows.stop - rows.start, : columns.stop - columns.start]
             loss[rows, columns] = _loss(inside, y)
-            classes[rows, columns] = inside.argmax(-1)
+            classes[rows, columns] = _classes(inside)
     return loss, classes, asked / total
 
 
 def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of logits (..., K) for one class."""
+    """Cross-entropy of logits (..., K) for one class; NaN where they are not finite."""
     flat = logits.flatten(0, -2)
-    return F.cross_entropy(flat, y.expand(len(flat)), reduction="none").view(logits.shape[:-1])
+    loss = F.cross_entropy(flat, y.expand(len(flat)), reduction="none")
+    return loss.where(flat.isfinite().all(1), torch.nan).view(logits.shape[:-1])
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """The class predicted from logits (..., K), -1 where they are not finite."""
+    return predictions(logits.flatten(0, -2)).view(logits.shape[:-1])
 
 
 def _tile(
@@ -119,8 +125,8 @@ def _tile(
         if wanted.any():
             true, guess = ask(wanted, stride), values[wanted]
             loss = _loss(true, y)
-            off = (_loss(guess, y) - loss).abs() > tolerance * (1 + loss)
-            rough[wanted] = off | (guess.argmax(-1) != true.argmax(-1))
+            off = ~((_loss(guess, y) - loss).abs() <= tolerance * (1 + loss))
+            rough[wanted] = off | (_classes(guess) != _classes(true))
             values[wanted] = true
             asked += len(true)
     return values, asked
@@ -169,7 +175,7 @@ def plane(
         label = y.cpu()
         loss, classes, evaluated = survey(logits, label, axis, tolerance)
         direct = logits(torch.tensor([[0.0, 0.0], [length / eps, 0.0]]))
-    losses, said = _loss(direct, label).tolist(), direct.argmax(1).tolist()
+    losses, said = _loss(direct, label).tolist(), _classes(direct).tolist()
     return Plane(
         axis.numpy(), loss.numpy(), classes.numpy(), evaluated, length / eps, tuple(losses), tuple(said)
     )
@@ -270,9 +276,11 @@ def _draw(
     figure = Figure(figsize=(1.4 + 2.7 * columns, 1.0 + 2.9 * rows), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    highest = max(float(one.loss.max()) for row in planes for one in row) or 1.0
+    finite = [one.loss[np.isfinite(one.loss)] for row in planes for one in row]
+    highest = max(float(loss.max(initial=0)) for loss in finite) or 1.0
     scale = PowerNorm(0.5, 0, highest)  # near the image the loss is small, and that is where to look
-    colours = _class_colours(planes, labels, len(names))
+    highest_class = max(int(one.classes.max()) for row in planes for one in row)
+    colours = _class_colours(planes, labels, max(len(names), highest_class + 1))
     for number, (subject, row) in enumerate(zip(subjects, planes, strict=True)):
         for column, (one, label) in enumerate(zip(row, labels, strict=True)):
             upper, lower = axes[:, column] if alone else axes[number, 2 * column : 2 * column + 2]
@@ -293,7 +301,7 @@ def _draw(
             upper.set_title(f"{subject.name}\ntrue class: {true}", fontsize=9, color=_dark(subject.trainer))
             present = [int(value) for value in np.unique(one.classes)]
             by_area = sorted(present, key=lambda value: -(one.classes == value).sum())[:5]
-            handles = [Patch(color=colours[value], label=names[value][:16]) for value in by_area]
+            handles = [Patch(color=colours[value], label=class_name(names, value)[:16]) for value in by_area]
             lower.legend(handles=handles, fontsize=7, loc="upper left", framealpha=0.85)
     for axis in axes[:, 0]:
         axis.set_ylabel("random direction, eps")
@@ -308,10 +316,11 @@ def _dark(trainer: str) -> str:
 
 
 def _class_colours(planes: list[list[Plane]], labels: list[int], k: int) -> np.ndarray:
-    """(K, 3): distinct colours for the classes that take the most room, greys for the rest."""
+    """(K + 1, 3): distinct colours for the classes that take the most room, greys for the rest; white for none, -1."""
     from matplotlib.colors import to_rgb
 
-    area = np.bincount(np.concatenate([one.classes.ravel() for row in planes for one in row]), minlength=k)
+    classes = np.concatenate([one.classes.ravel() for row in planes for one in row])
+    area = np.bincount(classes[classes >= 0], minlength=k)
     area[labels] += area.max() + 1  # the true classes come first
     palette = (
         "#9ecae1",
@@ -324,7 +333,8 @@ def _class_colours(planes: list[list[Plane]], labels: list[int], k: int) -> np.n
         "#0072b2",
         "#009e73",
     )
-    colours = np.tile(np.array(to_rgb("#bdbdbd")), (k, 1))
+    colours = np.tile(np.array(to_rgb("#bdbdbd")), (k + 1, 1))
+    colours[-1] = 1
     for colour, index in zip(palette, np.argsort(-area, kind="stable"), strict=False):
         colours[index] = to_rgb(colour)
     return colours

@@ -3,14 +3,18 @@
 All of it is read from the outcomes: no model is run.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from aerl.analyses import AnalysisContext, NotMade
+from aerl.analyses import AnalysisContext, NotMade, class_name
 from aerl.report.figures import BLUE, GREEN, ORANGE, PURPLE, RIGHT, SKY, VERMILION, WRONG
 from aerl.results import Result, eps_text
+
+log = logging.getLogger("aerl")
 
 _COLUMNS = ("images", "answer", "n", "entropy_mean", "entropy_sd", "confidence_mean", "confidence_sd")
 _ATTACK_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
@@ -29,8 +33,11 @@ def entropy(context: AnalysisContext) -> list[Result]:
     groups: Groups = {}
     for images in ("clean", *context.attacks):
         values = {key: context.outcomes[f"{images}_{key}"] for key in ("entropy", "confidence")}
-        right = context.outcomes[f"{images}_pred"] == context.outcomes["label"]
-        for answer, mask in (("right", right), ("wrong", ~right)):
+        pred = context.outcomes[f"{images}_pred"].astype(int)
+        right = pred == context.outcomes["label"]
+        if count := int((pred < 0).sum()):  # which are wrong, but have neither entropy nor confidence
+            log.warning("entropy: %s: %d predictions are not finite and left out", images, count)
+        for answer, mask in (("right", right), ("wrong", ~right & (pred >= 0))):
             groups[images, answer] = {key: value[mask].astype(float) for key, value in values.items()}
     rows = [
         [
@@ -95,7 +102,8 @@ def confusion(context: AnalysisContext) -> list[Result]:
     """Which class becomes which: on the clean images, and as the first attack that fools a sample leaves it.
 
     Only attacks within the run's threat model take part. Writes figures/confusion.png and tables/confusion.csv (a line
-    for each pair of classes that occurs); measures nothing new, so the list of Results is empty.
+    for each pair of classes that occurs); measures nothing new, so the list of Results is empty. What is predicted may
+    also be no class, where the logits are not finite, or one that the dataset does not have.
     """
     label = context.outcomes["label"]
     counted = [name for name, told in context.attacks.items() if told.get("counts", True)]
@@ -103,25 +111,25 @@ def confusion(context: AnalysisContext) -> list[Result]:
     for name in counted:
         standing = after == label
         after[standing] = context.outcomes[f"{name}_pred"][standing]
-    k = len(context.class_names)
-    matrices = {"clean": _confusion(label, context.outcomes["clean_pred"], k)}
-    if counted:
-        matrices["under attack"] = _confusion(label, after, k)
+    predicted = {"clean": context.outcomes["clean_pred"]} | ({"under attack": after} if counted else {})
+    names = context.class_names
     rows = [
-        [images, context.class_names[true], context.class_names[said], int(count)]
-        for images, matrix in matrices.items()
-        for (true, said), count in np.ndenumerate(matrix)
-        if count
+        [images, class_name(names, true), class_name(names, said), count]
+        for images, pred in predicted.items()
+        for (true, said), count in sorted(Counter(zip(label.tolist(), pred.tolist(), strict=True)).items())
     ]
     context.table("confusion", ("images", "true", "predicted", "n"), rows)
     caption = f"which class becomes which, clean and under {', '.join(counted) or 'no attack'}"
-    context.draw("confusion", _draw_confusion(matrices, context.class_names), caption)
+    matrices = {images: _confusion(label, pred, len(names)) for images, pred in predicted.items()}
+    context.draw("confusion", _draw_confusion(matrices, names), caption)
     return []
 
 
-def _confusion(label: np.ndarray, said: np.ndarray, k: int) -> np.ndarray:
-    answered = said >= 0  # -1 where the logits were not finite
-    counts: np.ndarray = np.bincount((label * k + said)[answered], minlength=k * k).reshape(k, k)
+def _confusion(label: np.ndarray, pred: np.ndarray, k: int) -> np.ndarray:
+    """(k, k), with one more column for predictions that are none of the k classes, if there are any."""
+    columns = k + bool(((pred < 0) | (pred >= k)).any())
+    counts = np.zeros((k, columns), int)
+    np.add.at(counts, (label, np.where(pred < 0, k, np.minimum(pred, k))), 1)
     return counts
 
 
@@ -137,9 +145,8 @@ def _draw_confusion(matrices: Mapping[str, np.ndarray], names: tuple[str, ...]) 
         image = axis.imshow(share, cmap="cividis", vmin=0, vmax=100)
         axis.set(title=title, xlabel="predicted class", ylabel="true class")
         if k <= _READABLE:
-            axis.set_xticks(
-                range(k), [name[:14] for name in names], rotation=60, ha="right", rotation_mode="anchor"
-            )
+            said = [name[:14] for name in (*names, "none of these")[: matrix.shape[1]]]
+            axis.set_xticks(range(len(said)), said, rotation=60, ha="right", rotation_mode="anchor")
             axis.set_yticks(range(k), [name[:14] for name in names])
             for (row, column), value in np.ndenumerate(share):
                 if value >= 0.5:

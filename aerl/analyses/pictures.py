@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from aerl.analyses import AnalysisContext
+from aerl.analyses import AnalysisContext, class_name
 from aerl.report.figures import RIGHT, WRONG
 from aerl.results import Result, eps_text
 from aerl.types import Count
@@ -59,8 +57,8 @@ def _block(context: AnalysisContext, attack: str, chosen: list[int]) -> _Block:
         originals=originals.cpu().numpy(),
         adversarials=adversarials.cpu().numpy(),
         labels=[int(label) for label in context.labels[chosen]],
-        before=_predictions(context.model, originals),
-        after=_predictions(context.model, adversarials),
+        before=_predictions(context, "clean", chosen),
+        after=_predictions(context, attack, chosen),
     )
 
 
@@ -78,17 +76,10 @@ def _chosen(context: AnalysisContext, attack: str, samples: int) -> list[int]:
     return order[:samples]
 
 
-def _predictions(model: torch.nn.Module, images: Tensor) -> list[tuple[int, float]]:
-    """Class and confidence (softmax) of each image; the model's mode is restored."""
-    place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), images.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            confidence, classes = model(images.to(place)).float().softmax(dim=1).max(dim=1)
-    finally:
-        model.train(training)
-    return list(zip(classes.tolist(), confidence.tolist(), strict=True))
+def _predictions(context: AnalysisContext, images: str, chosen: list[int]) -> list[tuple[int, float]]:
+    """Class and confidence of each of the images, clean or as an attack left them."""
+    pred, confidence = (context.outcomes[f"{images}_{key}"][chosen] for key in ("pred", "confidence"))
+    return list(zip(pred.tolist(), confidence.tolist(), strict=True))
 
 
 def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> Any:
@@ -158,5 +149,4 @@ def _show(axis: Any, image: Array, low: float, high: float) -> None:
 
 def _name(class_names: tuple[str, ...], index: int) -> str:
     """A class name in two short lines at the most: ImageNet's names are long."""
-    name = class_names[index] if index < len(class_names) else str(index)
-    return "\n".join(textwrap.wrap(name, 16, max_lines=2, placeholder="..."))
+    return "\n".join(textwrap.wrap(class_name(class_names, index), 16, max_lines=2, placeholder="..."))

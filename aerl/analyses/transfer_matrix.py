@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.analyses import AnalysisContext
-from aerl.attacks import Crafted, attacking
+from aerl.attacks import Crafted, attacking, predictions
 from aerl.attacks.transfer import Loss
 from aerl.data import to_unit
 from aerl.report.progress import progress
@@ -123,7 +123,7 @@ def _measured(
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> int:
     with attacking(model), torch.no_grad():
-        return int((model(x).argmax(1) == y).sum())
+        return int((predictions(model(x)) == y).sum())
 
 
 def _draw(

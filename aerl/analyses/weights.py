@@ -74,7 +74,8 @@ def _draw(axis: np.ndarray, loss: np.ndarray, title: str) -> Any:
 
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.subplots()
-    drawn = np.nan_to_num(loss, nan=np.nanmax(loss), posinf=np.nanmax(loss[np.isfinite(loss)], initial=1.0))
+    top = np.max(loss[np.isfinite(loss)], initial=1e-6)
+    drawn = np.nan_to_num(loss, nan=top, posinf=top)
     drawn = np.maximum(drawn, 1e-6)  # a logarithm knows no zero
     scale = LogNorm(drawn.min(), max(drawn.max(), drawn.min() * 1.01))
     extent = (axis[0], axis[-1], axis[0], axis[-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl.attacks.modes import attacking, count_classes, input_gradient, warn
+from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, warn
 from aerl.attacks.projections import norms
 from aerl.attacks.random import Noise
 from aerl.types import Count, NonNegative, Norm, UserError
@@ -48,7 +48,8 @@ class AutoAttack:
     Few classes: targeted components aim at min(9, K - 1) classes. Targeted DLR needs four classes and is
     replaced by plain DLR for three; DLR needs three and is left out for two. Square in L2 needs images of
     5 pixels. Each omission is told through `aerl.attacks.warn`, as are AutoAttack's own doubts (randomised
-    model, probabilities for logits, zero gradients, ...).
+    model, probabilities for logits, zero gradients, ...). An image whose logits are not finite is misclassified;
+    what is not finite in a gradient is not followed. Both are reported.
     """
 
     eps: NonNegative
@@ -82,16 +83,23 @@ class AutoAttack:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
 
-        Raises UserError if no component can run on so few classes, also for an empty batch, and for logits
-        that are not finite; NoGradient if a component other than Square meets logits that do not depend
-        differentiably on the images.
+        Raises UserError if no component can run on so few classes, also for an empty batch; NoGradient if a
+        component other than Square meets logits that do not depend differentiably on the images.
         """
 
         def logits(images: Tensor) -> Tensor:
+            if images.requires_grad:
+                images = images.view_as(images)
+                images.register_hook(_finite)  # type: ignore[no-untyped-call]
             # A copy, since Square writes into what it gets.
             output: Tensor = model(images.to(x.dtype)).to(torch.float32, copy=True)
-            if not output.isfinite().all():
-                raise UserError("the model returned NaN or infinite logits: no attack can judge it")
+            finite = output.detach().isfinite().all(1)
+            if not finite.all():
+                warn(NOT_FINITE)
+                # The library shall see a wrong answer: one for the label of the nearest clean image.
+                nearest = torch.cdist(images.detach().flatten(1), x.to(images).flatten(1)).argmin(1)
+                wrong = F.one_hot((y[nearest] + 1) % output.shape[1], output.shape[1]).to(output)
+                output = torch.where(finite[:, None], output, wrong)
             return output
 
         with attacking(model), _contained():
@@ -118,6 +126,8 @@ class AutoAttack:
             library.attacks_to_run = components
             library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
             library.square.n_queries = self.queries
+            shape = library.square.eta
+            library.square.eta = lambda side: shape(side).as_subclass(_Tile)
             if self.version != "rand":  # which averages over several passes, none of which decides alone
                 _drop_fooled(library.apgd, classes)
                 _drop_fooled(library.apgd_targeted, classes)
@@ -151,6 +161,27 @@ class AutoAttack:
         if not valid.all():
             warn("AutoAttack: it returned images outside the ball or the box; they count as not found")
         return torch.where(valid[:, None, None, None], found, x)
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    if not gradient.isfinite().all():
+        warn(NOT_FINITE)
+    return gradient.nan_to_num(0, 0, 0)
+
+
+class _Tile(Tensor):
+    """A tile of Square's first perturbation in L2, cut off where it reaches beyond the image.
+
+    The library lays h // s tiles of side s = h // 5 from (h - 5 s) // 2 on, in both directions, and adds each whole
+    to what the image has of its place. At some sizes the last ones do not fit, and torch refuses.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("add_", "__iadd__"):
+            place, tile = args
+            args = (place, tile[..., : place.shape[-2], : place.shape[-1]])
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def _drop_fooled(apgd: Any, classes: int) -> None:

@@ -25,20 +25,52 @@ class NoGradient(UserError):
         )
 
 
-def input_gradient(value: Tensor, point: Tensor) -> Tensor:
-    """The gradient of value.sum() with respect to the images `point`; NoGradient if there is none."""
+NOT_FINITE = (
+    "the model returned NaN or infinity: images with such logits count as misclassified, and such gradients are "
+    "not followed"
+)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """The predicted class int64 (B,) of logits (B, K): -1, which is no class, unless all K logits are finite.
+
+    (The argmax of NaN is the place of the first NaN, which may be the label.) Raises UserError for fewer than
+    two logits per image, among which there is no decision.
+    """
+    check_logits(logits)
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise UserError unless `logits` are (B, K) with K >= 2."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise UserError(
+            f"the model returns outputs of shape {tuple(logits.shape)}: an attack needs logits (images, classes) "
+            "of 2 classes or more"
+        )
+
+
+def input_gradient(value: Tensor, point: Tensor, sound: Tensor | None = None) -> Tensor:
+    """The gradient of value.sum() with respect to the images `point`; NoGradient if there is none.
+
+    What is not finite in it becomes zero, and then `sound`, a bool (), becomes false.
+    """
     if not value.requires_grad:
         raise NoGradient
     (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
     if gradient is None:
         raise NoGradient
-    return gradient
+    if sound is not None:
+        sound &= gradient.isfinite().all()
+    return gradient.nan_to_num(0, 0, 0)
 
 
 def count_classes(model: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Ask the model with a blank image like those of x (B, C, H, W), so that an empty batch will do."""
     with torch.no_grad():
-        return model(x.new_zeros(1, *x.shape[1:])).shape[1]
+        logits = model(x.new_zeros(1, *x.shape[1:]))
+    check_logits(logits)
+    return logits.shape[1]
 
 
 @contextmanager

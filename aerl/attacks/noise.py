@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from aerl.attacks.losses import margin
-from aerl.attacks.modes import attacking
+from aerl.attacks.modes import NOT_FINITE, attacking, predictions, warn
 from aerl.attacks.projections import clip, random_extreme, random_in_ball
 from aerl.attacks.random import Noise
-from aerl.types import Count, NonNegative, Norm, UserError
+from aerl.types import Count, NonNegative, Norm
 
 
 def noise(
@@ -28,7 +28,7 @@ def noise(
     it is fooled. That this finds what a gradient-based attack does not is a sign of masked gradients (Athalye
     et al. 2018, section 3.1).
 
-    Raises UserError for logits that are not finite.
+    A point whose logits are not finite is misclassified, which is reported.
     """
     with attacking(model), torch.no_grad():
         kept = x.clone()
@@ -41,9 +41,10 @@ def noise(
                 sample = random_extreme if draw % 2 else random_in_ball
                 point = clip(x[index], sample(x[index], norm, eps, generator[index]), norm, eps)
             logits = model(point).to(x.dtype)
-            if not logits.isfinite().all():
-                raise UserError("the model returned NaN or infinite logits: no attack can judge it")
-            value, wrong = margin(logits, y[index]), logits.argmax(1) != y[index]
+            predicted = predictions(logits)
+            if (predicted < 0).any():
+                warn(NOT_FINITE)
+            value, wrong = margin(logits, y[index]), predicted != y[index]
             better = (value > highest[index]) | wrong
             kept[index[better]], highest[index[better]] = point[better], value[better]
             index = index[~wrong]

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerl.attacks.modes import attacking, input_gradient
+from aerl.attacks.modes import NOT_FINITE, attacking, input_gradient, predictions, warn
 from aerl.attacks.projections import random_in_ball
 from aerl.attacks.random import Noise
-from aerl.types import Count, NonNegative, Norm, UserError
+from aerl.types import Count, NonNegative, Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +39,24 @@ class PaperPGD:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,), from pixels uniform in [-eps, eps] around
         them, brought into the ball. Returns images like x, within eps of it but not always within [0, 1].
 
-        Raises UserError for logits or gradients that are not finite; NoGradient for logits that do not depend
-        differentiably on the images.
+        What is not finite in a gradient is not followed, which is reported. NoGradient for logits that do not
+        depend differentiably on the images.
         """
         if len(x) == 0 or self.eps == 0:
             return x.clone()
         length = self.eps / 10 if self.step_size is None else self.step_size
         with attacking(model):
             point = x + self._project(random_in_ball(x, "Linf", self.eps, generator))
+            sound = torch.ones((), dtype=torch.bool, device=x.device)
             for _ in range(self.steps):
                 point.requires_grad_()
-                loss = F.cross_entropy(model(point).to(x.dtype), y, reduction="sum") / self.batch_size
-                step = self._direction(input_gradient(loss, point)).mul_(length)
+                logits = model(point).to(x.dtype)
+                sound &= (predictions(logits) >= 0).all()
+                loss = F.cross_entropy(logits, y, reduction="sum") / self.batch_size
+                step = self._direction(input_gradient(loss, point, sound)).mul_(length)
                 point = x + self._project(point.detach() + step - x)
-        if not point.isfinite().all():
-            raise UserError("the model returned NaN or infinite logits or gradients: no attack can judge it")
+        if not sound:
+            warn(NOT_FINITE)
         return point
 
     def _direction(self, gradient: Tensor) -> Tensor:

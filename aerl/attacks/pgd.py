@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.attacks import losses
-from aerl.attacks.modes import attacking, count_classes, input_gradient
+from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
 from aerl.attacks.projections import ascent_direction, clip, random_in_ball
 from aerl.attacks.random import Noise
 from aerl.types import Count, NonNegative, Norm, UserError
@@ -47,7 +47,8 @@ def pgd(
         does not stall on a saturated softmax as `ce` itself does. `kl` ignores `y` and needs a random start.
     targeted: MultiTargeted (Gowal et al. 2019, section 3): restart r aims at the r-th most likely wrong
         class of the clean image, and any misclassification counts. With `loss="margin"` the surrogate is
-        the paper's, z_target - z_y.
+        the paper's, z_target - z_y. With fewer wrong classes than restarts it aims at each of them once, and
+        says so.
     drop_fooled: a sample leaves at its first misclassified iterate, or unperturbed if it is wrong to
         begin with, and the batch goes on without it: cheaper, and the same samples are fooled.
     keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
@@ -61,8 +62,9 @@ def pgd(
     start: images like x from which the first run starts, instead of at random or at x; they are projected into
         the ball and the box. For callers in Python.
 
-    Raises UserError for settings that do not go together or with the number of classes, also for an empty
-    batch; for images outside [0, 1]; for logits that are not finite or do not depend on the images.
+    An image whose logits are not finite is misclassified; what is not finite in a gradient is not followed. Both
+    are reported. Raises UserError for settings that do not go together or with the number of classes, also for
+    an empty batch; for images outside [0, 1]; NoGradient for logits that do not depend on the images.
     """
     if restarts > 1 and not (random_start or targeted):
         raise UserError(f"restarts={restarts}: repeats one run; set random_start=true or targeted=true")
@@ -70,7 +72,13 @@ def pgd(
         raise UserError(f"loss=kl: its gradient is zero at the clean image; it needs random_start=true "
                         f"(is {random_start}) and targeted=false (is {targeted})".lower())  # fmt: skip
     if targeted or loss == "dlr":
-        _check_classes(model, x, loss, restarts if targeted else 0)
+        with attacking(model):
+            classes = count_classes(model, x)
+        if loss == "dlr" and classes < 3:
+            raise UserError(f"loss=dlr: needs 3 classes or more, the model has {classes}; use margin")
+        if targeted and restarts > classes - 1:
+            warn(f"restarts={restarts}: aimed at all {classes - 1} wrong classes, since there are no more")
+            restarts = classes - 1
     if len(x) == 0 or eps == 0:
         return x.clone()
     low, high = (bound.item() for bound in x.aminmax())
@@ -86,7 +94,7 @@ def pgd(
         with torch.set_grad_enabled(climbing):
             logits = model(point).to(x.dtype)
             value = -objective(logits, aim) if targeted else objective(logits, aim)
-            return logits, value, input_gradient(value, point) if climbing else point
+            return logits, value, input_gradient(value, point, sound) if climbing else point
 
     with attacking(model), torch.no_grad():
         kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
@@ -95,8 +103,9 @@ def pgd(
         targets = y[:, None].expand(-1, restarts)
         if targeted or loss == "kl" or (drop_fooled and (random_start or start is not None)):
             clean = _mean_prediction([model(x) for _ in range(eot)])
-            sound &= clean.isfinite().all()
-            fooled = (clean.argmax(1) != y) & drop_fooled
+            predicted = predictions(clean)
+            sound &= (predicted >= 0).all()
+            fooled = (predicted != y) & drop_fooled
             if targeted:
                 others = clean.scatter(1, y[:, None], -torch.inf)
                 targets = others.argsort(dim=1, descending=True, stable=True)
@@ -130,8 +139,9 @@ def pgd(
                         # Sums will do: only the order of losses and the direction of gradients matter.
                         passes, value, gradient = [*passes, logits], value + another, gradient + more
                     logits = _mean_prediction(passes)
-                sound &= logits.isfinite().all()
-                wrong = logits.argmax(1) != label
+                predicted = predictions(logits)
+                sound &= (predicted >= 0).all()
+                wrong = predicted != label
 
                 if observe is not None:
                     observe(step, index, logits, gradient if climbing else None)
@@ -154,8 +164,8 @@ def pgd(
                     point = clip(origin, delta, norm, eps)
             kept[index], highest[index], fooled[index] = best if judged else point, best_loss, hit
 
-        if not (sound & kept.isfinite().all()):
-            raise UserError("the model returned NaN or infinite logits or gradients: no attack can judge it")
+        if not sound:
+            warn(NOT_FINITE)
     return kept
 
 
@@ -164,12 +174,3 @@ def _mean_prediction(passes: list[Tensor]) -> Tensor:
     if len(passes) == 1:
         return passes[0]
     return torch.stack([logits.log_softmax(1) for logits in passes]).logsumexp(0)
-
-
-def _check_classes(model: nn.Module, x: Tensor, loss: str, targets: int) -> None:
-    with attacking(model):
-        classes = count_classes(model, x)
-    if targets >= classes:
-        raise UserError(f"restarts={targets}: targeted=true has only {classes - 1} wrong classes to aim at")
-    if loss == "dlr" and classes < 3:
-        raise UserError(f"loss=dlr: needs 3 classes or more, the model has {classes}; use margin")

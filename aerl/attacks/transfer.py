@@ -1,11 +1,14 @@
 """Transfer: examples crafted on the models of other runs, and PGD that starts from them."""
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +34,10 @@ class Crafted:
     PGD on `model` from a random start, all its `steps`, of which the iterate with the highest loss is taken.
     An attack that stops at the decision boundary of its source fools little else.
 
-    They are kept in `folder`, apart for each model (its structure and weights), settings and seed, and found
-    again by the image itself: an example depends on no other image of its batch. A process that is killed
-    loses the batch it is at, and any number of processes may share the folder.
+    They are kept in `folder`, apart for each model (its structure, weights and source code), settings and seed,
+    and found again by the image itself: an example depends on no other image of its batch. A process that is
+    killed loses the batch it is at, and any number of processes may share the folder. A file that is not as it
+    was written is passed over, which is logged.
     """
 
     def __init__(
@@ -86,8 +90,8 @@ class Crafted:
                 wanted.setdefault(path, {})[row] = place
         missing = set(range(len(keys)))
         for path, places in wanted.items():
-            if (examples := _read(path, "examples")) is not None:
-                found = torch.from_numpy(examples[list(places.values())])
+            if (chunk := _read(path)) is not None:
+                found = torch.from_numpy(chunk["examples"][list(places.values())])
                 crafted[list(places)] = found.to(crafted)
                 missing -= places.keys()
         return sorted(missing)
@@ -96,23 +100,23 @@ class Crafted:
         """Take note of what other processes have added."""
         for path in sorted(set(self.folder.glob("*.npz")) - self._chunks):
             self._chunks.add(path)
-            if (keys := _read(path, "keys")) is not None:
-                self._places |= {key.tobytes(): (path, place) for place, key in enumerate(keys)}
+            if (chunk := _read(path)) is not None:
+                self._places |= {key.tobytes(): (path, place) for place, key in enumerate(chunk["keys"])}
 
     def _keep(self, keys: list[bytes], examples: Tensor) -> None:
         if not keys:
             return
         path = self.folder / f"{_digest(*keys).hex()}.npz"
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
-        images = examples.cpu().numpy()
+        chunk: dict[str, Any] = {"keys": names, "examples": examples.cpu().numpy()}
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: np.savez(file, keys=names, examples=images))
+        atomic_write(path, lambda file: np.savez(file, digest=_sealed(chunk), **chunk))
         self._chunks.add(path)
         self._places |= {key: (path, place) for place, key in enumerate(keys)}
 
 
-def _digest(*parts: bytes) -> bytes:
+def _digest(*parts: bytes | memoryview) -> bytes:
     digest = blake2b(digest_size=16)
     for part in parts:
         digest.update(part)
@@ -126,20 +130,46 @@ def _keys(x: Tensor, y: Tensor) -> list[bytes]:
 
 
 def _identity(model: nn.Module, seed: int, settings: Mapping[str, Any]) -> str:
+    # Not the state_dict, which leaves out what is not persistent.
     weights = (
         part
-        for name, tensor in model.state_dict().items()
-        for part in (name.encode(), tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        for part in (
+            name.encode(),
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data,
+        )
     )
-    told = json.dumps([repr(model), seed, settings], sort_keys=True)
+    told = json.dumps([repr(model), _code(model), seed, settings], sort_keys=True)
     return _digest(told.encode(), *weights).hex()
 
 
-def _read(path: Path, name: str) -> Any:
-    """One array of a chunk; None where it is damaged, which costs no more than crafting its examples again."""
+def _code(model: nn.Module) -> list[str]:
+    """Digests of the source files of the model's classes, but for torch's own."""
+    files = set()
+    for kind in {type(module) for module in model.modules()}:
+        if not f"{kind.__module__}.".startswith("torch."):
+            with suppress(TypeError):  # it was made where there is no file
+                files.add(inspect.getsourcefile(kind))
+    return sorted(_digest(Path(file).read_bytes()).hex() for file in files if file and Path(file).is_file())
+
+
+def _sealed(chunk: Mapping[str, Any]) -> Any:
+    """The digest of a chunk's arrays, as an array."""
+    parts = (
+        (f"{array.dtype}{array.shape}".encode(), array.tobytes())
+        for array in (chunk[name] for name in ("keys", "examples"))
+    )
+    return np.frombuffer(_digest(*chain.from_iterable(parts)), np.uint8)
+
+
+def _read(path: Path) -> Mapping[str, Any] | None:
+    """A chunk's arrays; None where it is damaged, which costs no more than crafting its examples again."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file[name]
+            chunk = dict(file)
+        if not np.array_equal(chunk["digest"], _sealed(chunk)):
+            raise ValueError("its digest is another one")
+        return chunk
     except Exception as error:  # what a damaged file makes NumPy raise depends on where it is damaged
         _log.warning("%s is damaged and passed over (%s)", path, error)
         return None

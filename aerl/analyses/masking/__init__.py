@@ -54,7 +54,8 @@ def masking(
     cause one: no gradient, a saturated softmax, noise. *Formula* checks show what the paper's own attack makes
     of this model; they tell of that attack, and leave the verdict alone. One flagged effect makes the verdict
     "masked", flagged symptoms alone "suspicious", none of either "no sign"; where plain PGD cannot run at all
-    it is "not measured". A check that cannot be made has the value None and says why.
+    it is "not measured". A check that has nothing to measure (no source of transfer, another norm) has the value
+    None and says why; one that fails does so too, and is named in the verdict: "no sign (square failed)".
 
     Every other setting is the threshold of the check of its name. `queries` are Square's. Costs are told
     in forward and backward passes per sample, in which a forward pass alone counts a third; together they
@@ -103,8 +104,13 @@ def masking(
     found = {check["name"]: check for check in checks}
     verdict = _verdict(checks, audit.reason)
     saved = {
-        "verdict": verdict,
-        "mechanism": _mechanism(verdict, found, audit.reason),
+        "verdict": verdict + _without(audit.failed),
+        "mechanism": "; ".join(
+            [
+                _mechanism(verdict, found, audit.reason),
+                *(f"{name} {found[name]['says']}" for name in audit.failed),
+            ]
+        ),
         "trust": _trust(verdict, found, audit.n),
         "n": audit.n,
         "seconds": time.monotonic() - began,
@@ -133,6 +139,13 @@ def _verdict(checks: Sequence[Mapping[str, Any]], reason: str) -> str:
         return "not measured"
     flagged = {check["role"] for check in checks if check["flag"]}
     return "masked" if "effect" in flagged else "suspicious" if "symptom" in flagged else "no sign"
+
+
+def _without(failed: Sequence[str]) -> str:
+    """What to add to a verdict that was reached without some of the checks."""
+    if not failed:
+        return ""
+    return f" ({', '.join(failed) if len(failed) <= 3 else f'{len(failed)} checks'} failed)"
 
 
 # Which check is evidence for which mechanism, the surest first: a softmax inside the model, for instance,

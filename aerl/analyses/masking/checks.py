@@ -12,14 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from aerl import evaluate
 from aerl.analyses import AnalysisContext
-from aerl.attacks import AutoAttack, SampleGenerator, attacking, collect_warnings, losses, pgd
+from aerl.attacks import AutoAttack, SampleGenerator, attacking, collect_warnings, losses, pgd, predictions
+from aerl.attacks.modes import input_gradient
 from aerl.attacks.projections import ascent_direction, clip, norms, random_in_ball
 from aerl.data import Split, subset, to_unit
-from aerl.hardware import seed_from
+from aerl.hardware import is_out_of_memory, seed_from
 from aerl.report.progress import progress
 from aerl.statistics import mcnemar
-from aerl.types import first_line
+from aerl.types import UserError, first_line
 
 _PIXELS = (1, 2, 3)
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
@@ -40,7 +42,7 @@ class Finding:
 
 
 class _NotMeasured(Exception):
-    """A check cannot be made; its text is the reason."""
+    """A check has nothing to measure on this model, in this threat model; its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ class Audit:
         gain: float,
         significance: float,
     ) -> None:
-        right = torch.from_numpy(context.outcomes["label"] == context.outcomes["clean_pred"])
-        rows = right.nonzero().squeeze(1)
+        rows = torch.from_numpy(evaluate.right(context.outcomes)).nonzero().squeeze(1)
         self.rows = subset(Split(rows, context.labels[rows]), samples).images
         self.n = len(self.rows)
         place = context.hardware.device
@@ -93,13 +94,14 @@ class Audit:
         self.model = _Metered(context.model, context.batch_size, self.cost)
         self.context, self.norm, self.eps = context, context.norm, context.eps
         self.steps, self.queries, self.gain, self.significance = steps, queries, gain, significance
+        self.failed: list[str] = []  # the checks that were to be made and could not be
         self.reason = ""
         if self.n == 0 or self.eps == 0:
             self.reason = "no sample is classified rightly" if self.n == 0 else "eps is 0"
 
     def make(self, plan: Sequence[Check]) -> list[dict[str, Any]]:
-        """Make every check of the plan, whatever happens in one; the model and the global random state are
-        left as they were."""
+        """Make every check of the plan, whatever happens in one, save that memory does not suffice; the model and
+        the global random state are left as they were."""
         devices = [self.x.device] if self.x.device.type == "cuda" else []
         with (
             attacking(self.model),
@@ -114,6 +116,8 @@ class Audit:
             try:  # so that its cost is told with the first check
                 assert self.reason or self.plain
             except Exception as error:  # what a foreign model may raise is unknown
+                if is_out_of_memory(error):
+                    raise
                 self.reason = f"plain PGD on cross-entropy cannot run: {first_line(error)}"
             for check in plan:
                 row: dict[str, Any] = {"name": check.name, "value": None, "threshold": check.threshold}
@@ -122,8 +126,13 @@ class Audit:
                     if self.reason:
                         raise _NotMeasured(self.reason)
                     row |= asdict(check.run(check.threshold))
+                except _NotMeasured as error:
+                    row["says"] = f"not measured: {error}"
                 except Exception as error:
-                    row["says"] = f"not measured: {first_line(error)}"
+                    if is_out_of_memory(error):
+                        raise
+                    row["says"] = f"failed: {first_line(error)}"
+                    self.failed.append(check.name)
                 passes = self.cost.passes / max(self.n, 1)
                 rows.append(
                     row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes}
@@ -147,7 +156,7 @@ class Audit:
 
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Is x (B, C, H, W) misclassified, for a randomised model by the majority of fresh passes?"""
-        votes = torch.stack([self.model(x).argmax(1) != y for _ in range(self._votes)])
+        votes = torch.stack([predictions(self.model(x)) != y for _ in range(self._votes)])
         return votes.float().mean(0) > 0.5
 
     def _batches(self, among: Tensor | None = None) -> Sequence[Tensor]:
@@ -194,7 +203,7 @@ class Audit:
                 logits, gradient = drawn[0][0], torch.stack([part for _, part in drawn]).sum(0)
                 loss.append(losses.ce(logits, label))
                 margin.append(losses.margin(logits, label))
-                wrong.append(logits.argmax(1) != label)
+                wrong.append(predictions(logits) != label)
                 if step < self.steps:
                     zero.append(gradient.abs().amax(_PIXELS) == 0)
                     direction = ascent_direction(gradient, self.norm)
@@ -312,7 +321,7 @@ class Audit:
             best, highest = x, torch.full(y.shape, -torch.inf, device=x.device)
             for _ in range(_DRAWS):
                 point = clip(x, random_in_ball(x, self.norm, self.eps, generator), self.norm, self.eps)
-                loss = losses.margin(model(point), y)
+                loss = losses.margin(model(point), y).nan_to_num(torch.inf, torch.inf, -torch.inf)
                 best = torch.where((loss > highest)[:, None, None, None], point, best)
                 highest = highest.maximum(loss)
             return best
@@ -429,7 +438,7 @@ class Audit:
     def _double(self) -> nn.Module:
         model = _Metered(deepcopy(self.model.model).double(), self.model.batch_size, self.cost)
         if model(self.x[:1].double()).dtype != torch.float64:
-            raise _NotMeasured("the model returns float32 whatever it is given")
+            raise UserError("the model returns float32 whatever it is given")
         return model
 
     @cached_property
@@ -518,7 +527,7 @@ class Audit:
             )
             for sign in (1, -1)
         )
-        off = ((ahead - behind) / promised - 1).abs() > 0.5
+        off = ~(((ahead - behind) / promised - 1).abs() <= 0.5)  # also where it is not a number
         count, of = int((off & alive).sum()), int(alive.sum())
         says = (
             f"the margin changes along its gradient by less than half or more than 1.5 times what it promises "
@@ -649,7 +658,7 @@ def _gradient(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = model(x)
-        (gradient,) = torch.autograd.grad(loss(logits, y).sum(), x)
+        gradient = input_gradient(loss(logits, y), x)
     return logits.detach(), gradient
 
 
