@@ -1,6 +1,7 @@
 """From a checked configuration to the objects of a run. Nothing is written here but the dataset cache."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,22 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from aerl import checkpoint, distributed, hardware
-from aerl.attacks import SampleGenerator
+from aerl.attacks import SampleGenerator, attacking, evaluating
 from aerl.config import Config, Model, bind, of_run, run_names
 from aerl.data import DataSplits, augment, prepare, subset, to_unit
+from aerl.evaluate import setting
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
-from aerl.probe import drawn, probe
+from aerl.probe import drawn, keeping_buffers, probe
 from aerl.train import Adversary, Recipe
-from aerl.types import UserError, first_line
+from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
+
+log = logging.getLogger("aerl")
 
 # What attacks and analyses that take the models of other runs are told.
 _ELSEWHERE = ("load", "store")
 # What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
 _SIZES = ("num_classes", "channels", "size")
+# The settings of an attack that aerl reads, and what each of them must be.
+_ATTACK_SETTINGS: dict[str, Any] = {"norm": Norm, "eps": NonNegative, "batch_size": Count}
 
 
 @dataclass(frozen=True)
@@ -58,34 +66,41 @@ def build(config: Config) -> Parts:
         )
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = hardware.set_up(**config.hardware.model_dump())
+    if recipe is not None and machine.compile:
+        hardware.check_compiler(machine)
     data = build_data(config)
     if (config.evaluation.samples or 0) > len(data.test):
         raise UserError(
             f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images"
         )
-    model = build_model(config, data)
+    model = build_model(
+        config, data, machine, 0 if recipe is None else min(recipe.batch_size, len(data.train))
+    )
     elsewhere = {
         "load": partial(load_models, config=config, data=data, hardware=machine),
         "store": Path(config.data_dir).expanduser() / "crafted",
     }
     attacks = {name: attack(spec, f"attack.{name}", given=elsewhere) for name, spec in config.attack.items()}
     analyses = {
-        name: _made(bind(spec, f"analysis.{name}", given=elsewhere, later=["context"]), f"analysis.{name}")
+        name: _built(spec, f"analysis.{name}", "context", given=elsewhere)
         for name, spec in config.analysis.items()
     }
-    nothing = torch.zeros(0, *data.image_shape)
+    nothing = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
     for name, call in attacks.items():
         # An attack checks its settings against each other when it is called; one that cannot take an empty
-        # batch is none the worse for it.
+        # batch is none the worse for it, and what one of others does to the model is not looked at here.
+        if is_foreign(call):
+            continue
         with named(f"attack.{name}"), _only(UserError):
-            call(model, nothing, data.test.labels[:0], generator=SampleGenerator.for_images(nothing, seed=0))
+            no_labels = data.test.labels[:0].to(machine.device)
+            call(model, nothing, no_labels, generator=SampleGenerator.for_images(nothing, seed=0))
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
         _optimizer(recipe, model)
     untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
-    model = machine.place(model)
-    doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
+    with foreign_code(f"model={config.model.name}", model.net):
+        doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
     return Parts(machine, data, model, recipe, attacks, analyses, (*untrained, *doubts))
 
 
@@ -100,12 +115,32 @@ def _only(kind: type[Exception]) -> Iterator[None]:
 
 def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
-    return _made(bind(spec, key, given=given, later=["model", "x", "y", "generator"]), key)
+    made = _built(spec, key, "model", "x", "y", given=given, generator=None)
+    for name, right in _ATTACK_SETTINGS.items():
+        if (value := setting(made, name, None)) is not None:
+            try:
+                TypeAdapter(right).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise UserError(f"{key}.{name}={value}: {error.errors()[0]['msg']}") from error
+    return made
 
 
-def _made(bound: partial[Any], key: str) -> Callable[..., Any]:
-    with named(key):
-        return bound() if inspect.isclass(bound.func) else bound
+def _built(
+    spec: Mapping[str, Any], key: str, *call: str, given: Mapping[str, Any] | None = None, **keywords: None
+) -> Callable[..., Any]:
+    """What `spec` names, with its settings bound, or an instance if it is a class: a function of `call` and
+    `keywords`."""
+    bound = bind(spec, key, given=given, later=[*call, *keywords])
+    with named(key), foreign_code(key, bound.func):
+        made = bound() if inspect.isclass(bound.func) else bound
+    try:
+        inspect.signature(made).bind(*call, **keywords)
+    except (TypeError, ValueError) as error:
+        arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
+        raise UserError(
+            f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}"
+        ) from error
+    return made
 
 
 @contextmanager
@@ -125,7 +160,6 @@ def build_recipe(config: Config) -> Recipe | None:
     trainer = config.trainer
     if trainer is None:
         return None
-    act = bind(trainer.act, "trainer.act", later=["logits", "labels", "generator"])
     adversary = trainer.adversary
     if trainer.select == "val_adversarial_accuracy":
         if adversary is None:
@@ -141,7 +175,7 @@ def build_recipe(config: Config) -> Recipe | None:
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
         optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
-        act=act() if inspect.isclass(act.func) else act,
+        act=_built(trainer.act, "trainer.act", "logits", "labels", "generator"),
         schedule=trainer.schedule.kind,
         warmup=trainer.schedule.warmup,
         clip=trainer.clip,
@@ -162,18 +196,20 @@ def build_recipe(config: Config) -> Recipe | None:
 def build_data(config: Config) -> DataSplits:
     dataset = config.dataset
     data_dir = Path(config.data_dir).expanduser()
-    data = distributed.main_first(
-        lambda: prepare(
-            bind(dataset.source, "dataset.source", given={"data_dir": data_dir}),
-            identity=dataset.source,
-            data_dir=data_dir,
-            name=dataset.name,
-            size=dataset.size,
-            channels=dataset.channels,
-            val_fraction=dataset.val_fraction,
-            split_seed=dataset.split_seed,
+    source = bind(dataset.source, "dataset.source", given={"data_dir": data_dir})
+    with foreign_code("dataset.source", source):
+        data = distributed.main_first(
+            lambda: prepare(
+                source,
+                identity=dataset.source,
+                data_dir=data_dir,
+                name=dataset.name,
+                size=dataset.size,
+                channels=dataset.channels,
+                val_fraction=dataset.val_fraction,
+                split_seed=dataset.split_seed,
+            )
         )
-    )
     if (samples := dataset.train_samples) is None:
         return data
     if samples > len(data.train):
@@ -181,15 +217,18 @@ def build_data(config: Config) -> DataSplits:
     return replace(data, train=subset(data.train, samples))
 
 
-def build_model(config: Config, data: DataSplits) -> Classifier:
-    """The network, initialised from the run's seed, behind its normalisation; tried on two images."""
+def build_model(config: Config, data: DataSplits, machine: Hardware, batch: int = 0) -> Classifier:
+    """The network, initialised from the run's seed, behind its normalisation, where the run computes; tried there.
+
+    `batch` is how many images a step of training takes; 0 where nothing is trained.
+    """
     net = _net(config, data, config.seed, "weights")
     mean, std = (
         _per_channel(stated, own, data.image_shape[0], key)
         for stated, own, key in ((config.model.mean, data.mean, "mean"), (config.model.std, data.std, "std"))
     )
     model = Classifier(net, mean, std)
-    _try(model, config.model.name, data)
+    _place(model, f"model={config.model.name}", data, machine, batch)
     return model
 
 
@@ -199,18 +238,15 @@ def _net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
     sizes = dict(zip(_SIZES, (data.num_classes, channels, (height, width)), strict=True))
     torch.manual_seed(seed_from(*words))
     make = bind(config.model.net, "model.net", given=sizes)
-    try:
+    with foreign_code(f"model.net: {_call(make)}"):
         net = make()
-    except UserError:
-        raise
-    except Exception as error:  # another library's constructor can raise anything
-        raise UserError(
-            f"model.net: {_call(make)} raised {type(error).__name__}: {first_line(error)}"
-        ) from error
     if not isinstance(net, nn.Module):
         raise UserError(
             f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module"
         )
+    if any(map(is_lazy, net.parameters())):  # they get their shapes and values from a first batch
+        with foreign_code("model.net"), evaluating(net), torch.no_grad():
+            net(torch.zeros(2, *data.image_shape))
     return net
 
 
@@ -224,11 +260,17 @@ def load_models(
     runs: Sequence[str], key: str, *, config: Config, data: DataSplits, hardware: Hardware
 ) -> dict[str, Classifier]:
     """The trained models of other runs on this run's hardware, each under a short name (config.run_names)."""
-    models = [hardware.place(load_model(run, config, data, key)) for run in runs]
+    models = [load_model(run, config, data, key, hardware) for run in runs]
     return dict(zip(run_names(runs), models, strict=True))
 
 
-def load_model(source: str, config: Config, data: DataSplits, key: str = "sources") -> Classifier:
+def load_model(
+    source: str,
+    config: Config,
+    data: DataSplits,
+    key: str = "sources",
+    machine: Hardware = Hardware(torch.device("cpu")),  # noqa: B008
+) -> Classifier:
     """The trained model of another run (its folder, or a .pt file in it), in eval mode.
 
     The architecture is taken from that folder, as with `checkpoint=`. Raises UserError about the `key` that
@@ -247,7 +289,7 @@ def load_model(source: str, config: Config, data: DataSplits, key: str = "source
             "classes and image shape must be the same"
         )
     try:
-        model = build_model(other, data)
+        model = build_model(other, data, machine)
     except UserError as error:
         raise UserError(f"{key}={source}: {error}") from error
     _load_weights(model, weights, other.model, key, source)
@@ -272,27 +314,57 @@ def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: i
     return [value or 1.0 for value in values] if key == "std" else values
 
 
-def _try(model: Classifier, name: str, data: DataSplits) -> None:
-    shape = "x".join(map(str, data.image_shape))
-    was_training = model.training
+def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
+    """Move `model` to where the run computes, and try there what will be asked of it.
+
+    One that cannot compute on channels_last images, as hardware.channels_last gives them, gets contiguous ones.
+    """
+    machine.place(model)
     try:
-        with torch.no_grad():
-            logits = model.eval().net(model.normalize(torch.zeros(2, *data.image_shape)))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"model={name}: does not take {shape} images ({first_line(error)}); dataset.size= resizes them, "
-            "model.net.resize=224 lets torchvision's networks do so themselves"
-        ) from error
-    finally:
-        model.train(was_training)
-    if not isinstance(logits, torch.Tensor):
-        raise UserError(
-            f"model={name}: gives a {type(logits).__name__}, not a tensor of logits (images, classes)"
+        _try(model, key, data, machine, batch)
+    except UserError as error:
+        if not machine.channels_last:
+            raise
+        model.contiguous = True
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        _try(model, key, data, machine, batch)
+        log.warning("%s; it computes in the contiguous layout instead of hardware.channels_last=true", error)
+
+
+def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
+    """Two images, a single one, and with a `batch` a step of training without the step; UserError if one fails."""
+    shape = "x".join(map(str, data.image_shape))
+    blank = torch.zeros(2, *data.image_shape, dtype=torch.uint8, device=machine.device)
+    images = to_unit(blank, machine.memory_format)
+    with torch.random.fork_rng([machine.device] if images.is_cuda else []), keeping_buffers(model):
+        remedy = (
+            f"given 2 images of {shape}; dataset.size= resizes them, model.net.resize=224 lets torchvision's networks "
+            "do so themselves"
         )
-    if logits.shape != (2, data.num_classes):
-        raise UserError(
-            f"model={name}: gives outputs of shape {tuple(logits.shape[1:])} for {data.num_classes} classes"
-        )
+        with attacking(model), torch.no_grad():
+            with foreign_code(key, remedy=remedy):
+                classes = model(images).shape[1]
+            with foreign_code(
+                key, remedy="given a single image, as attacks end on one; squeeze() drops its dimension"
+            ):
+                model(images[:1])
+        if classes != data.num_classes:
+            raise UserError(f"{key}: gives {classes} logits for {data.num_classes} classes")
+        if not batch:
+            return
+        # On a GPU, BatchNorm sees the whole batch of all processes.
+        each = batch if images.is_cuda else max(1, batch // distributed.world())
+        remedy = f"given a batch of {min(2, each)} in training mode, where BatchNorm needs trainer.batch_size=2 or more"
+        with evaluating(model), foreign_code(key, remedy=remedy):
+            model.train()
+            with machine.autocast():
+                logits = model(images[:each])
+            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            if not (learning and logits.requires_grad):
+                raise UserError(
+                    f"{key}: its logits do not depend on a parameter that learns: it cannot be trained"
+                )
+            torch.autograd.grad(logits.sum(), learning, allow_unused=True)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> None:

@@ -18,10 +18,14 @@ from torch import nn
 
 import aerl
 from aerl.distributed import local_rank, world
-from aerl.types import UserError
+from aerl.types import UserError, foreign_code
 
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+# What this process began with, for the jobs of a multirun that do not choose.
+_THREADS = torch.get_num_threads()
+_WORKSPACE = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
 Precision = Literal["fp32", "bf16"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -62,6 +66,7 @@ def set_up(
 ) -> Hardware:
     """Make this process compute as configured; a UserError where the machine cannot.
 
+    Every setting that changes numbers is set either way: the jobs of a multirun share a process.
     With `distributed` each process of torchrun takes a GPU of its own, where there are GPUs.
     TF32 is said either way, because PyTorch's default differs between matmul and convolution.
     """
@@ -81,12 +86,14 @@ def set_up(
         torch.cuda.set_device(device)
     if device == "cpu":
         _keep_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if (threads or _THREADS) != torch.get_num_threads():
+        torch.set_num_threads(threads or _THREADS)
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    elif _WORKSPACE is None:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     if (
         deterministic != torch.are_deterministic_algorithms_enabled()
     ):  # even to say no imports the whole compiler
@@ -108,6 +115,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def check_compiler(hardware: Hardware) -> None:
+    """Compile something small: a UserError where torch.compile finds no compiler, before a run begins."""
+    with foreign_code("hardware.compile=true", remedy="hardware.compile=false does without a compiler"):
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=hardware.device))
 
 
 def _keep_memory() -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from aerl.attacks import attacking
-from aerl.types import first_line
+from aerl.types import UserError, first_line
 
 
 def probe(model: nn.Module, x: Tensor) -> list[str]:
@@ -21,7 +22,7 @@ def probe(model: nn.Module, x: Tensor) -> list[str]:
     remarked upon. The model's modes, buffers and gradients and the random state are as before afterwards.
     """
     devices = [x.device] if x.is_cuda else []
-    with attacking(model), torch.random.fork_rng(devices), _keeping_buffers(model):
+    with attacking(model), torch.random.fork_rng(devices), keeping_buffers(model):
         return list(_doubts(model, x.detach()))
 
 
@@ -39,12 +40,13 @@ def drawn(one: nn.Module, other: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """A BatchNorm that is still training counts what it is shown."""
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """A BatchNorm in training counts what it is shown: give the buffers their values back afterwards."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer)
     ]
     try:
         yield
@@ -102,8 +104,10 @@ def _gradient_doubts(model: nn.Module, x: Tensor, *, constant: bool) -> Iterator
             # Any mixture of the logits will do but sums over classes or images, which some models hold constant.
             mixture = torch.linspace(-1, 1, logits.numel(), device=x.device).view_as(logits)
             (gradient,) = torch.autograd.grad(logits, x, mixture, allow_unused=True)
-    except RuntimeError as error:
+    except Exception as error:  # a backward pass of others can raise anything
         reason = first_line(error)
+        if "deterministic" in reason:  # a matter of the hardware's settings, not of the model
+            raise UserError(f"hardware.deterministic=true: {reason}") from error
         yield f"it cannot be differentiated ({reason}): {consequence}; take attacks without gradients (square)"
         return
     if gradient is None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aerl import checkpoint
+from aerl.build import attack as build_attack
 from aerl.build import build
 from aerl.config import bind, read
 from aerl.models import CNN, AliCNN, Classifier
@@ -86,20 +87,129 @@ def test_a_target_that_fails_is_told_in_one_line(data_dir):
     )
     target = "model.net._target_=torchvision.models.resnet18"
     line = refusal(build, composed(*words, target, "+model.net.weights=NOT_THERE"))
-    assert line.startswith("model.net: resnet18(weights='NOT_THERE', num_classes=10) raised KeyError")
-    target = "model.net._target_=tests.test_foreign.gives_a_tuple"
-    assert refusal(build, composed(*words, target)) == (
-        "model=foreign: gives a tuple, not a tensor of logits (images, classes)"
+    assert line.startswith("model.net: resnet18(weights='NOT_THERE', num_classes=10): KeyError")
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer, and what `fault` makes of the feature maps or the logits."""
+
+    def __init__(self, fault: str = "", num_classes: int = 10) -> None:
+        super().__init__()
+        if fault == "constructor":
+            raise SystemExit(0)
+        self.fault = fault
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.out = nn.Linear(256, num_classes)
+
+    def forward(self, x):
+        maps = self.b(self.a(x).relu())
+        z = self.out(maps.view(-1, 256) if self.fault == "view" else maps.flatten(1))
+        if self.fault == "put":
+            return z.clone().put_(torch.zeros(1, dtype=torch.long), torch.zeros(1))
+        if self.fault == "auxiliary":
+            return (z, z) if self.training else z
+        if self.fault == "breaks in training" and self.training:
+            raise ReferenceError("no teacher")
+        if self.fault == "no gradient":
+            return z.detach()
+        if self.fault == "one more":
+            return torch.cat([z, z[:, :1]], 1)
+        return z.squeeze() if self.fault == "squeeze" else {"a dict": z} if self.fault == "dict" else z
+
+
+def lazy(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def foreign(data_dir, fault: str, *words: str):
+    target = "model.net._target_=tests.test_foreign.Net", f"+model.net.fault={fault}"
+    return composed(
+        "model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}", *target, *words
     )
 
 
-class Pair(nn.Module):
-    def forward(self, x):
-        return x, x
+JUDGED = ("trainer=none", "checkpoint=own")
 
 
-def gives_a_tuple():
-    return Pair()
+@pytest.mark.parametrize(
+    ("fault", "words", "named"),
+    [
+        ("constructor", JUDGED, "SystemExit"),
+        ("constructor", (), "SystemExit"),
+        ("squeeze", JUDGED, r"\(10,\) for 1 images"),
+        ("dict", JUDGED, "a dict"),
+        ("one more", JUDGED, "11 logits for 10"),
+        ("auxiliary", (), "a tuple"),
+        ("breaks in training", (), "ReferenceError: no teacher"),
+        ("no gradient", (), "cannot be trained"),
+        ("put", ("hardware.deterministic=true",), "RuntimeError: put_ .*deterministic"),
+    ],
+)
+def test_what_a_model_cannot_do_is_found_before_the_run(data_dir, fault, words, named):
+    line = refusal(build, foreign(data_dir, fault, *words))
+    assert re.search(named, line) and line.startswith(("model=foreign: ", "model.net: "))
+
+
+def test_a_batch_of_one_that_batchnorm_cannot_train_on_is_found_before_the_run(data_dir):
+    words = ("model=cnn", "model.net.width=0.05", f"data_dir={data_dir}", "trainer.batch_size=1")
+    line = refusal(build, composed(*words))
+    assert line.startswith("model=cnn: ValueError") and "trainer.batch_size=2" in line
+
+
+@pytest.mark.parametrize("words", [JUDGED, ()])
+def test_a_model_that_needs_contiguous_images_gets_them_and_it_is_said(data_dir, caplog, words):
+    with caplog.at_level("WARNING", logger="aerl"):
+        model = build(foreign(data_dir, "view", *words)).model
+    assert "contiguous" in caplog.text and "hardware.channels_last" in caplog.text
+    plain = build(foreign(data_dir, "", *words, "hardware.channels_last=false")).model
+    x = torch.rand(3, 1, 8, 8)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for n in (1, 3):
+            assert torch.equal(model(x[:n].to(memory_format=layout)), plain(x[:n]))
+
+
+@pytest.mark.parametrize("fault", ["auxiliary", "breaks in training", ""])
+def test_what_goes_wrong_in_training_only_is_no_matter_to_a_judged_model(data_dir, fault):
+    assert build(foreign(data_dir, fault, *JUDGED)).recipe is None
+
+
+def test_lazy_layers_get_their_shapes(data_dir):
+    words = ("model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}")
+    config = composed(*words, "model.net._target_=tests.test_foreign.lazy")
+    first, again = build(config).model.state_dict(), build(config).model.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first["net.1.num_batches_tracked"] == 0
+
+
+def takes_no_generator(model, x, y):
+    return x
+
+
+def takes_anything(model, x, y, *, generator, norm="L2", eps=1.0):
+    return x
+
+
+class Fails:
+    def __init__(self) -> None:
+        raise NotImplementedError
+
+    def __call__(self, model, x, y, *, generator):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("attack", "named"),
+    [
+        ({"_target_": "takes_no_generator"}, "attack.theirs._target_=.*generator"),
+        ({"_target_": "Fails"}, "attack.theirs: NotImplementedError"),
+        ({"_target_": "takes_anything", "norm": "l2"}, "attack.theirs.norm=l2: .*'L2'"),
+        ({"_target_": "takes_anything", "eps": "much"}, "attack.theirs.eps=much: "),
+        ({"_target_": "takes_anything", "eps": float("nan")}, "attack.theirs.eps=nan: "),
+    ],
+)
+def test_an_attack_that_cannot_be_called_is_found_before_the_run(attack, named):
+    spec = attack | {"_target_": f"tests.test_foreign.{attack['_target_']}"}
+    assert re.match(named, refusal(build_attack, spec, "attack.theirs"))
 
 
 def test_the_normalisation_must_be_stated():

@@ -70,3 +70,36 @@ def test_normalisation_is_part_of_the_model_and_of_its_state():
     expected = torch.stack([(x[:, 0] - 0.5) / 0.5, (x[:, 1] - 0.25) / 2.0], 1).flatten(1)
     torch.testing.assert_close(model(x), expected)
     assert set(model.state_dict()) == {"normalize.mean", "normalize.std"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "named"),
+    [
+        ([float("nan")], [1], "model.mean"),
+        ([0], [float("inf")], "model.std"),
+        ([0], [0], "model.std"),
+        ([0], [-1], "model.std"),
+    ],
+)
+def test_a_normalisation_that_leaves_no_images_is_refused(mean, std, named):
+    with pytest.raises(UserError, match=named):
+        Classifier(nn.Flatten(), mean, std)
+
+
+def test_a_normalisation_in_whole_numbers_takes_another_one_exactly():
+    model, other = Classifier(nn.Flatten(), [0], [1]), Classifier(nn.Flatten(), [0.4914], [0.2470])
+    model.load_state_dict(other.state_dict())
+    x = torch.rand(2, 1, 3, 3)
+    assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("output", [lambda x: None, lambda x: (x, x), lambda x: x[0], lambda x: x[:, None],
+                                    lambda x: x + 0j])  # fmt: skip
+def test_what_is_no_batch_of_logits_is_refused_in_one_line(output):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return output(x.flatten(1))
+
+    with pytest.raises(UserError, match=r"^model.net: returned ") as error:
+        Classifier(Odd(), [0], [1])(torch.rand(2, 1, 2, 2))
+    assert "\n" not in str(error.value)
