@@ -95,6 +95,21 @@ def set_up(
     return Hardware(torch.device(device), precision, channels_last, compile)
 
 
+# What PyTorch, cuDNN, cuBLAS, NumPy and the operating system say of memory that they do not get.
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|can(no|')t allocate memory|unable to allocate|bad_alloc|alloc_failed"
+    "|cublascreate|cudnncreate",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a lack of memory, on a GPU or the CPU, whichever library reports it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
+
+
 def _keep_memory() -> None:
     """Let glibc keep what it has freed: else every large activation is mapped and paged in anew at each step,
     which costs a good part of a training step on the CPU. Elsewhere than on glibc this does nothing."""

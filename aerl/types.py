@@ -6,7 +6,10 @@ attack, model or dataset is validated before anything runs, without a second lis
 This module imports neither torch nor Hydra.
 """
 
+import functools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -18,9 +21,39 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """What another library's exception says, without the paragraphs that some of them go on with."""
-    return next(
-        (line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    try:
+        text = str(error)
+    except Exception:  # other people's exceptions can fail at this, too
+        text = ""
+    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def is_foreign(target: Any) -> bool:
+    """Whether a function, a class or an object (a module, an attack) is defined outside aerl."""
+    while isinstance(target, functools.partial):
+        target = target.func
+    return str(getattr(target, "__module__", "")).partition(".")[0] != "aerl"
+
+
+@contextmanager
+def foreign_code(key: str, *targets: Any, remedy: str = "") -> Iterator[None]:
+    """Calls of other people's code: whatever it raises becomes a UserError, `key: TYPE: text (remedy)`.
+
+    `targets` are the objects that are called; if all of them are aerl's own, exceptions pass unchanged, so that
+    a bug of aerl's is a traceback. Without `targets` every exception is converted. A UserError passes unchanged.
+    Code that handles one kind of exception itself (out of memory) must stand inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise  # interrupt.Stopped
+        if targets and not any(map(is_foreign, targets)):
+            raise
+        told = f"{key}: {type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{told} ({remedy})" if remedy else told) from error
 
 
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
