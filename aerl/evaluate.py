@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl import distributed
+from aerl import distributed, interrupt
 from aerl.attacks import NoGradient, SampleGenerator, attacking, warn
 from aerl.data import Split, to_unit
 from aerl.hardware import Hardware, seed_from
@@ -165,7 +165,8 @@ def run_attack(
         x, y = _batch(split, index, hardware)
         with _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-            found = attacks[state.number](model, x, y, generator=noise)
+            with interrupt.at_once():  # the state of the last batch is kept; this one is done again
+                found = attacks[state.number](model, x, y, generator=noise)
             for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
                 key = f"{name}_{part}" if part else name
                 attacked = state.parts.setdefault(key, before.copy())

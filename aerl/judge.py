@@ -45,9 +45,10 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
     record.results.rewind(config.trainer.epochs if config.trainer else 0)
-    clean = distributed.from_main(
-        lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
-    )
+    with interrupt.at_once():
+        clean = distributed.from_main(
+            lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
+        )
     outcomes = distributed.from_main(
         lambda: load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
     )

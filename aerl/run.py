@@ -79,7 +79,9 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         return None
     if "joblib" in HydraConfig.get().launcher._target_ and config.hardware.device != "cpu":
         gpus.claim()
-    parts = build(config)  # whatever is wrong is found here, before the run folder is touched
+    with interrupt.at_once():
+        parts = build(config)  # whatever is wrong is found here, before the run folder is touched
+    distributed.broadcast_weights(parts.model)
     with (
         interrupt.listening(),
         distributed.scratch(folder) as place,
@@ -159,7 +161,7 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
         weights = {"file": "checkpoints/best.pt", "sha256": digest}
         record.save(best_epoch=best_epoch, seconds=seconds, weights=weights)
     distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
-    distributed.spread(parts.model)
+    distributed.broadcast_weights(parts.model)
 
 
 def _identify(judged: str, record: Record) -> None:
@@ -207,7 +209,8 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
         distributed.heed()
         interrupt.check()
         try:
-            analysis(context)
+            with interrupt.at_once():
+                analysis(context)
         except (NotMade, NoGradient) as error:
             not_made[name] = str(error)
             log.warning("%s: not made: %s", name, error)
