@@ -114,6 +114,8 @@ def named(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if str(error).startswith(key):
+            raise
         raise UserError(
             f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}"
         ) from error

@@ -29,10 +29,9 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from yaml import YAMLError
 
 from aerl.remote import local
-from aerl.results import read_summary
+from aerl.results import read_config, read_summary
 from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, first_line, quotient
 
 
@@ -186,8 +185,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 def _identifying(config: Mapping[Any, Any]) -> dict[str, Any]:
     def counts(key: str, value: Any) -> bool:
-        # hardware.distributed came later: runs made before it are still the same runs.
-        return key != "evaluation.batch_size" and (key, value) != ("hardware.distributed", False)
+        # These came later: runs made before them are still the same runs.
+        return (key, value) not in (("evaluation.batch_size", None), ("hardware.distributed", False))
 
     return {
         name: {key: value for key, value in part.items() if counts(f"{name}.{key}", value)}
@@ -281,11 +280,11 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def difference(config: Config, folder: Path) -> str:
     """The first keys in which the configuration kept in a run folder differs from this one, for a reader."""
     try:
-        kept = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
-        return "its config.yaml cannot be read"
+        kept = read_config(folder)
+    except UserError as error:
+        return str(error)
     here = dict(_leaves(identity(config)))
-    there = dict(_leaves(_identifying(kept))) if isinstance(kept, Mapping) else {}
+    there = dict(_leaves(_identifying(kept)))
     differing = [key for key in {**here, **there} if here.get(key) != there.get(key)]
     told = [f"{key} is {_short(there.get(key))} there, {_short(here.get(key))} here" for key in differing[:2]]
     return "; ".join([*told, f"{len(differing) - 2} more"] if len(differing) > 2 else told)
@@ -545,13 +544,13 @@ def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str
     name as code to import is compared with ours and refused where it differs.
     """
     try:
-        options = json.loads((folder / "summary.json").read_text())["choices"]
-        saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=False)
+        options = (read_summary(folder) or {})["choices"]
+        saved = read_config(folder)
         wanted = [f"{group}={options[group]}" for group in groups]
         values = {group: dict(_leaves(saved[group])) for group in groups}  # type: ignore[index, call-overload]
         if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in wanted):
             raise ValueError(f"{wanted} is no choice of options")
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"its config.yaml or summary.json is damaged ({first_line(error)})") from error
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
     taken = compose("config", overrides=[*wanted, *overrides])

@@ -1,6 +1,7 @@
 """Per-sample outcomes of every attack, their worst case, and confidence intervals."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from aerl import distributed, interrupt
 from aerl.attacks import NoGradient, SampleGenerator, attacking, warn
 from aerl.data import Split, to_unit
-from aerl.hardware import Hardware, seed_from
+from aerl.hardware import Hardware, is_out_of_memory, seed_from
 from aerl.results import proportion
-from aerl.types import UserError
+from aerl.types import UserError, foreign_code, is_foreign
 
 Attack = Callable[..., Tensor | dict[str, Tensor]]
 Outcomes = dict[str, np.ndarray]
 Policy = Literal["argmax", "sample"]
+_NOT_FINITE = -1  # the prediction of a sample whose logits are not finite: no label
 PER_SAMPLE = ("pred", "p", "confidence", "entropy", "l2", "linf")
 
 
@@ -31,7 +33,8 @@ class Attacked:
 
     pred int64 (N,), the class of the largest logit; of the softmax, p float32 (N,), the probability of the
     label, confidence float32 (N,), the largest probability, and entropy float32 (N,), in bits; l2 and linf
-    float32 (N,), the perturbation's size in units of the images' range. `examples` float32
+    float32 (N,), the perturbation's size in units of the images' range. Where a logit is not finite, pred is -1,
+    so that the sample is wrong, and p, confidence and entropy are 0. `examples` float32
     (k, C, H, W) are the first k images as attacked, `outside` how far any pixel left [0, 1], `seconds` of
     wall time.
     """
@@ -69,7 +72,7 @@ class Stage:
 def predict(
     model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16
 ) -> Attacked:
-    """All images as they are, unattacked; fp32, eval mode."""
+    """All images as they are, unattacked; fp32, eval mode. Raises UserError for what other people's code raises."""
     first = to_unit(split.images[:examples]).numpy()
     n = len(split)
     p, confidence, entropy, l2, linf = (np.zeros(n, np.float32) for _ in PER_SAMPLE[1:])
@@ -80,28 +83,44 @@ def predict(
         with _reproducible(0, "clean", int(index[0]), device=hardware.device):
             _record(clean, model, x, x, y, index)
 
-    _within_memory(work, torch.arange(n), batch_size)
+    with foreign_code("model.net", getattr(model, "net", model)):
+        _within_memory(work, torch.arange(n), batch_size)
+    _warn_not_finite(clean.pred == _NOT_FINITE)
     return clean
+
+
+def _warn_not_finite(rows: np.ndarray) -> None:
+    if count := int(rows.sum()):
+        warn(f"{count} images have logits that are not finite; they count as wrong")
 
 
 def _within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
     """Do `work` on all samples of `index` (n,), at most `limit` at a time; returns the limit that sufficed.
 
-    Where the device's memory does not, the limit is halved, which is said once, and the work repeated. Raises
+    Where the memory does not, the limit is halved, which is said once, and the work repeated. Raises
     UserError where not even one sample fits.
     """
     while len(index):
         part = index[:limit]
         try:
             work(part)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             if len(part) == 1:
-                raise UserError("out of memory: the device does not hold a single image's pass") from error
+                raise UserError(
+                    "out of memory: the device does not hold the pass of a single image; hardware.device=cpu, a "
+                    "smaller dataset.size or a smaller model.net needs less"
+                ) from error
             limit = len(part) // 2
-            warn(f"out of memory with {len(part)} images at a time; went on with {limit}")
-            torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+            warn(
+                f"out of memory with {len(part)} images at a time (a randomised model, or an attack that states its "
+                f"own batch_size, then draws other numbers); went on with {limit}"
+            )
         else:
             index = index[limit:]
+            continue
+        torch.cuda.empty_cache()  # now that the error holds no tensors; does nothing where CUDA is not in use
     return limit
 
 
@@ -121,7 +140,13 @@ def _reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
 def stages(attack: Attack, model: nn.Module, split: Split, hardware: Hardware) -> Sequence[Attack]:
     """The attacks of which `attack` consists, each for the samples that the ones before have left."""
     parts = getattr(attack, "stages", None)
-    return [attack] if parts is None else parts(model, _batch(split, torch.arange(0), hardware)[0])
+    if parts is None:
+        return [attack]
+    with foreign_code("stages", attack, getattr(model, "net", model)):
+        found: Sequence[Attack] = parts(model, _batch(split, torch.arange(0), hardware)[0])
+        if not found:
+            raise UserError(f"stages returned {found}: expected attacks")
+        return found
 
 
 def run_attack(
@@ -149,13 +174,20 @@ def run_attack(
     Random numbers are keyed by the image, so that neither the batch size nor the order of samples changes an
     outcome; an attack whose batches do matter, such as AutoAttack, states its own `batch_size`, which is
     kept to.
+
+    An attack is not trusted: it gets copies, and the outcomes are those of the images as the data has them, of a
+    copy of what it returned, and of a model that it has left alone. Raises UserError for an attack that returns
+    anything but images like those it got (or a dict of them, with the same names for every batch) or alters the
+    model, and for what other people's code raises.
     """
+    key = f"attack.{name}"
     labels = split.labels.numpy()
     attacks = stages(attack, model, split, hardware)
     size = setting(attack, "batch_size", None) or batch_size
     todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
     state = resume or Stage(0, todo, np.zeros(len(split), bool), 0.0, {})
     began = time.monotonic() - state.seconds
+    weights = _tensors(model, clone=True) if is_foreign(attack) else None
 
     def robust() -> np.ndarray:
         still: np.ndarray = np.logical_and.reduce([todo, *(a.pred == labels for a in state.parts.values())])
@@ -163,21 +195,27 @@ def run_attack(
 
     def work(index: Tensor) -> None:
         x, y = _batch(split, index, hardware)
-        with _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
+        with attacking(model), _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
+            layers = _layers(model)
             with interrupt.at_once():  # the state of the last batch is kept; this one is done again
-                found = attacks[state.number](model, x, y, generator=noise)
-            for part, x_adv in (found if isinstance(found, dict) else {"": found}).items():
-                key = f"{name}_{part}" if part else name
-                attacked = state.parts.setdefault(key, before.copy())
-                _record(attacked, model, x, x_adv, y, index)
+                found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
+            if weights is not None:
+                _check_unaltered(model, weights, layers, x, key)
+            images = {f"{name}_{part}" if part else name: own for part, own in _returned(found, x, key)}
+            if state.parts and images.keys() != state.parts.keys():
+                names = [", ".join(sorted(these)) or "nothing" for these in (images, state.parts)]
+                raise UserError(f"{key}: returned {names[0]}: expected, as for other images, {names[1]}")
+            for part, x_adv in images.items():
+                _record(state.parts.setdefault(part, before.copy()), model, x, x_adv, y, index)
 
     limit = size
     while True:
         for mine in _rounds(state, size):
             fault = None
             try:
-                limit = _within_memory(work, torch.from_numpy(mine), limit)
+                with foreign_code(key, attack, getattr(model, "net", model)):
+                    limit = _within_memory(work, torch.from_numpy(mine), limit)
             except UserError as error:
                 fault = error
             faults = distributed.gather((isinstance(fault, NoGradient), fault and str(fault)))
@@ -199,6 +237,7 @@ def run_attack(
         state = Stage(state.number + 1, survivors, np.zeros(len(split), bool), state.seconds, state.parts)
     for attacked in state.parts.values():
         attacked.seconds = state.seconds / len(state.parts)
+        _warn_not_finite((attacked.pred == _NOT_FINITE) & (before.pred != _NOT_FINITE))
     return state.parts or {name: before.copy()}
 
 
@@ -234,14 +273,96 @@ def _exchange(state: Stage, mine: np.ndarray, before: Attacked) -> int:
     return count
 
 
+def _returned(found: Any, x: Tensor, key: str) -> Iterator[tuple[str, Tensor]]:
+    """The parts of what an attack returned for images x (B, C, H, W): each its name, "" for a tensor alone, and a
+    copy like x. Raises UserError where it is anything else than images, or has pixels that are not finite."""
+    if not isinstance(found, dict):
+        found = {"": found}
+    if not found or not all(isinstance(part, str) and re.fullmatch(r"[\w.-]*", part) for part in found):
+        raise UserError(
+            f"{key}: returned parts {list(found)}: expected names of letters, digits and any of _.-"
+        )
+    for part, images in found.items():
+        where = f"{key}: returned " + (f"as {part} " if part else "")
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"{where}a {type(images).__name__}: expected a tensor of images, or a dict of them"
+            )
+        if images.shape != x.shape:
+            raise UserError(f"{where}images of shape {tuple(images.shape)}: expected {tuple(x.shape)}")
+        if not images.is_floating_point():
+            raise UserError(f"{where}images of {images.dtype}: expected torch.float32, in [0, 1]")
+        own = torch.empty_like(x)
+        with torch.no_grad():
+            own.copy_(images)
+        if bad := int((~own.isfinite()).flatten(1).any(1).sum()):
+            raise UserError(f"{where}NaN or infinite pixels in {bad} of {len(x)} images: expected [0, 1]")
+        yield part, own
+
+
+def _tensors(model: nn.Module, *, clone: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer, by its name."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()} if clone else tensors
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """Of every layer what an attack could exchange: itself, its mode, what it computes and its hooks."""
+    return [
+        (name, id(layer), layer.training, vars(layer).get("forward"), vars(type(layer)).get("forward"),
+         [tuple(hooks) for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks)])
+        for name, layer in model.named_modules()
+    ]  # fmt: skip
+
+
+def _check_unaltered(
+    model: nn.Module, weights: dict[str, Tensor], layers: list[Any], x: Tensor, key: str
+) -> None:
+    """UserError if the model has other `weights` or `layers` than before the attack.
+
+    Values are compared, not tensors' versions, which `.data` leaves as they are; that costs less than a pass. A
+    buffer that the model itself changes in every pass (BatchNorm that is still in training) is left to the probe.
+    """
+    altered = _differing(_tensors(model), weights)
+    if altered and set(altered) <= dict(model.named_buffers()).keys():
+        before = _tensors(model, clone=True)
+        with torch.no_grad(), _reproducible(0, key, device=x.device):
+            model(x)
+        own = _differing(_tensors(model), before)
+        weights |= {name: before[name] for name in own}
+        altered = [name for name in altered if name not in own]
+    if _layers(model) != layers:
+        altered.append("layers, their modes or hooks")
+    if altered:
+        raise UserError(
+            f"{key}: altered the model ({altered[0]}): expected to leave it as it is; nothing is counted"
+        )
+
+
+def _differing(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+    """The names under which the two do not have the same values, in the same form."""
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
+        return form[0] == form[1] and (
+            torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
+        )
+
+    both = tensors.keys() & others.keys()
+    return [
+        name for name in {**tensors, **others} if name not in both or not same(tensors[name], others[name])
+    ]
+
+
 def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> None:
     """Put one batch of adversarial images, and what the model says of them, where they belong."""
     with attacking(model), torch.no_grad():
         logits = model(x_adv).float()
+    finite = logits.isfinite().all(1)
     rows = index.numpy()  # NumPy takes a tensor of one index for a number
     delta = (x_adv - x).flatten(1)
-    attacked.pred[rows] = logits.argmax(1).cpu().numpy()
-    softmax = logits.softmax(1)
+    attacked.pred[rows] = logits.argmax(1).where(finite, _NOT_FINITE).cpu().numpy()
+    softmax = logits.softmax(1).where(finite[:, None], 0)
     attacked.p[rows] = softmax.gather(1, y[:, None]).squeeze(1).cpu().numpy()
     attacked.confidence[rows] = softmax.amax(1).cpu().numpy()
     attacked.entropy[rows] = (torch.special.entr(softmax).sum(1) / math.log(2)).cpu().numpy()

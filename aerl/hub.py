@@ -4,7 +4,6 @@ An export is a folder that `checkpoint=` takes like a run folder, here or from t
 as safetensors, which execute nothing when they are loaded, what the run was, and a model card with its verdict.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from aerl.config import NOT_IDENTITY, origin
 from aerl.files import atomic_write, sha256, writing
 from aerl.remote import push
 from aerl.results import eps_text, read_summary, write_json
+from aerl.terminal import Parser, command
 from aerl.types import UserError, first_line
 
 # Which overrides say how a model is judged, and not how it is made.
@@ -218,29 +218,26 @@ def _shell(lines: str) -> str:
     return f"```\n{lines}\n```"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m aerl.hub", description="Hand a model on.")
+@command
+def main(words: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m aerl.hub", description="Hand a model on.")
     commands = parser.add_subparsers(required=True, metavar="export")
-    command = commands.add_parser("export", help="write a run's model, its verdict and a model card")
-    command.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    command.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
-    command.add_argument("--license", metavar="NAME", help="what the card says, such as mit")
-    command.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    command.add_argument("--private", action="store_true", help="if --push makes the repository: not public")
-    given = parser.parse_args(arguments)
-    try:
-        folder = export(given.run.expanduser(), given.out and given.out.expanduser(), given.license)
-        print(
-            f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}"
-        )
-        if given.push:
-            address = push(folder, given.push, private=given.private)
-            print(
-                f"uploaded to {address}; judge it: python launch.py trainer=none checkpoint=hf://{given.push}"
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    exporting = commands.add_parser("export", help="write a run's model, its verdict and a model card")
+    exporting.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    exporting.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
+    exporting.add_argument("--license", metavar="NAME", help="what the card says, such as mit")
+    exporting.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
+    exporting.add_argument(
+        "--private", action="store_true", help="if --push makes the repository: not public"
+    )
+    given = parser.parse_args(words)
+    folder = export(given.run.expanduser(), given.out and given.out.expanduser(), given.license)
+    print(
+        f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}"
+    )
+    if given.push:
+        address = push(folder, given.push, private=given.private)
+        print(f"uploaded to {address}; judge it: python launch.py trainer=none checkpoint=hf://{given.push}")
     return 0
 
 

@@ -18,8 +18,9 @@ from aerl.config import Config
 from aerl.data import Split, rows, subset
 from aerl.evaluate import PER_SAMPLE, Attack, Attacked, Outcomes, Stage
 from aerl.files import load_arrays, save_arrays
-from aerl.record import Record
+from aerl.record import Record, unattacked
 from aerl.report.progress import progress
+from aerl.types import UserError
 
 log = logging.getLogger("aerl")
 
@@ -36,24 +37,20 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     """All attacks on the test images; returns the outcomes and the images that they are of.
 
     What an earlier start of this run has finished is taken from its files, and the attack it was in goes on
-    where it was. The test results are logged once more even then, because a killed process may have logged
-    some of them.
+    where it was.
     """
     split = subset(parts.data.test, config.evaluation.samples)
     policy = config.evaluation.policy
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
-    record.results.rewind(config.trainer.epochs if config.trainer else 0)
     with interrupt.at_once():
         clean = distributed.from_main(
             lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
         )
-    outcomes = distributed.from_main(
-        lambda: load_arrays(record.folder / "outcomes.npz") if record.summary["attacks"] else {}
-    )
+    outcomes = distributed.from_main(lambda: _earlier_outcomes(record))
     if not outcomes:
-        record.summary["attacks"] = {}
+        record.summary.update(unattacked())
         outcomes = {
             "index": rows(len(parts.data.test), config.evaluation.samples).numpy(),
             "label": split.labels.numpy(),
@@ -61,6 +58,10 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
             **{f"clean_{key}": getattr(clean, key) for key in ("p", "confidence", "entropy")},
         }
         save_arrays(record.folder / "outcomes.npz", outcomes)
+    if record.summary["evaluated"]:
+        record.results.restore(record.summary["results"])
+        return outcomes, split
+    record.results.restore(record.summary["trained"])  # a killed process may have logged some of what follows
     clean_accuracy = evaluate.accuracy(outcomes, [], policy)
     record.results.log({"clean_accuracy": clean_accuracy["value"]}, n=len(split), split="test")
     record.save(clean_accuracy=clean_accuracy)
@@ -86,12 +87,33 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     if worst is not None:
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
     seconds = sum(told["seconds"] for told in attacks.values())
-    record.save(
+    record.advance(
         robust_accuracy={part: told["robust_accuracy"]["value"] for part, told in attacks.items()},
         worst_case_accuracy=worst,
         seconds=record.summary["seconds"] | {"attack": seconds},
+        evaluated=record.results.seal(),
     )
     return outcomes, split
+
+
+def _earlier_outcomes(record: Record) -> Outcomes:
+    """What an earlier start has found; nothing where that is damaged, which is logged, and so measured again."""
+    done = record.summary["attacks"]
+    if not (done or record.summary["evaluated"]):
+        return {}
+    try:
+        outcomes = load_arrays(record.folder / "outcomes.npz")
+        examples = load_arrays(record.folder / "examples.npz")
+        missing = [name for name in ("clean", *done) if f"{name}_pred" not in outcomes]
+        missing += [name for name in done if name not in examples]
+        if missing:
+            raise UserError(
+                f"{record.folder}: outcomes.npz or examples.npz has nothing of {', '.join(missing)}"
+            )
+    except UserError as error:
+        log.warning("%s; the attacks begin again", error)
+        return {}
+    return outcomes
 
 
 def _threat(attack: Attack, config: Config) -> dict[str, Any]:
@@ -165,7 +187,11 @@ def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage
 
 def _interrupted(folder: Path, name: str) -> tuple[Stage | None, list[str]]:
     """How far an earlier start came with this attack, and what it warned of."""
-    arrays = load_arrays(folder / "progress.npz")
+    try:
+        arrays = load_arrays(folder / "progress.npz")
+    except UserError as error:
+        log.warning("%s; %s begins again", error, name)
+        return None, []
     if str(arrays.get("attack")) != name:
         return None, []
     names = dict.fromkeys(key.partition("/")[0] for key in arrays if "/" in key)

@@ -1,5 +1,11 @@
-"""The run folder: what it holds while a run is under way, and how it says how the run ended."""
+"""The run folder: what it holds while a run is under way, how it says how the run ended, what an earlier start left.
 
+Everything that is read back is sealed: summary.json, the .npz files and the checkpoints by a digest inside them,
+results.jsonl by one in whatever says how far the run has come, and all files of a finished run by `files` of
+summary.json. summary.json is the first file of a folder: only a folder that has it belongs to aerl.
+"""
+
+import hashlib
 import logging
 import secrets
 import shutil
@@ -14,12 +20,30 @@ import yaml
 
 from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
 from aerl.distributed import is_main
-from aerl.files import atomic_write, writing
+from aerl.files import atomic_write, sha256, writing
 from aerl.interrupt import Stopped
-from aerl.results import ResultLog, Tracker, eps_text, open_tracker, read_summary, write_summary
+from aerl.results import (
+    ResultLog,
+    Tracker,
+    changed_files,
+    eps_text,
+    open_tracker,
+    read_summary,
+    write_summary,
+)
 from aerl.types import UserError
 
 log = logging.getLogger("aerl")
+
+
+# What aerl writes into a run folder, and what overwrite=true discards.
+_OWN = (
+    "summary.json", "config.yaml", "results.jsonl", "outcomes.npz", "examples.npz", "progress.npz", "report.html",
+    "run.log", "checkpoints", "figures", "tables", "wandb",
+)  # fmt: skip
+# What cannot be made again without training.
+_TRAINED = ("results.jsonl", "checkpoints/")
+_DISCARDED = "discarded"  # the status of a folder that overwrite=true empties
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,10 @@ class Record:
         self.summary.update(news)
         write_summary(self.folder, self.summary)
 
+    def advance(self, **news: Any) -> None:
+        """Save, together with the results logged so far: a restart comes back to here."""
+        self.save(results=self.results.seal(), **news)
+
     def close(self, **news: Any) -> None:
         """Say how the run ended; once more after W&B, so that the summary knows where W&B's files are."""
         self.save(**news)
@@ -48,17 +76,95 @@ class Record:
         self.save()
 
 
-def earlier_start(folder: Path, config: Config) -> dict[str, Any]:
-    """What `folder` knows of an earlier start of this very run; UserError if it holds another one."""
-    summary = None if config.overwrite else read_summary(folder)
-    if summary is None:
-        return {}
-    if summary.get("config_hash") != config_hash(config):
+def earlier_start(folder: Path, config: Config, wish: str | None = None) -> dict[str, Any]:
+    """What `folder` knows of an earlier start of this very run; {} where there was none.
+
+    overwrite=true is used up once: a run that it began, and that was stopped or killed, goes on. In a multirun `wish`
+    names the command that said it. Raises UserError where the folder holds another run, damaged files, or other things.
+    """
+    try:
+        summary = read_summary(folder)
+    except UserError:
+        if not config.overwrite or _foreign(folder):
+            raise
+        return {"status": _DISCARDED}
+    if summary is None or "config_hash" not in summary:
+        if foreign := _foreign(folder, summary):
+            raise UserError(
+                f"run folder {folder}: holds other files ({', '.join(foreign[:3])}) and no run; choose another name=NAME"
+            )
+        if any((folder / name).exists() for name in _OWN) and not config.overwrite:
+            raise UserError(
+                f"run folder {folder}: its summary.json is missing; restore it, or overwrite=true begins again"
+            )
+        return {"status": _DISCARDED} if config.overwrite else {}
+    same = summary["config_hash"] == config_hash(config)
+    if config.overwrite and not (same and _used_up(summary, wish)):
+        return {"status": _DISCARDED}
+    if not same:
         raise UserError(
             f"run folder {folder}: holds another configuration ({difference(config, folder)}); "
             "name=NAME keeps both, overwrite=true discards it"
         )
+    if config.overwrite and summary["status"] != _DISCARDED:
+        log.info("overwrite=true has begun this run already: going on with it")
     return summary
+
+
+def _used_up(summary: Mapping[str, Any], wish: str | None) -> bool:
+    if wish is None:
+        return summary.get("wish") is not None and summary["status"] in (_DISCARDED, "running", "stopped")
+    return bool(summary.get("wish") == wish)
+
+
+def _foreign(folder: Path, summary: Mapping[str, Any] | None = None) -> list[str]:
+    """The files and folders in `folder` that aerl does not write."""
+    own = _OWN if summary is None else _OWN[1:]  # a summary.json of somebody else's
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [
+        name
+        for name in names
+        if name not in own and name != ".lock" and not name.startswith(".summary.json.")
+    ]
+
+
+def whole(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run as it is to be believed: unfinished where files are not as the run left them.
+
+    What can be measured again is, which is logged. Raises UserError where training would have to be repeated.
+    """
+    lost = changed_files(folder, summary)
+    trained = [name for name in lost if name.startswith(_TRAINED)]
+    if trained and summary["trainer"] != "none":
+        raise UserError(
+            f"run folder {folder}: {trained[0]} is missing, damaged or was changed since the run finished; restore it, "
+            "or begin the run again with overwrite=true"
+        )
+    failed = [name for name, row in (summary.get("analyses") or {}).items() if row["status"] == "failed"]
+    if not lost and not failed:
+        return summary
+    summary = {**summary, "status": "running"}
+    if lost:
+        log.warning("%s: not as the run left it, and made again: %s", folder, ", ".join(lost))
+    if any(name.startswith(("figures/", "tables/")) for name in lost):
+        summary |= {"analyses": {}, "results": summary["evaluated"]}
+    if any(name in ("results.jsonl", "outcomes.npz", "examples.npz") for name in lost):
+        summary |= unattacked()
+    return summary
+
+
+def unattacked() -> dict[str, Any]:
+    """What a summary says before the first attack."""
+    return {"attacks": {}, "analyses": {}, "masking": None, "evaluated": None}
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a run that somebody may read back."""
+    paths = [folder / name for name in ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz")]
+    paths += [
+        path for name in ("checkpoints", "figures", "tables") for path in sorted((folder / name).glob("*"))
+    ]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.is_file()}
 
 
 @contextmanager
@@ -70,14 +176,14 @@ def recorded(
     overrides: Sequence[str],
     choices: Mapping[str, str],
     environment: Mapping[str, str],
+    inputs: Mapping[str, str],
+    wish: str | None = None,
 ) -> Iterator[Record]:
     """Open the run folder and W&B; on the way out say how it ended, whatever happened.
 
     `earlier` is what `earlier_start` found; `choices` are the options taken of the groups dataset and
-    model, for whoever judges this run later.
+    model, for whoever judges this run later; `inputs` are the digests of what the run reads.
     """
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
     run_id = earlier.get("run_id") or secrets.token_hex(4)
     identity = {
         "run_id": run_id,
@@ -86,25 +192,31 @@ def recorded(
         "model": config.model.name,
         "trainer": config.trainer_name,
     }
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     taken = None if config.trainer else origin(config.checkpoint)
     trainer = config.trainer_name if taken is None else str(taken["trainer"])
-    summary: dict[str, Any] = {"attacks": {}, "seconds": {}, "best_epoch": None, **earlier}
+    begun: dict[str, Any] = {"status": _DISCARDED, **identity, "config_hash": config_hash(config)}
+    begun |= {"wish": (wish or "single") if config.overwrite else None}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if earlier.get("status") == _DISCARDED:
+            _discard(folder, begun)
+            earlier = {}
+    summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **begun, **earlier}
     summary |= {
         "status": "running",
         "error": None,
-        **identity,
         "folder": str(folder),
-        "config_hash": config_hash(config),
         "epochs": config.trainer.epochs if config.trainer else None,
         "choices": dict(choices),
         "overrides": list(overrides),
         "checkpoint": config.checkpoint,
         "origin": taken,
         "environment": dict(environment),
-        "masking": None,
+        "inputs": dict(inputs),
+        "files": {"config.yaml": hashlib.sha256(text.encode()).hexdigest()},
     }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    write_summary(folder, summary)
     logger = config.logger.model_dump(include={"mode", "project", "entity"})
     tracker = open_tracker(
         folder=folder,
@@ -123,16 +235,16 @@ def recorded(
         config=config.model_dump() | {"origin": taken},
         **logger | ({} if is_main() else {"mode": "disabled"}),
     )
-    results = ResultLog(folder, identity, tracker)
+    results = ResultLog(folder, identity, tracker, scratch=not is_main())
     record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
     began = time.monotonic()
     try:
-        record.save()
-        atomic_write(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
+        atomic_write(folder / "config.yaml", text)
         with _log_file(folder / "run.log"):
             yield record
         total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
-        record.close(status="finished", seconds=summary["seconds"] | {"total": total})
+        seconds = summary["seconds"] | {"total": total}
+        record.close(status="finished", seconds=seconds, files=_files(folder))
     except Stopped as stopped:
         log.warning(str(stopped))
         record.close(status="stopped", error=str(stopped))
@@ -140,6 +252,17 @@ def recorded(
     except BaseException as error:
         record.close(status="failed", error=explain(error) or f"{type(error).__name__}: {error}")
         raise
+
+
+def _discard(folder: Path, begun: Mapping[str, Any]) -> None:
+    """Empty a run folder of what aerl has written. Killed in between, the next start goes on with it."""
+    write_summary(folder, begun)
+    for name in _OWN[1:]:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) -> None:

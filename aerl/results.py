@@ -6,6 +6,7 @@ are replaced atomically. This module imports neither torch nor, until a tracker 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -13,17 +14,21 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from aerl.files import atomic_write, sha256, writing
+from aerl import interrupt
+from aerl.files import atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
+T = TypeVar("T")
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -75,22 +80,54 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json` of a run folder atomically."""
-    write_json(Path(folder) / "summary.json", summary)
+    """Write `summary.json` of a run folder atomically, with a seal over its content that `read_summary` checks."""
+    plain = _plain(summary)
+    write_json(Path(folder) / "summary.json", {**plain, "seal": _seal(plain)})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The `summary.json` of a run folder, or None where there is none; UserError where it is not one."""
+    """The `summary.json` of a run folder, or None where there is none.
+
+    Raises UserError where it is damaged, or is not as it was written.
+    """
     path = Path(folder) / "summary.json"
-    try:
-        summary = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    summary = read_json(inside(Path(folder), path))
     if not isinstance(summary, dict):
         raise UserError(f"cannot read {path}: it holds no summary of a run")
+    seal = summary.pop("seal", None)
+    if (seal is not None or "inputs" in summary) and seal != _seal(summary):  # earlier versions sealed none
+        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
     return summary
+
+
+def _seal(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.yaml` of a run folder; UserError where it is damaged, or is not the one summary.json records."""
+    path = Path(folder) / "config.yaml"
+    config = read_yaml(inside(Path(folder), path))
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}: it holds no configuration")
+    if changed_files(folder, read_summary(folder) or {}, ["config.yaml"]):
+        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
+    return config
+
+
+def changed_files(folder: Path, summary: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """Which files of a run are missing, or are not those that its summary records; of `names`, or all."""
+    recorded: Mapping[str, str] = summary.get("files") or {}
+    return [name for name in names or recorded if name in recorded and not _is(folder / name, recorded[name])]
+
+
+def _is(path: Path, digest: str) -> bool:
+    try:
+        return sha256(path) == digest
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------ intervals
@@ -177,16 +214,22 @@ def read_results(path: Path) -> list[Result]:
 class ResultLog:
     """The results of one run folder: every number goes to results.jsonl, then to the tracker, if any.
 
-    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. Opening the log of
-    a killed process drops the line it did not finish.
+    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. Who keeps the state of a run
+    keeps the `seal` of its results with it, and comes back to both by `restore`.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        tracker: "Tracker | None" = None,
+        *,
+        scratch: bool = False,
+    ) -> None:
+        """`scratch`: of a process whose results nobody reads, and which has none of the earlier starts."""
         self.path = Path(folder) / "results.jsonl"
-        self.tracker = tracker
+        self.tracker, self.scratch = tracker, scratch
         self._identity = dict(identity)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self.drop(lambda result: False)
 
     def log(
         self,
@@ -223,21 +266,87 @@ class ResultLog:
                 self.tracker.history(step, named)
         return results
 
-    def rewind(self, step: int) -> None:
-        """Go back to the end of epoch `step`: forget what a resumed run will measure again.
+    def seal(self) -> dict[str, Any]:
+        """What `restore` comes back to: the number of `bytes` so far, and their `sha256`."""
+        return _sealed(self._read())
 
-        That is every line of a later epoch, and those without one, which are measured after the last.
+    def restore(self, seal: Mapping[str, Any] | None) -> None:
+        """Go back to a `seal`, None being the beginning: forget what a resumed run will measure again.
+
+        Raises UserError where what stood before it is not there any more, or was changed.
         """
-        self.drop(lambda result: result.step is None or result.step > step)
+        if self.scratch:
+            return
+        content = self._read()
+        kept = content[: seal["bytes"] if seal else 0]
+        if seal and _sealed(kept) != seal:
+            raise UserError(
+                f"{self.path}: is not as aerl wrote it: it was changed, or is damaged; restore it, or begin the run "
+                "again with overwrite=true"
+            )
+        if kept != content:
+            atomic_write(self.path, kept)
 
-    def drop(self, unwanted: Callable[[Result], bool]) -> None:
-        """Rewrite results.jsonl atomically without the lines that are `unwanted`, nor a torn last one."""
-        if self.path.exists():
-            kept = [result for result in read_results(self.path) if not unwanted(result)]
-            atomic_write(self.path, "".join(map(_line, kept)))
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+
+def _sealed(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 # ------------------------------------------------------------------------------------ Weights & Biases
+
+
+# How long a call of W&B is waited for, and then for its session to end before its service is killed.
+_SECONDS_OF_A_CALL, _SECONDS_TO_ABANDON = 60.0, 30.0
+_SECONDS_AFTER_A_SIGNAL = 10.0  # for any of these once the run is to end
+
+
+def _bounded(action: Callable[[], T], seconds: float) -> T:
+    """What `action` returns or raises; TimeoutError after `seconds`.
+
+    It has a thread of its own: signals are heard meanwhile, and one that hangs, with all threads that it has
+    started, does not keep the process from ending.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((action(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    began, limit = time.monotonic(), seconds
+    thread.start()
+    while thread.is_alive() and time.monotonic() - began < limit:
+        thread.join(0.5)
+        if interrupt.heard():
+            limit = min(limit, _SECONDS_AFTER_A_SIGNAL)
+    if not outcome:
+        raise TimeoutError(f"no answer within {limit:.0f} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _abandon(wandb: Any) -> None:
+    """End W&B's session: it would be handed to the next run of this process, or keep this one from ending."""
+    service: Any = None
+    with contextlib.suppress(Exception):  # a detail of W&B's
+        service = wandb.sdk.wandb_setup._singleton._connection._proc._process
+    try:
+        _bounded(lambda: wandb.teardown(exit_code=1), _SECONDS_TO_ABANDON)
+    except Exception:
+        if service is not None:
+            service.kill()
 
 
 def _count_in_epochs(run: Any) -> None:
@@ -253,8 +362,8 @@ class Tracker:
     `mode` is "online", "offline", or "interrupted" once W&B has failed.
     """
 
-    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str) -> None:
-        self._wandb, self._run, self._folder = wandb, run, folder
+    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str, finish_timeout: float = 60.0) -> None:
+        self._wandb, self._run, self._folder, self._finish_timeout = wandb, run, folder, finish_timeout
         self.mode = mode
         self._path = os.path.relpath(run.settings.sync_dir, folder)
         self._url: str | None = run.url if mode == "online" else None
@@ -333,24 +442,22 @@ class Tracker:
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where` is written down."""
-        self._guard(lambda run: run.finish(exit_code=exit_code))
+        self._guard(lambda run: run.finish(exit_code=exit_code), self._finish_timeout + _SECONDS_TO_ABANDON)
         self._run = None
 
-    def _guard(self, action: Callable[[Any], object]) -> None:
-        if self._run is None:
+    def _guard(self, action: Callable[[Any], object], seconds: float = _SECONDS_OF_A_CALL) -> None:
+        if (run := self._run) is None:
             return
         try:
             with _kept_in(self._folder):
-                action(self._run)
+                _bounded(lambda: action(run), seconds)
         except Exception as error:
             self._run, self.mode = None, "interrupted"
             log.warning(
                 "W&B stopped (%s): the results are in %s, what W&B has so far in %s",
                 first_line(error), self._folder / "results.jsonl", self._folder / self._path,
             )  # fmt: skip
-            # Without this the broken session would be handed to the next run of this process.
-            with contextlib.suppress(Exception):
-                self._wandb.teardown(exit_code=1)
+            _abandon(self._wandb)
 
 
 def open_tracker(
@@ -373,7 +480,8 @@ def open_tracker(
     "auto" is what WANDB_MODE or `wandb offline` says, else online where there is a key (WANDB_API_KEY, a
     netrc entry, W&B's settings file) and offline where there is none. Nothing is ever asked. Offline
     data stay inside the run folder. A server that is not reached within `init_timeout` seconds means
-    offline too, and at the end W&B is waited for during `finish_timeout` seconds at the most.
+    offline too, and at the end W&B is waited for during `finish_timeout` seconds at the most. A service that does
+    not answer at all is given up after a minute, and killed half a minute later.
     """
     if mode not in get_args(Mode):
         raise UserError(f"logger.mode={mode}: must be one of {', '.join(get_args(Mode))}")
@@ -410,9 +518,13 @@ def open_tracker(
             "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
         }
         with _kept_in(folder):
-            run, started = _start(wandb, settings, wanted, options)
-        return Tracker(wandb, run, folder, started) if run is not None else None
+            run, started = _bounded(
+                lambda: _start(wandb, settings, wanted, options), _SECONDS_OF_A_CALL + init_timeout
+            )
+        return Tracker(wandb, run, folder, started, finish_timeout) if run is not None else None
     except Exception as error:
+        if isinstance(error, TimeoutError):
+            _abandon(wandb)
         log.warning("W&B is off (%s): results are in %s only", first_line(error), folder / "results.jsonl")
         return None
 

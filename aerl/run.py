@@ -1,8 +1,11 @@
 """The only wiring: one configuration becomes one run folder: train -> attack -> analyse -> report."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +14,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl import config as schema
-from aerl import distributed, gpus, interrupt
+from aerl import distributed, gpus, inputs, interrupt
 from aerl.config import Config
-from aerl.files import sha256
-from aerl.record import Record, earlier_start, recorded
+from aerl.files import locked, sha256
+from aerl.record import Record, earlier_start, recorded, whole
 from aerl.report import progress
-from aerl.report.multirun import note
-from aerl.report.page import written
+from aerl.report.multirun import note, wish
+from aerl.report.page import NAME, write_run, written
 from aerl.report.table import show
 from aerl.results import Tracker
-from aerl.types import UserError
+from aerl.types import UserError, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: a finished run or a wrong key is answered without it
+    from aerl.analyses import AnalysisContext
     from aerl.build import Parts
     from aerl.data import Split
     from aerl.evaluate import Outcomes
@@ -57,14 +61,9 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
     folder = Path(config.runs_dir).expanduser() / schema.run_name(config, overrides)
     if HydraConfig.get().mode is RunMode.MULTIRUN and not config.prepare_data_only:
         note(HydraConfig.get().job.num, folder=str(folder.absolute()))
-    summary = distributed.from_main(lambda: earlier_start(folder, config))
-    if summary.get("status") == "finished":
-        if HydraConfig.get().mode is RunMode.MULTIRUN:  # its table tells what was found
-            log.info("was finished before: %s", folder)
-        else:
-            _show(summary)
-            log.info("This run was finished before; nothing was done. overwrite=true does it again.")
-        return _headline(summary)
+    found = distributed.from_main(lambda: _found(folder, config))
+    if found.get("status") == "finished" and _same_inputs(folder, config, found):
+        return _show_again(folder, found)
 
     choices = _choices("dataset", "model")
     from aerl.build import build, build_data
@@ -82,32 +81,102 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
     with interrupt.at_once():
         parts = build(config)  # whatever is wrong is found here, before the run folder is touched
     distributed.broadcast_weights(parts.model)
-    with (
-        interrupt.listening(),
-        distributed.scratch(folder) as place,
-        written(place),
-        recorded(
-            place,
-            config,
-            summary,
-            overrides=overrides,
-            choices=choices,
-            environment=describe(parts.hardware),
-        ) as record,
-    ):
-        for doubt in parts.doubts:
-            log.warning("model: %s", doubt)
-        record.save(doubts=list(parts.doubts))
-        if parts.recipe is not None:
-            _train(parts, config, record)
-        elif config.checkpoint not in (None, "own"):
-            _identify(config.checkpoint, record)
-        outcomes, split = judge(parts, config, record)
-        if distributed.is_main():
-            with distributed.alone():
-                _analyse(parts, config, record, outcomes, split)
+    read = distributed.from_main(lambda: _inputs(config, parts))
+    with interrupt.listening(), distributed.scratch(folder) as place, _alone_in(place):
+        earlier = distributed.from_main(lambda: _found(folder, config))
+        if difference := inputs.changed(earlier.get("inputs") or {}, read):
+            raise UserError(
+                f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
+            )
+        if earlier.get("status") == "finished":  # by another process meanwhile
+            return _show_again(folder, earlier)
+        with (
+            written(place),
+            recorded(
+                place,
+                config,
+                earlier,
+                overrides=overrides,
+                choices=choices,
+                environment=describe(parts.hardware),
+                inputs=read,
+                wish=wish(),
+            ) as record,
+        ):
+            for doubt in parts.doubts:
+                log.warning("model: %s", doubt)
+            record.save(doubts=list(parts.doubts))
+            if parts.recipe is not None:
+                _train(parts, config, record)
+            elif config.checkpoint not in (None, "own"):
+                _identify(config.checkpoint, record)
+            record.summary.setdefault("trained", None)
+            outcomes, split = judge(parts, config, record)
+            if distributed.is_main():
+                with distributed.alone():
+                    _analyse(parts, config, record, outcomes, split)
     _show(record.summary)
     return _headline(record.summary)
+
+
+def _found(folder: Path, config: Config) -> dict[str, Any]:
+    """What an earlier start has left in the run folder, as far as it can be believed."""
+    earlier = earlier_start(folder, config, wish())
+    return whole(folder, earlier) if earlier.get("status") == "finished" else earlier
+
+
+def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:
+    if HydraConfig.get().mode is RunMode.MULTIRUN:  # its table shows what was found
+        log.info("was finished before: %s", folder)
+    else:
+        if distributed.is_main() and not (folder / NAME).is_file():
+            write_run(folder)
+        _show(summary)
+        log.info("This run was finished before; nothing was done. overwrite=true does it again.")
+    return _headline(summary)
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes out of the run folder; a signal that comes while one is waited for ends the run."""
+
+    def stop() -> None:
+        interrupt.heed(interrupt.heard())
+        interrupt.check()
+
+    return locked(folder, stop) if distributed.is_main() else nullcontext()
+
+
+def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bool:
+    """Whether a finished run has read what is there now, as far as that can be said without torch.
+
+    False where only the data or the weights themselves can say it. Raises UserError where something has changed; what
+    is gone is a warning: the numbers are still those of what it was.
+    """
+    recorded = summary.get("inputs") or {}
+    found = distributed.from_main(lambda: inputs.now(recorded, config))
+    if difference := inputs.changed(recorded, found):
+        raise UserError(
+            f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
+        )
+    for key in sorted(key for key, digest in found.items() if digest == "missing"):
+        log.warning("%s is not there any more: these numbers are of what it was", key)
+    prepared = distributed.from_main(lambda: inputs.data_key(config))
+    return config.checkpoint != "own" and recorded.get("data key", prepared) == prepared
+
+
+def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
+    """All that the run reads, by content."""
+    digest = lambda state: hashlib.sha256(
+        b"".join(t.cpu().contiguous().numpy().tobytes() for t in state.values())
+    ).hexdigest()  # SHIM
+
+    read = inputs.files(config) | inputs.code(config)
+    if config.checkpoint == "own":
+        read["weights"] = digest(parts.model.state_dict())
+    return read | {
+        "data": getattr(parts.data, "digest", ""),  # SHIM
+        "data key": inputs.data_key(config),
+    }
 
 
 def _show(summary: Mapping[str, Any]) -> None:
@@ -118,12 +187,13 @@ def _show(summary: Mapping[str, Any]) -> None:
 def _log_to_stderr(label: str) -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
     progress.label = label
-    log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
+    log.setLevel(logging.DEBUG if distributed.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
     logging.raiseExceptions = False  # a full disk is told by the files that matter, not by a log's traceback
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
+    log.handlers[0].setLevel(logging.INFO)  # tracebacks go to run.log alone
     log.handlers[0].setFormatter(logging.Formatter(f"{label}%(message)s"))
 
 
@@ -159,28 +229,25 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
         seconds = record.summary["seconds"] | {"train": time.monotonic() - began}
         digest = distributed.from_main(lambda: sha256(folder / "best.pt"))
         weights = {"file": "checkpoints/best.pt", "sha256": digest}
-        record.save(best_epoch=best_epoch, seconds=seconds, weights=weights)
+        trained = record.results.seal()
+        record.advance(best_epoch=best_epoch, seconds=seconds, weights=weights, trained=trained)
     distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
     distributed.broadcast_weights(parts.model)
 
 
 def _identify(judged: str, record: Record) -> None:
-    """Record which file of weights is judged: a run that was begun on one does not go on with another."""
+    """Record which file of weights is judged."""
     from aerl import checkpoint
 
     path = checkpoint.find(judged)
-    if "weights" in record.summary:
-        checkpoint.check(path, record.summary["weights"]["sha256"], f"checkpoint={judged}")
-    else:
-        record.save(weights={"file": str(path), "sha256": sha256(path)})
+    record.save(weights={"file": str(path), "sha256": sha256(path)})
 
 
 def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes", split: "Split") -> None:
-    """Run the analyses, and show W&B what is worth seeing."""
+    """Run the analyses that are not done yet, and show W&B what is worth seeing."""
     import torch
 
-    from aerl.analyses import AnalysisContext, NotMade
-    from aerl.attacks import NoGradient
+    from aerl.analyses import AnalysisContext
     from aerl.files import load_arrays
     from aerl.judge import batch_size
 
@@ -204,19 +271,56 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
         batch_size=batch_size(parts, config),
         save=record.save,
     )
-    not_made = {}
+    rows = record.summary["analyses"]
     for name, analysis in parts.analyses.items():
         distributed.heed()
         interrupt.check()
+        if rows.get(name, {}).get("status") in ("made", "not made"):
+            log.info("%s: was made before", name)
+            continue
+        row = _made(name, analysis, context, record)
+        record.advance(analyses=rows | {name: row})
+        rows = record.summary["analyses"]
+    reasons = {name: row["reason"] for name, row in rows.items() if row["status"] != "made"}
+    record.save(not_made=reasons)
+    if record.tracker is not None:
+        _show_wandb(record.tracker, record.summary)
+
+
+def _made(
+    name: str, analysis: Callable[..., Any], context: "AnalysisContext", record: Record
+) -> dict[str, Any]:
+    """Run one analysis, with smaller batches where the memory does not suffice; how that ended.
+
+    Whatever it raises is its own end and not that of the run, whose numbers are complete without it.
+    """
+    from aerl.analyses import NotMade
+    from aerl.attacks import NoGradient
+
+    is_out_of_memory = lambda error: isinstance(error, MemoryError) or "out of memory" in str(error)  # SHIM
+
+    began = time.monotonic()
+    while True:
+        record.results.restore(record.summary["results"])  # without what an earlier try has logged
         try:
             with interrupt.at_once():
                 analysis(context)
         except (NotMade, NoGradient) as error:
-            not_made[name] = str(error)
             log.warning("%s: not made: %s", name, error)
-    record.save(not_made=not_made)
-    if record.tracker is not None:
-        _show_wandb(record.tracker, record.summary)
+            return {"status": "not made", "reason": str(error)}
+        except Exception as error:
+            if is_out_of_memory(error) and context.batch_size > 1:
+                context = replace(context, batch_size=context.batch_size // 2)
+                log.warning("%s: out of memory: goes on with %d images at a time", name, context.batch_size)
+                continue
+            reason = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            )
+            log.warning("%s: failed: %s; the same command tries it again", name, reason)
+            if not isinstance(error, UserError):
+                log.debug("", exc_info=error)
+            return {"status": "failed", "reason": f"failed: {reason}"}
+        return {"status": "made", "seconds": time.monotonic() - began}
 
 
 def _show_wandb(tracker: Tracker, summary: Mapping[str, Any]) -> None:

@@ -200,7 +200,7 @@ def fit(
     saved = _resume(folder / "last.pt", model, optimizer)
     best = _Best(folder / "best.pt", saved.get("best_epoch", 0), saved.get("best_score", -math.inf))
     first_epoch, first_step = saved.get("epoch", 0), saved.get("step", 0)
-    results.rewind(first_epoch)
+    results.restore(saved.get("results"))
     saved_at = time.monotonic()
     share = distributed.share(batch_size)
     rank = [distributed.rank()] if distributed.rank() else []
@@ -217,7 +217,13 @@ def fit(
             return
         best.write()
         state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"epoch": epoch, "best_epoch": best.epoch, "best_score": best.score, **within}
+        state |= {
+            "epoch": epoch,
+            "best_epoch": best.epoch,
+            "best_score": best.score,
+            "results": results.seal(),
+            **within,
+        }
         checkpoint.save(state, folder / "last.pt")
 
     @contextmanager

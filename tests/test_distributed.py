@@ -134,7 +134,12 @@ def test_a_multirun_goes_on_after_a_job_that_fails(start, place):
     words = ("-m", "trainer.batch_size=32,33,64", "trainer.epochs=1", "attack=fgsm", *QUICK, "runs_dir=swept")
     done = ended(start(TORCHRUN, *words))
     assert done.returncode == 1
-    assert done.stderr.count("trainer.batch_size=33: batches of 33 images cannot be shared evenly by the 2 processes") == 1
+    assert (
+        done.stderr.count(
+            "trainer.batch_size=33: batches of 33 images cannot be shared evenly by the 2 processes"
+        )
+        == 1
+    )
     finished = [json.loads(path.read_text())["status"] for path in place.glob("swept/digits/**/summary.json")]
     assert sorted(finished) == ["failed", "finished", "finished"]
     assert "failed: job 1 (trainer.batch_size=33)" in done.stdout
@@ -207,7 +212,7 @@ def test_killed_torchrun_takes_its_processes_with_it_at_once(start, place):
 @pytest.mark.slow
 def test_an_adversary_that_drops_and_restarts_draws_as_in_one_process(start, place):
     words = ("trainer=pgd_at", "trainer.epochs=2", "norm=L2", "trainer.adversary.attack.steps=3", "attack=fgsm", *QUICK,
-             "trainer.adversary.attack.restarts=2", "trainer.adversary.attack.drop_fooled=true")  # fmt: skip
+             "+trainer.adversary.attack.restarts=2", "trainer.adversary.attack.drop_fooled=true")  # fmt: skip
     for name, torchrun in (("draws-one", ()), ("draws-two", TORCHRUN)):
         done = ended(start(torchrun, *words, f"name={name}"))
         assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
 """Per-sample outcomes: which samples are attacked, that their order is no matter, and what is counted."""
 
 import copy
+import errno
+import re
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,7 @@ from aerl import evaluate
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
 from aerl.evaluate import Attacked, run_attack
+from aerl.hardware import is_out_of_memory
 from aerl.types import UserError
 
 
@@ -238,16 +241,225 @@ def test_an_attack_that_leaves_the_box_is_not_counted(model, split, hardware):
     evaluate.check_within("a", found, "Linf", 0.2, boxed=False)
 
 
+def ends_in_one_line(attack, model, split, hardware, **options) -> str:
+    with pytest.raises(UserError) as error:
+        found = attacked(attack, model, split, hardware, **options)["a"]
+        evaluate.check_within("a", found, "Linf", 0.1)
+    line = str(error.value)
+    assert line.startswith("attack.a: ") and "\n" not in line
+    return line
+
+
+def writes_into_its_images(model, x, y):
+    return x.fill_(0.5)
+
+
+def writes_into_a_view(model, x, y):
+    x.detach().numpy()[:] = 0.5
+    return x
+
+
+def shuffles(model, x, y):
+    return x.flip(0)
+
+
+def writes_later(model, x, y, kept=[]):  # noqa: B006
+    for images in kept:  # of the batches before, while they still count
+        images.fill_(0.5)
+    kept.append(x.clone())
+    return kept[-1]
+
+
+@pytest.mark.parametrize("cheats", [writes_into_its_images, writes_into_a_view, shuffles])
+def test_the_ball_is_measured_from_the_datas_own_images(model, split, hardware, cheats):
+    line = ends_in_one_line(lambda model, x, y, *, generator: cheats(model, x, y), model, split, hardware)
+    assert "left its Linf ball" in line
+
+
+def test_what_an_attack_changes_after_the_fact_does_not_count(model, split, hardware):
+    found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)[
+        "a"
+    ]
+    clean = evaluate.predict(model, split, hardware, 45)
+    for key in evaluate.PER_SAMPLE:
+        np.testing.assert_allclose(getattr(found, key), getattr(clean, key), atol=1e-6)
+
+
+def test_labels_changed_in_place_are_the_attacks_own(model, split, hardware):
+    def relabels(model, x, y, *, generator):
+        y.add_(1).remainder_(3)
+        return x
+
+    found = attacked(relabels, model, split, hardware)["a"]
+    clean = evaluate.predict(model, split, hardware, 45)
+    assert np.array_equal(found.pred, clean.pred) and np.array_equal(found.p, clean.p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_another_precision_are_measured_as_float32(model, split, hardware, dtype):
+    def moved(model, x, y, *, generator):
+        return (0.25 + 0.5 * x).to(dtype).requires_grad_()
+
+    found = attacked(moved, model, split, hardware)["a"]
+    x = split.images.float() / 255
+    expected = (moved(model, x, None, generator=None).float() - x).abs().amax((1, 2, 3))
+    right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
+    np.testing.assert_allclose(found.linf, np.where(right, expected.detach().numpy(), 0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [
+        (lambda x: None, "NoneType"),
+        (lambda x: list(x), "list"),
+        (lambda x: x.numpy(), "ndarray"),
+        (lambda x: x[1:], r"\(29, 1, 8, 8\)"),
+        (lambda x: torch.cat([x, x]), r"\(60, 1, 8, 8\)"),
+        (lambda x: x.flatten(1), r"\(30, 64\)"),
+        (lambda x: x.expand(-1, 3, -1, -1), r"\(30, 3, 8, 8\)"),
+        (lambda x: (x * 255).to(torch.uint8), "uint8"),
+        (lambda x: x.to(torch.complex64), "complex64"),
+        (lambda x: x > 0.5, "bool"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: torch.where(x > 0.5, torch.nan, x), "NaN"),
+        (lambda x: x + torch.tensor([torch.inf] + 29 * [0.0])[:, None, None, None], "1 of 30"),
+        (lambda x: {}, r"\[\]"),
+        (lambda x: {1: x}, r"\[1\]"),
+        (lambda x: {"a/b": x}, "a/b"),
+        (lambda x: {"one": x, "two": None}, "as two a NoneType"),
+        (lambda x: {"one": x, "two": x[1:]}, "as two images"),
+    ],
+)
+def test_what_is_no_adversarial_image_is_refused(model, split, hardware, returned, named):
+    line = ends_in_one_line(lambda model, x, y, *, generator: returned(x), model, split, hardware)
+    assert re.search(named, line)
+
+
+def test_parts_that_only_some_batches_have_are_refused(model, split, hardware):
+    def sometimes(model, x, y, *, generator, seen=[]):  # noqa: B006
+        seen.append(0)
+        return {"one": x} if len(seen) == 1 else {"one": x, "two": x}
+
+    assert "a_two" in ends_in_one_line(sometimes, model, split, hardware, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda model: model[0].weight.data.mul_(2),
+        lambda model: model[3].bias.copy_(model[3].bias.flip(0)),
+        lambda model: model[4].running_mean.add_(1),
+        lambda model: setattr(model[0], "bias", None),
+        lambda model: model.train(),
+        lambda model: model.half(),
+        lambda model: setattr(model, "4", nn.Identity()),
+        lambda model: setattr(model, "forward", lambda x: torch.zeros(len(x), 3)),
+        lambda model: model[4].register_forward_hook(lambda module, args, output: -output),
+    ],
+)
+def test_an_attack_that_alters_the_model_is_refused(model, split, hardware, alter):
+    def changes(model, x, y, *, generator):
+        with torch.no_grad():
+            alter(model)
+        return x
+
+    altered = nn.Sequential(*copy.deepcopy(model), nn.BatchNorm1d(3, affine=False))
+    assert "altered the model" in ends_in_one_line(changes, altered, split, hardware)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x
+
+
+def test_a_model_is_attacked_as_it_is_judged_and_may_change_itself(model, split, hardware):
+    """In eval mode with frozen parameters, whatever its own mode; a buffer of its own is not the attack's doing."""
+    counting = nn.Sequential(*copy.deepcopy(model), Counting(), nn.Dropout())
+    modes = []
+
+    def spy(model, x, y, *, generator):
+        modes.append((model[5].training, model[0].weight.requires_grad))
+        model(x)
+        return x
+
+    attacked(spy, counting.train(), split, hardware, batch_size=8)
+    assert len(modes) > 1 and set(modes) == {(False, False)} and counting[5].training
+
+
+class Sick(nn.Module):
+    """A model whose logits are not finite where `sick` says so of an image."""
+
+    def __init__(self, model, sick, value=torch.nan):
+        super().__init__()
+        self.model, self.sick, self.value = model, sick, value
+
+    def forward(self, x):
+        return torch.where(self.sick(x)[:, None], self.value, self.model(x))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_never_right(model, split, hardware, value):
+    labels = torch.zeros(45, dtype=torch.int64)  # which argmax gives for NaN
+    with collect_warnings() as warnings:
+        clean = evaluate.predict(Sick(model, lambda x: x[:, 0, 0, 0] > 0.5, value), Split(split.images, labels),
+                                 hardware, 8)  # fmt: skip
+    sick = split.images[:, 0, 0, 0].numpy() / 255 > 0.5
+    assert (clean.pred[sick] == -1).all() and (clean.pred[~sick] >= 0).all()
+    outcomes = {"label": labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.p}
+    for policy in ("argmax", "sample"):
+        rewards = evaluate.reward(outcomes, [], policy)
+        assert (rewards[sick] == 0).all() and np.isfinite(rewards).all()
+    assert all(np.isfinite(getattr(clean, key)).all() for key in evaluate.PER_SAMPLE)
+    assert [warning.split()[0] for warning in warnings] == [str(sick.sum())]
+
+
+def test_a_model_that_is_not_finite_on_adversarial_images_is_fooled_there(model, split, hardware):
+    found = attacked(lambda model, x, y, *, generator: torch.zeros_like(x),
+                     Sick(model, lambda x: x.amax((1, 2, 3)) == 0), split, hardware)["a"]  # fmt: skip
+    right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
+    assert (found.pred[right] == -1).all() and (found.pred[~right] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), NotImplementedError(), AssertionError("a\nb"), SystemExit(0)]
+)
+def test_what_other_peoples_code_raises_is_one_line(model, split, hardware, error):
+    def raises(*args, **kwargs):
+        raise error
+
+    line = ends_in_one_line(raises, model, split, hardware)
+    assert type(error).__name__ in line
+    line = ends_in_one_line(weak_pgd, Sick(model, lambda x: raises() if len(x) == 1 else x[:, 0, 0, 0] > 2),
+                            split, hardware, batch_size=29)  # fmt: skip
+    assert type(error).__name__ in line
+
+
+def test_a_bug_of_our_own_is_not_taken_for_other_peoples(split, hardware, monkeypatch):
+    from aerl.attacks import pgd as ours
+    from aerl.models import AliCNN
+
+    own = AliCNN(num_classes=3, channels=1, size=(8, 8), hidden=8)
+    monkeypatch.setattr("aerl.attacks.losses.log_odds", lambda *args: {}["bug"])
+    right = Split(split.images, torch.from_numpy(evaluate.predict(own, split, hardware, 45).pred))
+    with pytest.raises(KeyError, match="bug"):
+        attacked(partial(ours, norm="L2", eps=0.3), own, right, hardware)
+
+
 class Narrow(torch.nn.Module):
     """A model on a device that holds so many images at a time."""
 
-    def __init__(self, model, room):
+    def __init__(self, model, room, error=torch.OutOfMemoryError("tried to allocate")):  # noqa: B008
         super().__init__()
-        self.model, self.room = model, room
+        self.model, self.room, self.error = model, room, error
 
     def forward(self, x):
         if len(x) > self.room:
-            raise torch.OutOfMemoryError("tried to allocate")
+            raise self.error
         return self.model(x)
 
 
@@ -263,3 +475,25 @@ def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_s
     assert len(halvings) == len(set(halvings)) and halvings[-1].endswith("went on with 3")
     with pytest.raises(UserError, match="a single image"):
         evaluate.predict(Narrow(model, 0), split, hardware, 8)
+
+
+def real_errors():
+    """What the CPU's allocators say, and, as the libraries word it, what a GPU's do."""
+    for allocate in (lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**60)):
+        with pytest.raises(Exception) as error:
+            allocate()
+        yield error.value
+    yield RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    yield RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    yield RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+    yield OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_every_librarys_lack_of_memory_is_one(model, split, hardware):
+    whole = evaluate.predict(model, split, hardware, 45)
+    for error in real_errors():
+        assert is_out_of_memory(error), error
+        assert np.array_equal(
+            evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, whole.pred
+        )
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

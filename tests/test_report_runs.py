@@ -259,7 +259,7 @@ def test_what_is_not_a_finished_run_is_told_and_in_no_mean(tmp_path, capsys, mon
 def test_no_run_is_exit_code_1_and_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     out, err = capsys.readouterr()
-    assert (out, err) == ("", f"{tmp_path}: holds no run (no summary.json)\n")
+    assert (out, err) == ("", f"error: {tmp_path}: holds no run (no summary.json)\n")
     assert list(tmp_path.iterdir()) == []
 
 

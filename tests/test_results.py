@@ -64,24 +64,15 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path
     assert math.isnan(read_results(log.path)[0].value)
 
 
-def test_a_torn_last_line_is_passed_over_and_mended(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
     log = ResultLog(tmp_path, IDENTITY)
     log.log({"a": 1, "é": 2}, n=1, split="train", step=0)
     whole = log.path.read_bytes()
     for cut in range(whole.index(b"\n") + 2, len(whole) - 1):  # also in the middle of the é
         log.path.write_bytes(whole[:cut])
         assert [result.metric for result in read_results(log.path)] == ["a"]
-        reopened = ResultLog(tmp_path, IDENTITY)
-        reopened.log({"b": 3}, n=1, split="train", step=1)
-        assert [result.metric for result in read_results(log.path)] == ["a", "b"]
-
-
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
-    log = ResultLog(tmp_path, IDENTITY)
-    log.log({"a": 1, "b": 2}, n=1, split="train", step=0)
-    log.path.write_bytes(log.path.read_bytes()[:-1])
-    ResultLog(tmp_path, IDENTITY).log({"c": 3}, n=1, split="train", step=1)
-    assert [result.metric for result in read_results(log.path)] == ["a", "b", "c"]
+    log.path.write_bytes(whole[:-1])  # whole but for its end
+    assert [result.metric for result in read_results(log.path)] == ["a", "é"]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "3", '{"metric": "loss"}', "\0\0\0"])
@@ -107,7 +98,7 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         read_results(tmp_path / "results.jsonl")
 
 
-def test_rewind_leaves_no_duplicates(tmp_path: Path) -> None:
+def test_a_resumed_log_is_the_straight_one(tmp_path: Path) -> None:
     straight, resumed = (
         ResultLog(_folder(tmp_path, "a"), IDENTITY),
         ResultLog(_folder(tmp_path, "b"), IDENTITY),
@@ -118,25 +109,37 @@ def test_rewind_leaves_no_duplicates(tmp_path: Path) -> None:
             log.log({"loss": 1 / (epoch + 1)}, n=4, split="train", step=epoch)
             log.log({"accuracy": epoch / 10}, n=4, split="val", step=epoch)
 
+    resumed.restore(None)  # before anything was logged
     epochs(straight, 0, 8)
-    epochs(resumed, 0, 6)
-    resumed.rewind(3)  # the last checkpoint is that of epoch 3
+    epochs(resumed, 0, 4)
+    seal = resumed.seal()  # with the last checkpoint
+    epochs(resumed, 4, 6)
+    with resumed.path.open("ab") as file:
+        file.write(b'{"metric": "torn')
+    resumed = ResultLog(resumed.path.parent, IDENTITY)
+    resumed.restore(seal)
     epochs(resumed, 4, 8)
     assert resumed.path.read_bytes() == straight.path.read_bytes()
+    resumed.restore(None)
+    assert read_results(resumed.path) == []
 
 
-def test_rewind_forgets_what_was_measured_after_training_and_drop_what_it_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["edited", "shortened", "gone", "a folder"])
+def test_what_was_sealed_must_be_there_as_it_was(tmp_path: Path, damage: str) -> None:
     log = ResultLog(tmp_path, IDENTITY)
-    log.rewind(3)  # before anything was logged
-    log.log({"loss": 1}, n=1, split="train", step=5)
-    log.log({"accuracy": 1}, n=1, split="val", step=5)
-    log.log({"robust_accuracy": 1}, n=1, split="test", attack="pgd")
-    log.rewind(5)
-    assert [result.split for result in read_results(log.path)] == ["train", "val"]
-    log.drop(lambda result: result.split == "val")
-    assert [result.split for result in read_results(log.path)] == ["train"]
-    log.rewind(4)
-    assert read_results(log.path) == []
+    log.log({"accuracy": 0.25}, n=4, split="val", step=1)
+    seal = log.seal()
+    log.log({"accuracy": 0.5}, n=4, split="val", step=2)  # what comes after it may be anything
+    content = log.path.read_bytes()
+    log.path.unlink()
+    if damage == "edited":
+        log.path.write_bytes(content.replace(b"0.25", b"0.95"))
+    elif damage == "shortened":
+        log.path.write_bytes(content[: seal["bytes"] - 3])
+    elif damage == "a folder":
+        log.path.mkdir()
+    with pytest.raises(UserError, match=r"results\.jsonl"):
+        log.restore(seal)
 
 
 def _folder(parent: Path, name: str) -> Path:
@@ -165,8 +168,6 @@ def test_sigkill_in_the_middle_leaves_a_readable_record(tmp_path: Path) -> None:
     results = read_results(path)
     assert len(results) > 50
     assert [result.step for result in results[::2]] == list(range((len(results) + 1) // 2))
-    ResultLog(tmp_path, IDENTITY).rewind(10)
-    assert len(read_results(path)) == 22
 
 
 # ------------------------------------------------------------------------------------------- the files

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from aerl.files import inside, read_json, read_yaml
+from aerl.types import UserError
 from tests.conftest import ROOT
 
 WORDS = ("trainer.epochs=1", "attack=fgsm", "evaluation.samples=20", "analysis=none", "logger=none", "name=r")
@@ -132,3 +134,60 @@ def test_the_bait_is_real(tmp_path):
     np.load(tmp_path / "x.npz", allow_pickle=True)["x"]
     yaml.unsafe_load(f'!!python/object/apply:os.mkdir ["{tmp_path / "yaml"}"]')
     assert {"torch", "numpy", "yaml"} <= {path.name for path in tmp_path.iterdir()}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+@pytest.mark.parametrize(
+    "content",
+    ["", BOMB, "a: &a [*a]", "[" * 100_000, "[" * 300 + "]" * 300, "[1, ", "\xff", "9" * 5000, "1" * 8_000_001,
+     "a: 2020-99-99"],
+    ids=["empty", "bomb", "in itself", "deep", "closed", "cut", "latin-1", "number", "large", "date"],
+)  # fmt: skip
+def test_text_that_cannot_be_read_is_one_line_at_once(tmp_path, read, content):
+    path = tmp_path / "file"
+    path.write_text(content, encoding="latin-1")
+    if (read, content) == (read_yaml, ""):
+        assert read(path) is None
+        return
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).startswith(f"cannot read {path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_what_is_no_file_is_one_line(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "pipe"):
+        with pytest.raises(UserError, match=f"cannot read {path}: "):
+            read(path)
+
+
+def test_a_link_reaches_nothing_outside_its_folder(tmp_path):
+    folder, snapshot = tmp_path / "run", tmp_path / "hub/snapshots/0123"
+    for place in (folder / "figures", snapshot, tmp_path / "hub/blobs"):
+        place.mkdir(parents=True)
+    for path in (tmp_path / "secret", folder / "best.pt", tmp_path / "hub/blobs/abc"):
+        path.touch()
+    links = {
+        folder / "linked.pt": "best.pt", tmp_path / "shortcut": folder, snapshot / "model": "../../blobs/abc",
+        folder / "out": "../secret", folder / "etc": "/etc", folder / "nowhere": "none", folder / "circle": "circle",
+        snapshot / "out": "../../../secret",
+    }  # fmt: skip
+    for link, target in links.items():
+        link.symlink_to(target)
+    for home, path in (
+        (folder, folder / "best.pt"), (folder, folder / "linked.pt"), (folder, folder / "missing.pt"),
+        (tmp_path / "shortcut", tmp_path / "shortcut/linked.pt"), (snapshot, snapshot / "model"),
+    ):  # fmt: skip
+        assert inside(home, path) == path
+    for home, path in (
+        (folder, folder / "out"), (folder, folder / "etc/passwd"), (folder, folder / "nowhere"),
+        (folder, folder / "circle"), (folder, folder / "../secret"), (snapshot, snapshot / "out"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{path}: is a link"):
+            inside(home, path)

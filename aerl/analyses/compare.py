@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
-from aerl.files import load_arrays
-from aerl.results import Result, eps_text, read_summary
+from aerl.files import inside, load_arrays
+from aerl.results import Result, changed_files, eps_text, read_config, read_summary
 from aerl.statistics import mcnemar, paired_difference
 from aerl.types import UserError
 
@@ -35,6 +34,8 @@ def _finished(run: str) -> str:
         )
     if not (folder / "outcomes.npz").is_file():
         raise ValueError("must have an outcomes.npz, which a run that attacks writes")
+    if changed_files(folder, summary, ["outcomes.npz"]):
+        raise ValueError("must have its own outcomes.npz; that was changed since the run finished, or is damaged")
     return run
 
 
@@ -66,7 +67,8 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
 
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
-    summary, theirs = read_summary(folder) or {}, load_arrays(folder / "outcomes.npz")
+    summary = read_summary(folder) or {}
+    theirs = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
     _check_same_samples(run, read_summary(here) or {}, summary, context.outcomes, theirs)
     attacks, warnings = summary.get("attacks", {}), []
     settings, other_settings = _settings(here), _settings(folder)
@@ -126,12 +128,9 @@ def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says of its attacks and its policy; nothing where it cannot be read."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        return {"attack": dict(config["attack"]), "policy": config["evaluation"].get("policy")}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return {"attack": {}, "policy": None}
+    """What a run's config.yaml says of its attacks and its policy; nothing where there is none."""
+    config = read_config(folder) if (folder / "config.yaml").is_file() else {}
+    return {"attack": config.get("attack") or {}, "policy": (config.get("evaluation") or {}).get("policy")}
 
 
 def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

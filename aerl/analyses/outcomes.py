@@ -120,7 +120,8 @@ def confusion(context: AnalysisContext) -> list[Result]:
 
 
 def _confusion(label: np.ndarray, said: np.ndarray, k: int) -> np.ndarray:
-    counts: np.ndarray = np.bincount(label * k + said, minlength=k * k).reshape(k, k)
+    answered = said >= 0  # -1 where the logits were not finite
+    counts: np.ndarray = np.bincount((label * k + said)[answered], minlength=k * k).reshape(k, k)
     return counts
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,14 @@ def note(job: int, **news: Any) -> None:
             file.write(json.dumps(news) + "\n")
 
 
+def wish(folder: Path | None = None) -> str | None:
+    """By what name the multirun under way says overwrite=true: the same until all of its jobs are done; else None."""
+    from aerl.report.status import planned_wish
+
+    folder = folder or _manifest
+    return None if folder is None else planned_wish(folder)
+
+
 class Manifest:
     """The Hydra callback. Workers in other processes, also those of a requeued job, get it pickled."""
 
@@ -46,7 +55,8 @@ class Manifest:
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config import sweep_jobs, sweep_name
-        from aerl.files import writing
+        from aerl.files import atomic_write, writing
+        from aerl.report import status
         from aerl.report.status import PLAN, planned
         from aerl.types import UserError
 
@@ -60,10 +70,22 @@ class Manifest:
         jobs = sweep_jobs(config)
         try:
             with writing(folder):
-                if jobs is None or jobs != planned(folder):  # else what is known of them still holds
+                known = jobs is not None and jobs == planned(folder)  # then what is known of them still holds
+                if (
+                    known
+                    and config.overwrite
+                    and all(job.state == "done" for job in status.jobs(folder.parent))
+                ):
+                    known = False  # a new wish: all of them begin again
+                plan = {
+                    "command": command,
+                    "jobs": jobs,
+                    "wish": wish(folder) if known else secrets.token_hex(4),
+                }
+                if not known:
                     shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / PLAN).write_text(json.dumps({"command": command, "jobs": jobs}))
+                atomic_write(folder / PLAN, json.dumps(plan))
         except UserError as error:
             sys.exit(f"error: {error}")  # any other exception Hydra would warn of, and go on
         _manifest = self.folder = folder

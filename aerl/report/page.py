@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from aerl.files import atomic_write
+from aerl.files import atomic_write, inside
 from aerl.report import runs
 from aerl.report.figures import trainer_colour
 from aerl.report.table import duration, notes, spent, what
@@ -129,7 +129,6 @@ def _number(value: Any) -> str:
 
 
 def _of_run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    config = folder / "config.yaml"
     return {
         "title": what(summary),
         "summary": summary,
@@ -142,9 +141,9 @@ def _of_run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "accuracies": list(_accuracies(summary)),
         "comparisons": summary.get("comparisons") or {},
         "notes": [note for note in notes(summary) if note[0] not in _NOT_A_NOTE],
-        "pictures": [_picture(path) for path in sorted((folder / "figures").glob("*.png"))],
+        "pictures": list(_pictures(folder)),
         "files": list(_files(folder)),
-        "config": config.read_text(errors="replace") if config.is_file() else "",
+        "config": _config(folder),
         "environment": list(_environment(summary)),
         "wandb": summary.get("wandb") or {},
     }
@@ -161,14 +160,25 @@ def _accuracies(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"norm": None, "eps": None, "seconds": None, "counts": True, **row, "name": name}
 
 
+def _config(folder: Path) -> str:
+    path = folder / "config.yaml"
+    return inside(folder, path).read_text(errors="replace") if path.is_file() else ""
+
+
+def _pictures(folder: Path) -> Iterator[Picture]:
+    """The figures of a run; one that cannot be shown, or is a link out of the folder, is left out, which is logged."""
+    for path in sorted((folder / "figures").glob("*.png")):
+        try:
+            yield _picture(inside(folder, path))
+        except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
+            log.warning("%s: is left out of the page: %s", runs.shown(path), first_line(error))
+
+
 def _picture(path: Path) -> Picture:
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            (width, height), caption = image.size, str(image.info.get("Description", ""))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    with Image.open(path) as image:
+        (width, height), caption = image.size, str(image.info.get("Description", ""))
     name = path.stem.replace("_", " ")
     content = base64.b64encode(path.read_bytes()).decode()
     return Picture(

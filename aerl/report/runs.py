@@ -14,14 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from aerl.files import atomic_write, write_csv
-from aerl.results import eps_text, read_summary
+from aerl.results import changed_files, eps_text, read_config, read_summary
 from aerl.types import UserError, first_line
 
 CLEAN, WORST = "clean", "worst case"
@@ -190,14 +189,13 @@ def _run(folder: Path, summary: Mapping[str, Any]) -> Run:
         )
         assert run.comparable
         return run
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{shown(folder)}: its summary.json or config.yaml is damaged ({what})") from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-    return dict(leaves(yaml.load((folder / "config.yaml").read_text(), loader)))
+    return dict(leaves(read_config(folder)))
 
 
 def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,6 +212,9 @@ def _missing(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"{shown(folder)}: was attacked by nothing, so it has a clean accuracy only"
     elif not (folder / "outcomes.npz").is_file():
         yield f"{shown(folder)}: has no outcomes.npz; its numbers are those of summary.json"
+    for name in changed_files(folder, summary, ("outcomes.npz", "results.jsonl")):
+        if (folder / name).is_file():
+            yield f"{shown(folder)}: {name} was changed since the run finished; its numbers are those of summary.json"
 
 
 def _unfinished(folder: Path, summary: Mapping[str, Any]) -> str:
@@ -230,7 +231,7 @@ def _with_origin(run: Run, runs: Sequence[Run]) -> Run:
     trained = next((other for other in runs if other.summary.get("run_id") == origin.get("run_id")), None)
     try:
         settings = trained.settings if trained else _settings(Path(origin["folder"]))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (UserError, ValueError, KeyError, TypeError):
         return run
     theirs = {key: value for key, value in settings.items() if key.startswith("trainer.")}
     return replace(run, settings={**run.settings, **theirs})

@@ -3,7 +3,6 @@
 From files alone, also while a multirun is under way, and from another machine that sees the folder.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from aerl.report.runs import one_line, shown
 from aerl.report.table import duration
 from aerl.results import read_summary
+from aerl.terminal import Parser, command, print_error
 from aerl.types import UserError
 
 PLAN = "plan.json"
@@ -51,7 +51,7 @@ def jobs(multirun: Path) -> list[Job]:
     ]
 
 
-def command(multirun: Path) -> str:
+def remaining(multirun: Path) -> str:
     """The command line that does what is left."""
     return shlex.join(["python", *_read(multirun / "jobs").get("command", [])])
 
@@ -120,6 +120,11 @@ def planned(folder: Path) -> list[list[str]] | None:
     return _read(folder).get("jobs")
 
 
+def planned_wish(folder: Path) -> str | None:
+    """See `multirun.wish`."""
+    return _read(folder).get("wish")
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((folder / PLAN).read_text())
@@ -128,9 +133,10 @@ def _read(folder: Path) -> dict[str, Any]:
     return told
 
 
+@command
 def main(words: Sequence[str] | None = None) -> int:
     """Exit code 0 where every job of every multirun is done, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m aerl.report.status", description=__doc__)
+    parser = Parser(prog="python -m aerl.report.status", description=__doc__)
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER",
         help="a multirun's folder, or one that holds multiruns, such as runs_dir (default: runs)",
@@ -139,9 +145,7 @@ def main(words: Sequence[str] | None = None) -> int:
     found = sorted(path.parent for path in folder.rglob("jobs") if any(path.glob("*.json*")))
     if not found:
         reason = "holds no multirun" if folder.is_dir() else "no such folder"
-        print(
-            f"{folder}: {reason}; runs that were started one by one: python -m aerl.report", file=sys.stderr
-        )
+        print_error(f"{folder}: {reason}; runs that were started one by one: python -m aerl.report")
         return 1
     everything = True
     for multirun in found:
@@ -151,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"  {line}")
         if any(job.state != "done" for job in told):
             everything = False
-            print(f"  the rest: {command(multirun)}")
+            print(f"  the rest: {remaining(multirun)}")
     return 0 if everything else 1
 
 

@@ -4,13 +4,13 @@ Builds one saved view of a project: training curves by epoch, robustness, the ma
 analyses' figures and tables. It needs the extra `aerl[workspace]`, and to save it a W&B key.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from aerl.results import logged_in, write_json
+from aerl.terminal import Parser, command
 from aerl.types import UserError, first_line
 
 NAME = "aerl"
@@ -96,24 +96,21 @@ def save(workspace: Any) -> str:
         raise UserError(f"W&B did not take the workspace: {first_line(error)}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(words: Sequence[str] | None = None) -> int:
     description = "Save a view of a W&B project, as aerl's runs fill it."
-    parser = argparse.ArgumentParser(prog="python -m aerl.report.workspace", description=description)
+    parser = Parser(prog="python -m aerl.report.workspace", description=description)
     parser.add_argument("--entity", required=True, help="whose project it is: a user or a team")
     parser.add_argument("--project", default="aerl", help="the project (aerl)")
     parser.add_argument(
         "--dry-run", type=Path, metavar="FILE.json", help="write it there instead, without a key"
     )
-    given = parser.parse_args(arguments)
-    try:
-        workspace = build(given.entity, given.project)
-        if given.dry_run is None:
-            print(f"saved: {save(workspace)}")
-        else:
-            write_json(given.dry_run, serialised(workspace))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    given = parser.parse_args(words)
+    workspace = build(given.entity, given.project)
+    if given.dry_run is None:
+        print(f"saved: {save(workspace)}")
+    else:
+        write_json(given.dry_run, serialised(workspace))
     return 0
 
 
