@@ -7,6 +7,11 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+if __name__ == "__main__":
+    from aerl import interrupt
+
+    interrupt.begin()  # before imports that take seconds
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A process waits for another as long as that lives: torchrun ends them all as soon as one has died.
-_PATIENCE = timedelta(days=100)
-# One that has failed waits this long for the others to fail likewise, and go on to the next run together.
-_SECONDS_TO_AGREE = 10
+# How long a process waits for one that lives but does not answer: the first prepares data and does the analyses
+# while the others wait. They need not wait for a dead one: torchrun ends them all, and they end with torchrun.
+_PATIENCE = timedelta(hours=24)
+# One that has failed waits this long for the others to fail likewise, and go on to the next run together; one that
+# was asked to end waits shorter, because torchrun kills all of them 30 seconds after it has asked.
+_SECONDS_TO_AGREE, _SECONDS_TO_STOP = 10, 3
 
 _store: Any = None
 _alone = False
@@ -120,7 +122,8 @@ def gather(value: T) -> list[T]:
     from torch import distributed
 
     values: list[Any] = [None] * world()
-    distributed.all_gather_object(values, value)
+    with _waiting():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -129,12 +132,26 @@ def total(values: "Tensor") -> "Tensor":
     if world() > 1:
         from torch import distributed
 
-        distributed.all_reduce(values)
+        with _waiting():
+            distributed.all_reduce(values)
     return values
 
 
-def average(tensors: Sequence["Tensor"]) -> None:
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Where a process has gone because it was asked to end, so was this one: that is no fault of its own."""
+    try:
+        yield
+    except RuntimeError:
+        if interrupt.heard():
+            raise Stopped(signal.Signals(interrupt.heard())) from None
+        raise
+
+
+def average(tensors: Sequence["Tensor"], *, differing: bool = False) -> None:
     """Replace each by its mean over the processes; all of them must call it.
+
+    `differing`: only values that differ. The mean of three times 0.1 is another number, and constants must stay.
 
     Without torch's DistributedDataParallel: a model stays one that an attack can differentiate, any of its
     parameters may be unused, and all gradients go in one message, short beside the step that made them.
@@ -143,14 +160,22 @@ def average(tensors: Sequence["Tensor"]) -> None:
         return
     import torch
 
-    means = total(torch.cat([tensor.flatten() for tensor in tensors])).div_(world())
+    values = torch.cat([tensor.flatten() for tensor in tensors])
+    means = total(values.clone()).div_(world())
+    if differing:
+        from torch import distributed
+
+        low, high = values.clone(), values.clone()
+        distributed.all_reduce(low, distributed.ReduceOp.MIN)
+        distributed.all_reduce(high, distributed.ReduceOp.MAX)
+        means = torch.where(low == high, values, means)
     lengths = [tensor.numel() for tensor in tensors]
     for tensor, mean in zip(tensors, torch.split(means, lengths), strict=True):
         tensor.copy_(mean.view(tensor.shape))
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, or the UserError it raises, in all of them."""
+    """What `make` returns in the first process, or the UserError or Stopped it raises, in all of them."""
     if world() == 1:
         return make()
     from torch import distributed
@@ -159,9 +184,10 @@ def from_main(make: Callable[[], T]) -> T:
     if is_main():
         try:
             made[0] = make()
-        except UserError as error:
+        except (UserError, Stopped) as error:
             made[1] = error
-    distributed.broadcast_object_list(made)
+    with _waiting():
+        distributed.broadcast_object_list(made)
     if made[1] is not None:
         raise made[1]
     return made[0]  # type: ignore[no-any-return]
@@ -174,13 +200,13 @@ def main_first(make: Callable[[], T]) -> T:
     return made[0] if made else make()
 
 
-def spread(model: "Module") -> None:
-    """Give `model` the weights that it has in the first process."""
+def broadcast_weights(model: "Module") -> None:
+    """Give `model` the parameters and buffers that it has in the first process."""
     if world() > 1:
         from torch import distributed
 
-        for tensor in model.state_dict().values():
-            distributed.broadcast(tensor, 0)
+        for tensor in (*model.parameters(), *model.buffers()):
+            distributed.broadcast(tensor.detach(), 0)
 
 
 def speaks() -> bool:
@@ -192,10 +218,13 @@ def leave() -> None:
     """To be called last: the others end after the first, because torchrun ends all as soon as one has failed."""
     if _store is None:
         return
+    from torch import distributed
+
     if is_main():
         _store.set("left", "")
     else:
         _store.wait(["left"], _PATIENCE)
+    distributed.destroy_process_group()
 
 
 @contextmanager
@@ -230,9 +259,12 @@ def _agree(error: BaseException | None) -> None:
     _jobs += 1
     keys = [f"end/{_jobs}/{number}" for number in range(world())]
     _store.set(keys[rank()], "" if error is None else f"{type(error).__name__}: {error}")
+    seconds = _SECONDS_TO_STOP if isinstance(error, Stopped) else _SECONDS_TO_AGREE
     try:
-        _store.wait(keys, _PATIENCE if error is None else timedelta(seconds=_SECONDS_TO_AGREE))
+        _store.wait(keys, _PATIENCE if error is None else timedelta(seconds=seconds))
     except RuntimeError:  # the others wait in the midst of the run, and cannot be reached
+        if isinstance(error, Stopped):
+            os._exit(interrupt.REQUEUE)
         print(f"error: process {rank()} of {world()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     ends = [_store.get(key).decode() for key in keys]
@@ -253,6 +285,7 @@ def heed() -> None:
         from torch import distributed
 
         most = torch.tensor(heard)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        with _waiting():
+            distributed.all_reduce(most, distributed.ReduceOp.MAX)
         heard = int(most)
     interrupt.heed(heard)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl import distributed
+from aerl import distributed, interrupt
 from aerl.attacks import NoGradient, SampleGenerator, attacking, predictions, warn
 from aerl.data import Split, to_unit
 from aerl.hardware import Hardware, is_out_of_memory, seed_from
@@ -197,7 +197,8 @@ def run_attack(
         with attacking(model), reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
             layers = _layers(model)
-            found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
+            with interrupt.at_once():  # the state of the last batch is kept; this one is done again
+                found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
             if weights is not None:
                 _check_unaltered(model, weights, layers, x, key)
             images = {f"{name}_{part}" if part else name: own for part, own in _returned(found, x, key)}

@@ -44,9 +44,10 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
-    clean = distributed.from_main(
-        lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
-    )
+    with interrupt.at_once():
+        clean = distributed.from_main(
+            lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
+        )
     outcomes = distributed.from_main(lambda: _earlier_outcomes(record))
     if not outcomes:
         record.summary.update(unattacked())

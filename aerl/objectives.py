@@ -72,4 +72,6 @@ class EpsilonGreedy:
         behaviour = (1 - explore) * policy + explore / logits.shape[1]
         if self.expected:
             return behaviour
-        return torch.multinomial(behaviour, 1, generator=generator).squeeze(1)
+        # An exponential race: what torch.multinomial draws, to the bit, without its check for NaN. That waits for
+        # the GPU at every step, and dies of logits that are not finite; `aerl.train` reports those.
+        return (behaviour / torch.empty_like(behaviour).exponential_(generator=generator)).argmax(1)

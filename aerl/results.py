@@ -14,17 +14,21 @@ import netrc
 import os
 import re
 import secrets
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
+from aerl import interrupt
 from aerl.files import atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
+T = TypeVar("T")
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -299,6 +303,52 @@ def _sealed(content: bytes) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ Weights & Biases
 
 
+# How long a call of W&B is waited for, and then for its session to end before its service is killed.
+_SECONDS_OF_A_CALL, _SECONDS_TO_ABANDON = 60.0, 30.0
+_SECONDS_AFTER_A_SIGNAL = 10.0  # for any of these once the run is to end
+
+
+def _bounded(action: Callable[[], T], seconds: float) -> T:
+    """What `action` returns or raises; TimeoutError after `seconds`.
+
+    It has a thread of its own: signals are heard meanwhile, and one that hangs, with all threads that it has
+    started, does not keep the process from ending.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((action(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    began, limit = time.monotonic(), seconds
+    thread.start()
+    while thread.is_alive() and time.monotonic() - began < limit:
+        thread.join(0.5)
+        if interrupt.heard():
+            limit = min(limit, _SECONDS_AFTER_A_SIGNAL)
+    if not outcome:
+        raise TimeoutError(f"no answer within {limit:.0f} s")
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _abandon(wandb: Any) -> None:
+    """End W&B's session: it would be handed to the next run of this process, or keep this one from ending."""
+    service: Any = None
+    with contextlib.suppress(Exception):  # a detail of W&B's
+        service = wandb.sdk.wandb_setup._singleton._connection._proc._process
+    try:
+        _bounded(lambda: wandb.teardown(exit_code=1), _SECONDS_TO_ABANDON)
+    except Exception:
+        if service is not None:
+            service.kill()
+
+
 def _count_in_epochs(run: Any) -> None:
     """Epochs, not W&B's own count of calls, are the x axis: a resumed run goes on where it was."""
     run.define_metric("epoch", hidden=True)
@@ -312,8 +362,8 @@ class Tracker:
     `mode` is "online", "offline", or "interrupted" once W&B has failed.
     """
 
-    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str) -> None:
-        self._wandb, self._run, self._folder = wandb, run, folder
+    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str, finish_timeout: float = 60.0) -> None:
+        self._wandb, self._run, self._folder, self._finish_timeout = wandb, run, folder, finish_timeout
         self.mode = mode
         self._path = os.path.relpath(run.settings.sync_dir, folder)
         self._url: str | None = run.url if mode == "online" else None
@@ -392,24 +442,22 @@ class Tracker:
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where` is written down."""
-        self._guard(lambda run: run.finish(exit_code=exit_code))
+        self._guard(lambda run: run.finish(exit_code=exit_code), self._finish_timeout + _SECONDS_TO_ABANDON)
         self._run = None
 
-    def _guard(self, action: Callable[[Any], object]) -> None:
-        if self._run is None:
+    def _guard(self, action: Callable[[Any], object], seconds: float = _SECONDS_OF_A_CALL) -> None:
+        if (run := self._run) is None:
             return
         try:
             with _kept_in(self._folder):
-                action(self._run)
+                _bounded(lambda: action(run), seconds)
         except Exception as error:
             self._run, self.mode = None, "interrupted"
             log.warning(
                 "W&B stopped (%s): the results are in %s, what W&B has so far in %s",
                 first_line(error), self._folder / "results.jsonl", self._folder / self._path,
             )  # fmt: skip
-            # Without this the broken session would be handed to the next run of this process.
-            with contextlib.suppress(Exception):
-                self._wandb.teardown(exit_code=1)
+            _abandon(self._wandb)
 
 
 def open_tracker(
@@ -432,7 +480,8 @@ def open_tracker(
     "auto" is what WANDB_MODE or `wandb offline` says, else online where there is a key (WANDB_API_KEY, a
     netrc entry, W&B's settings file) and offline where there is none. Nothing is ever asked. Offline
     data stay inside the run folder. A server that is not reached within `init_timeout` seconds means
-    offline too, and at the end W&B is waited for during `finish_timeout` seconds at the most.
+    offline too, and at the end W&B is waited for during `finish_timeout` seconds at the most. A service that does
+    not answer at all is given up after a minute, and killed half a minute later.
     """
     if mode not in get_args(Mode):
         raise UserError(f"logger.mode={mode}: must be one of {', '.join(get_args(Mode))}")
@@ -469,9 +518,13 @@ def open_tracker(
             "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
         }
         with _kept_in(folder):
-            run, started = _start(wandb, settings, wanted, options)
-        return Tracker(wandb, run, folder, started) if run is not None else None
+            run, started = _bounded(
+                lambda: _start(wandb, settings, wanted, options), _SECONDS_OF_A_CALL + init_timeout
+            )
+        return Tracker(wandb, run, folder, started, finish_timeout) if run is not None else None
     except Exception as error:
+        if isinstance(error, TimeoutError):
+            _abandon(wandb)
         log.warning("W&B is off (%s): results are in %s only", first_line(error), folder / "results.jsonl")
         return None
 

@@ -78,7 +78,9 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         return None
     if "joblib" in HydraConfig.get().launcher._target_ and config.hardware.device != "cpu":
         gpus.claim()
-    parts = build(config)  # whatever is wrong is found here, before the run folder is touched
+    with interrupt.at_once():
+        parts = build(config)  # whatever is wrong is found here, before the run folder is touched
+    distributed.broadcast_weights(parts.model)
     read = distributed.from_main(lambda: _inputs(config, parts))
     with interrupt.listening(), distributed.scratch(folder) as place, _alone_in(place):
         earlier = distributed.from_main(lambda: _found(folder, config))
@@ -230,7 +232,7 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
         trained = record.results.seal()
         record.advance(best_epoch=best_epoch, seconds=seconds, weights=weights, trained=trained)
     distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
-    distributed.spread(parts.model)
+    distributed.broadcast_weights(parts.model)
 
 
 def _identify(judged: str, record: Record) -> None:
@@ -300,7 +302,8 @@ def _made(
     while True:
         record.results.restore(record.summary["results"])  # without what an earlier try has logged
         try:
-            analysis(context)
+            with interrupt.at_once():
+                analysis(context)
         except (NotMade, NoGradient) as error:
             log.warning("%s: not made: %s", name, error)
             return {"status": "not made", "reason": str(error)}

@@ -170,7 +170,7 @@ def _pgd(
     steps: int,
 ) -> list[tuple[str, str, str]]:
     ours = partial(
-        pgd, model, generator=BatchGenerator(torch.Generator()), norm=norm, eps=eps, steps=steps,
+        pgd, model, generator=BatchGenerator(torch.Generator(), len(x)), norm=norm, eps=eps, steps=steps,
         random_start=False,
     )  # fmt: skip
     attacks: dict[str, Attack] = {

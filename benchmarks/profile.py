@@ -44,7 +44,7 @@ def attack(machine: Hardware, work: Work, steps: int) -> Callable[[], object]:
     model, split = classifier(work, machine), random_split(work.batch_size, work.size)
     x = to_unit(split.images.to(machine.device), machine.memory_format)
     y = split.labels.to(machine.device)
-    return partial(pgd, model, x, y, generator=BatchGenerator(torch.Generator()), eps=1.0, steps=steps,
+    return partial(pgd, model, x, y, generator=BatchGenerator(torch.Generator(), len(x)), eps=1.0, steps=steps,
                    random_start=False, drop_fooled=False)  # fmt: skip
 
 

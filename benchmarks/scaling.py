@@ -207,7 +207,7 @@ def headline_rows(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -
     x = to_unit(split.images.to(hardware.device), hardware.memory_format)
     y = split.labels.to(hardware.device)
     attack = partial(
-        pgd, model, x, y, generator=BatchGenerator(torch.Generator()), eps=1.0, steps=steps, random_start=False,
+        pgd, model, x, y, generator=BatchGenerator(torch.Generator(), len(x)), eps=1.0, steps=steps, random_start=False,
         drop_fooled=False,
     )  # fmt: skip
     candidates["attack"] = lambda: Timed(timed(attack).seconds)

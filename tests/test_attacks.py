@@ -741,12 +741,19 @@ def test_part_of_a_generator_goes_on_where_the_whole_stood():
 
 def test_batch_generator():
     x = images().to(memory_format=torch.channels_last)
-    a, b = (BatchGenerator(torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (BatchGenerator(torch.Generator().manual_seed(3), len(x)) for _ in range(2))
     assert a.seed == 3
     assert torch.equal(a.normal(x), b.normal(x)) and torch.equal(
         a.uniform(x), b[x[:, 0, 0, 0] > 0].uniform(x)
     )
     assert not torch.equal(a.normal(x), a.normal(x))
+    index, again = torch.tensor([2, 0]), torch.tensor([False, True])  # the numbers of a sample are its own
+    one, two, whole = (BatchGenerator(torch.Generator().manual_seed(3), len(x)) for _ in range(3))
+    expected = [whole.normal(x), whole.uniform(x), whole.normal(x)]
+    assert torch.equal(one[index].normal(x[index].contiguous()), expected[0][index])
+    assert torch.equal(one[index].uniform(x[index]), expected[1][index])
+    assert torch.equal(one[index][again].normal(x[:1]), expected[2][:1])
+    assert torch.equal(two[torch.arange(len(x) - 1, -1, -1)].normal(x), expected[0].flip(0))
     model = small_net()
     y = predictions(model, x)
     assert (sizes(pgd(model, x, y, generator=a, eps=0.3, steps=3) - x, "L2") <= 0.3 + 1e-6).all()

@@ -62,6 +62,27 @@ def test_the_expected_gradient_is_that_of_the_closed_form_exactly(batch, explora
     torch.testing.assert_close(ours, expected)
 
 
+def test_actions_follow_the_policy_to_the_draw_of_multinomial():
+    """Chi-square of 200,000 draws from one policy; and the very draws of torch.multinomial."""
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -3.0])
+    behaviour = 0.9 * logits.softmax(0) + 0.02
+    many = logits.expand(200_000, -1)
+    actions = EpsilonGreedy(0.1)(many, torch.zeros(len(many)), stream(5))
+    expected = behaviour * len(many)
+    chi_square = ((actions.bincount(minlength=5) - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand times
+    drawn = torch.multinomial(0.9 * many.softmax(1) + 0.1 / 5, 1, generator=stream(5)).squeeze(1)
+    assert torch.equal(actions, drawn)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_do_not_raise_and_leave_a_loss_that_is_not(bad):
+    logits, labels = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+    logits[1:3] = bad
+    actions = EpsilonGreedy(0.1)(logits, labels, stream(0))
+    assert not policy_loss(logits, labels, actions)[1:3].isfinite().any()
+
+
 def test_coin_per_sample_explores_within_a_batch_and_per_batch_does_not():
     """A policy that is sure of class 0: whatever else is drawn was exploration."""
     logits = torch.full((2_000, 4), -1e4)

@@ -2,7 +2,9 @@
 
 import math
 import os
+import pkgutil
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +15,12 @@ from torch.nn import functional as F
 
 from aerl import checkpoint, interrupt
 from aerl.attacks import BatchGenerator, pgd
-from aerl.data import DataSplits, Split, augment
+from aerl.data import Batches, DataSplits, Split, augment
 from aerl.hardware import stream
 from aerl.models import Classifier
 from aerl.objectives import EpsilonGreedy, Labels
 from aerl.results import ResultLog, read_results
-from aerl.train import Adversary, Recipe, fit, learning_rate, train_step
+from aerl.train import Adversary, Recipe, fit, learning_rate, train_step, validate
 from aerl.types import UserError
 
 FGSM = partial(
@@ -65,18 +67,15 @@ def recipe(**changes) -> Recipe:
 
 def trained(folder, data, hardware, recipe, seed=0):
     model = hardware.place(network(seed))
-    identity = {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"}
     folder.mkdir(exist_ok=True, parents=True)
-    best = fit(
-        model,
-        data,
-        recipe,
-        hardware,
-        seed=seed,
-        folder=folder / "checkpoints",
-        results=ResultLog(folder, identity),
-    )
-    return model, best
+    return model, fitted(model, folder, data, recipe, hardware, seed)
+
+
+def fitted(model, folder, data, recipe, hardware, seed=0):
+    identity = {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"}
+    return fit(
+        model, data, recipe, hardware, seed=seed, folder=folder / "checkpoints", results=ResultLog(folder, identity)
+    )  # fmt: skip
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -117,7 +116,7 @@ def test_trades_is_clean_cross_entropy_plus_the_kl_to_the_examples():
     adversary = Adversary(partial(pgd, **settings), 6.0, 0, "kl")
     step = train_step(model, x, y, Labels(), stream(0), adversary=adversary)
     generator = stream(0)
-    x_adv = pgd(model, x, y, generator=BatchGenerator(generator), **settings)
+    x_adv = pgd(model, x, y, generator=BatchGenerator(generator, 16), **settings)
     p, q = model(x).softmax(1), model(x_adv).log_softmax(1)
     expected = F.cross_entropy(model(x), y) + 6 * F.kl_div(q, p, reduction="batchmean")
     torch.testing.assert_close(step.loss, expected)
@@ -129,7 +128,7 @@ def test_trades_is_clean_cross_entropy_plus_the_kl_to_the_examples():
 def test_kl_pgd_needs_a_random_start():
     model = network().eval()
     with pytest.raises(UserError, match=r"loss=kl: its gradient is zero at the clean image"):
-        pgd(model, torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), generator=BatchGenerator(stream(0)),
+        pgd(model, torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), generator=BatchGenerator(stream(0), 2),
             norm="L2", eps=0.1, loss="kl", random_start=False)  # fmt: skip
 
 
@@ -204,32 +203,114 @@ def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
     assert kept[0] == kept[1]
 
 
-def test_nan_stops_training_names_the_place_and_keeps_the_checkpoint(tmp_path, data, hardware, monkeypatch):
-    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+def diverges(model, at, what):
+    """An `augment` that breaks `what` of the model before step number `at` of the training, counted from 0."""
 
-    def breaks(images, generator, share=None, calls=iter(range(100))):  # noqa: B008
-        if next(calls) == 6 + 2:
-            model.net[0].weight.data.fill_(math.nan)
+    def breaks(images, generator, share=None, calls=iter(range(1000))):  # noqa: B008
+        if next(calls) == at:
+            what(model)
         return images
 
+    return breaks
+
+
+def fill(name, value):
+    return lambda model: model.get_parameter(name).data.fill_(value)
+
+
+def one_infinite(model):
+    model.net[5].weight.data[0, 0] = math.inf
+
+
+def huge(model):
+    model.net[5].weight.data.mul_(1e38)
+
+
+def statistics(model):
+    model.net[1].running_var.fill_(math.nan)
+
+
+NOT_FINITE = [
+    (fill("net.0.weight", math.nan), "the loss or gradient is not finite at step 3;"),
+    (one_infinite, "the loss or gradient is not finite at step 3;"),
+    (huge, "the loss or gradient is not finite at step 3;"),
+    (statistics, r"net\.1\.running_var is not finite after step 6;"),
+]
+
+
+@pytest.mark.parametrize("act", [Labels(), EpsilonGreedy(0.1), EpsilonGreedy(0.1, expected=True)])
+@pytest.mark.parametrize(("what", "said"), NOT_FINITE)
+def test_what_is_not_finite_stops_training_names_the_place_and_keeps_the_best(
+    tmp_path, data, hardware, what, said, act
+):
+    """However training acts. The best weights are written though no checkpoint was due."""
     model = hardware.place(network())
-    identity = {"run_id": "r", "seed": 0, "dataset": "d", "model": "m", "trainer": "t"}
-    with pytest.raises(
-        UserError, match="epoch 2 of 4: the loss or gradient is not finite at step 3 of 6"
-    ) as error:
-        fit(
-            model,
-            data,
-            recipe(augment=breaks),
-            hardware,
-            seed=0,
-            folder=tmp_path,
-            results=ResultLog(tmp_path, identity),
-        )
-    assert "\n" not in str(error.value)
-    for name in ("last.pt", "best.pt"):
-        weights = checkpoint.load(tmp_path / name)["model"]
-        assert all(value.isfinite().all() for value in weights.values())
+    settings = recipe(act=act, augment=diverges(model, 6 + 2, what), clip=None)
+    with pytest.raises(UserError, match="training stopped at epoch 2 of 4.*" + said) as error:
+        fitted(model, tmp_path, data, settings, hardware)
+    assert "\n" not in str(error.value) and "trainer.optimizer.lr" in str(error.value)
+    assert f"of epoch 1, are kept in {tmp_path}" in str(error.value)
+    weights = checkpoint.load(tmp_path / "checkpoints/best.pt")["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+    assert {r.step for r in read_results(tmp_path / "results.jsonl")} == {1}
+
+
+def test_divergence_in_the_first_epoch_leaves_nothing_and_says_so(tmp_path, data, hardware):
+    model = hardware.place(network())
+    settings = recipe(augment=diverges(model, 2, fill("net.0.weight", math.nan)), act=EpsilonGreedy(0.1))
+    with pytest.raises(UserError, match=r"epoch 1 of 4.* at step 3;.*there are no weights to keep"):
+        fitted(model, tmp_path, data, settings, hardware)
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_signal_never_saves_weights_that_are_not_finite(tmp_path, data, hardware, monkeypatch):
+    """Repeated, the run goes on from what was finite, and says the same again."""
+    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+
+    def stop_and_break(model):
+        fill("net.0.weight", math.nan)(model)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for at, epoch in ((6 + 2, 2), (2, 2)):  # once anew, then resumed after the first epoch
+        model = hardware.place(network())
+        settings = recipe(augment=diverges(model, at, stop_and_break))
+        with interrupt.listening(), pytest.raises(UserError, match=rf"epoch {epoch} of 4: .* at step 3;"):
+            fitted(model, tmp_path, data, settings, hardware)
+        state = checkpoint.load(tmp_path / "checkpoints/last.pt")
+        assert state["epoch"] == 1 and "step" not in state
+        assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("in_training", "said"), [(True, "at step 1;"), (False, "the validation's adversarial_accuracy is nan")]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_adversary_whose_images_are_not_finite_stops_training(
+    tmp_path, data, hardware, bad, in_training, said
+):
+    def attack(model, x, y, *, generator):
+        return x * bad if model.training == in_training else x
+
+    with pytest.raises(UserError, match=f"epoch 2 of 4: .*{said}"):
+        trained(tmp_path, data, hardware, recipe(adversary=Adversary(attack, 1.0, 1), select="last"))
+
+
+def test_logits_that_are_not_finite_earn_nothing(data, hardware):
+    """argmax takes NaN for the largest: class 0 would be right."""
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            logits = torch.zeros(len(x), 2) + x.mean() * self.scale
+            logits[1:] = math.nan
+            return logits
+
+        scale = nn.Parameter(torch.ones(()))
+
+    y = torch.zeros(4, dtype=torch.int64)
+    step = train_step(Broken(), torch.rand(4, 1, 8, 8), y, EpsilonGreedy(0.5), stream(0))
+    assert step.correct <= 0.25 and step.reward <= 0.25 and not step.loss.isfinite()
+    scores = validate(Broken(), Batches(data.val, 64), hardware, None, 0)
+    assert math.isnan(scores["accuracy"]) and math.isnan(scores["loss"])
 
 
 def test_learning_rate_schedules():
@@ -288,10 +369,91 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
     assert kept[0] == kept[1]
 
 
-def test_out_of_memory_names_the_batch_size_that_halves_it(tmp_path, data, hardware, monkeypatch):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("tried to allocate")
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("call", [1, 3, 11])
+def test_stopped_by_a_signal_in_the_adversary_it_goes_on_to_the_same_end(
+    tmp_path, data, hardware, mode, call
+):
+    """In that of a training step, and in that of the validation after it: on the spot, with nothing lost."""
+    attack = partial(pgd, norm="L2", eps=0.5, steps=1, drop_fooled=True)
+    settings = recipe(act=EpsilonGreedy(0.3), epochs=3, adversary=Adversary(attack, 1.0, 1))
+    whole, best = trained(tmp_path / "whole", data, hardware, settings)
+    left = call
 
-    monkeypatch.setattr("aerl.train.train_step", full)
-    with pytest.raises(UserError, match=r"trainer.batch_size=32: .*; trainer.batch_size=16 takes half"):
+    def stops(model, x, y, *, generator):
+        nonlocal left
+        left -= model.training == mode
+        if left == 0 and model.training == mode:
+            left -= 1
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise AssertionError("went on")
+        return attack(model, x, y, generator=generator)
+
+    cut = replace(settings, adversary=Adversary(stops, 1.0, 1))
+    for _ in range(2):
+        with interrupt.listening(), suppress(interrupt.Stopped):
+            resumed, best_resumed = trained(tmp_path / "cut", data, hardware, cut)
+    assert equal(whole, resumed) and best == best_resumed
+    kept = [
+        [(r.metric, r.step, r.value) for r in read_results(tmp_path / name / "results.jsonl")
+         if r.metric != "images_per_second"]
+        for name in ("whole", "cut")
+    ]  # fmt: skip
+    assert kept[0] == kept[1]
+
+
+def test_a_batch_size_beyond_the_data_is_all_of_it_and_said(tmp_path, data, hardware, caplog):
+    whole, _ = trained(tmp_path / "whole", data, hardware, recipe(batch_size=200))
+    with caplog.at_level("INFO", "aerl"):
+        more, _ = trained(tmp_path / "more", data, hardware, recipe(batch_size=10**9))
+    assert equal(whole, more)
+    assert "trainer.batch_size=1000000000: every batch is all 200 training images" in caplog.text
+
+
+class Full:
+    """Out of memory at the call number `at`, then well."""
+
+    def __init__(self, call, at=1, error=torch.OutOfMemoryError):
+        self.call, self.left, self.error = call, at, error
+
+    def __call__(self, *args, **options):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("CUDA error: out of memory")
+        return self.call(*args, **options)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "aerl.train.train_step",
+        "torch.nn.utils.clip_grad_norm_",
+        "torch.optim.AdamW.step",
+        "torch.Tensor.backward",
+    ],
+)
+def test_out_of_memory_names_the_batch_size_that_halves_it(
+    tmp_path, data, hardware, monkeypatch, where, error
+):
+    """In the second epoch: the best weights so far are kept."""
+    monkeypatch.setattr(where, full := Full(pkgutil.resolve_name(where), at=8, error=error))
+    if where.endswith(("step", "backward")) and "torch" in where:
+        monkeypatch.setattr(where, lambda self, *args: full(self, *args))
+    with pytest.raises(
+        UserError, match=r"epoch 2 of 4, step 2 of 6: trainer.batch_size=32: .*=16 takes"
+    ) as told:
         trained(tmp_path, data, hardware, recipe())
+    assert "of epoch 1, are kept" in str(told.value) and "\n" not in str(told.value)
+    assert checkpoint.load(tmp_path / "checkpoints/best.pt")["epoch"] == 1
+
+
+def test_validation_that_runs_out_of_memory_goes_on_with_half_a_batch_to_the_same_scores(data, hardware):
+    """Also under an adversary that draws at random and drops whom it has fooled."""
+    model = network()
+    attack = partial(pgd, norm="L2", eps=0.5, steps=2, restarts=2)
+    val = Batches(data.val, 40)
+    whole = validate(model, val, hardware, Adversary(attack, 1.0, 0), seed=0)
+    full = Full(attack)
+    assert validate(model, val, hardware, Adversary(full, 1.0, 0), seed=0) == pytest.approx(whole, rel=1e-6)
+    assert full.left < -2

@@ -7,8 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aerl.distributed import Share
-
 
 class Noise(Protocol):
     """What an attack asks of its `generator`."""
@@ -81,12 +79,14 @@ class SampleGenerator:
 class BatchGenerator:
     """The same interface on one `torch.Generator`: a single draw per batch, on the generator's device.
 
-    For training, where speed matters and a sample's noise need not outlive its batch. Of a batch of which
-    this process has a `share`, the noise is drawn for all, so that each sample gets what it would get alone.
+    For training, where speed matters and a sample's noise need not outlive its batch. Every draw is made for the
+    whole batch, of which the calls get some rows: the numbers of a sample depend neither on which others are
+    still attacked nor on how many processes share the batch.
     """
 
-    def __init__(self, generator: torch.Generator, share: Share | None = None) -> None:
-        self.generator, self.share = generator, share
+    def __init__(self, generator: torch.Generator, size: int, rows: Tensor | None = None) -> None:
+        """`size` is that of the whole batch; `rows` (b,), integer: the samples that are asked for; None: all."""
+        self.generator, self.size, self.rows = generator, size, rows
 
     @property
     def seed(self) -> int:
@@ -102,12 +102,12 @@ class BatchGenerator:
         return self._fill(like, Tensor.uniform_)
 
     def _fill(self, like: Tensor, distribution: Callable[..., Tensor]) -> Tensor:
-        share, rows = self.share, slice(None)
-        if share is not None and 0 < len(like) == share.last - share.first:
-            like, rows = torch.cat([like[:1]] * share.whole), share.rows
-        noise = torch.empty_like(like, device=self.generator.device)
-        return distribution(noise, generator=self.generator)[rows].to(like.device)
+        noise = like.new_empty((self.size, *like.shape[1:]), device=self.generator.device)
+        distribution(noise, generator=self.generator)
+        return torch.empty_like(like).copy_(noise if self.rows is None else noise[self.rows])
 
     def __getitem__(self, index: Tensor) -> "BatchGenerator":
-        """Itself: the one stream serves whichever samples are left."""
-        return self
+        """See `Noise.__getitem__`."""
+        device = self.generator.device
+        rows = torch.arange(self.size, device=device) if self.rows is None else self.rows
+        return BatchGenerator(self.generator, self.size, rows[index.to(device)])
