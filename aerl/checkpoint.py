@@ -43,7 +43,7 @@ def save(state: dict[str, Any], path: Path) -> None:
     the old file then stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: torch.save({**state, _DIGEST: _digest(state)}, file))
+    atomic_write(path, lambda file: torch.save({**state, _DIGEST: digest(state)}, file))
 
 
 def load(path: Path, key: str = "checkpoint") -> Any:
@@ -66,7 +66,7 @@ def load(path: Path, key: str = "checkpoint") -> Any:
         if intact:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if isinstance(state, dict) and _DIGEST in state:
-                intact = state.pop(_DIGEST) == _digest(state)
+                intact = state.pop(_DIGEST) == digest(state)
     except UserError:
         raise
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _whole_archive(path: Path) -> bool:
         return not any(member.CRC for member in members) or archive.testzip() is None
 
 
-def _digest(state: Any) -> str:
+def digest(state: Any) -> str:
     """The SHA-256 of containers, numbers, texts and tensors, in the order in which they are kept.
 
     Raises ValueError for what does not end, such as a dictionary that holds itself, or is larger than its storage.

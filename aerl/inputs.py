@@ -19,6 +19,9 @@ from aerl.types import UserError
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
+DATA_KEY = "prepared data"  # by which they are found; other files may give the same data
+
+
 def files(config: Config) -> dict[str, str]:
     """The digest of every run and file that the configuration names, by its key.
 
@@ -116,7 +119,7 @@ def _place(name: str) -> tuple[str, str] | None:
 def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """In words, the first input that is another one now; None where all are the same."""
     for key, digest in now.items():
-        if recorded.get(key, digest) != digest and digest != "missing":
+        if key != DATA_KEY and recorded.get(key, digest) != digest and digest != "missing":
             return f"{key} has changed: it was {recorded[key][:12]}, and is {digest[:12]} now"
     return None
 

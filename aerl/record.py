@@ -90,8 +90,9 @@ def earlier_start(folder: Path, config: Config, wish: str | None = None) -> dict
         return {"status": _DISCARDED}
     if summary is None or "config_hash" not in summary:
         if foreign := _foreign(folder, summary):
+            others = ", ".join(foreign[:3])
             raise UserError(
-                f"run folder {folder}: holds other files ({', '.join(foreign[:3])}) and no run; choose another name=NAME"
+                f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME"
             )
         if any((folder / name).exists() for name in _OWN) and not config.overwrite:
             raise UserError(

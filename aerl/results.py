@@ -425,12 +425,12 @@ class Tracker:
         """
 
         def keep(run: Any) -> None:
-            digests = {inside: sha256(path) for inside, path in files.items()}
+            digests = {stored: sha256(path) for stored, path in files.items()}
             told = _plain({**metadata, "sha256": digests})
             artifact = self._wandb.Artifact(name, type=kind, metadata=told)
-            for inside, path in files.items():
-                policy = "mutable" if inside in changing else "immutable"
-                artifact.add_file(str(Path(path).resolve()), inside, policy=policy, skip_cache=True)
+            for stored, path in files.items():
+                policy = "mutable" if stored in changing else "immutable"
+                artifact.add_file(str(Path(path).resolve()), stored, policy=policy, skip_cache=True)
             if used:
                 # What run.use_artifact does with an artifact of ours, less its refusal to do so offline and its
                 # wait, without a limit, for the server.

@@ -1,6 +1,5 @@
 """The only wiring: one configuration becomes one run folder: train -> attack -> analyse -> report."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -161,22 +160,18 @@ def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bo
     for key in sorted(key for key, digest in found.items() if digest == "missing"):
         log.warning("%s is not there any more: these numbers are of what it was", key)
     prepared = distributed.from_main(lambda: inputs.data_key(config))
-    return config.checkpoint != "own" and recorded.get("data key", prepared) == prepared
+    return config.checkpoint != "own" and recorded.get(inputs.DATA_KEY, prepared) == prepared
 
 
 def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
     """All that the run reads, by content."""
-    digest = lambda state: hashlib.sha256(
-        b"".join(t.cpu().contiguous().numpy().tobytes() for t in state.values())
-    ).hexdigest()  # SHIM
+    from aerl.checkpoint import digest
 
     read = inputs.files(config) | inputs.code(config)
     if config.checkpoint == "own":
         read["weights"] = digest(parts.model.state_dict())
-    return read | {
-        "data": getattr(parts.data, "digest", ""),  # SHIM
-        "data key": inputs.data_key(config),
-    }
+    data = getattr(parts.data, "digest", "")  # SHIM
+    return read | {f"dataset={config.dataset.name}": data, inputs.DATA_KEY: inputs.data_key(config)}
 
 
 def _show(summary: Mapping[str, Any]) -> None:

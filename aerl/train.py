@@ -20,7 +20,7 @@ from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.losses import kl
 from aerl.data import Batches, DataSplits, to_unit
 from aerl.distributed import Share
-from aerl.evaluate import _within_memory
+from aerl.evaluate import within_memory
 from aerl.hardware import Hardware, is_out_of_memory, seed_from, stream
 from aerl.objectives import policy_loss, reward
 from aerl.report.progress import progress
@@ -487,7 +487,7 @@ def validate(
 
     with evaluating(model):
         for batch, (images, y) in enumerate(val.epoch(None)):
-            limit = _within_memory(partial(work, batch, images, y), torch.arange(len(y)), limit)
+            limit = within_memory(partial(work, batch, images, y), torch.arange(len(y)), limit)
     totals = distributed.total(torch.stack([value.double() for value in sums.values()]))
     return dict(zip(sums, (totals / val.size).tolist(), strict=True))
 

@@ -51,7 +51,10 @@ def test_no_sample_is_counted_twice_when_memory_runs_out_in_the_midst_of_a_batch
     expected = steps(counting)
     assert 0 < float(expected[-1]["value"]) < float(expected[0]["value"]) - 0.2
     passes = 10**9 - counting.passes
-    for last in (3, 16):  # passes from the end: within the second and the first batch of the curve against steps
+    for last in (
+        3,
+        16,
+    ):  # passes from the end: within the second and the first batch of the curve against steps
         model = Memory(inner, 2, passes - last)
         assert steps(model) == expected
         assert model.failures > 0

@@ -170,7 +170,9 @@ def _pictures(folder: Path) -> Iterator[Picture]:
     for path in sorted((folder / "figures").glob("*.png")):
         try:
             yield _picture(inside(folder, path))
-        except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
+        except (
+            Exception
+        ) as error:  # PIL raises nearly everything for a damaged file, or one that is too large
             log.warning("%s: is left out of the page: %s", runs.shown(path), first_line(error))
 
 
