@@ -16,12 +16,16 @@ import aerl
 from aerl.config import NOT_IDENTITY, origin
 from aerl.files import atomic_write, sha256, writing
 from aerl.remote import push
-from aerl.results import eps_text, read_summary, write_json
+from aerl.results import eps_text, read_config, read_summary, write_summary
 from aerl.terminal import Parser, command
 from aerl.types import UserError, first_line
 
 # Which overrides say how a model is judged, and not how it is made.
 _JUDGING = ("seed", "norm", "eps", "attack", "analysis", "evaluation")
+
+
+# What summary.json says of the run folder and its files alone.
+_OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
 
 
 def export(run: Path, out: Path | None = None, license: str | None = None) -> Path:
@@ -39,7 +43,7 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
         raise UserError(f"{run}: is no run folder; there is no summary.json")
     if summary.get("status") != "finished":
         raise UserError(f"{run}: is {summary.get('status')}; only a finished run has a verdict to hand on")
-    config = _read_config(run)
+    config = read_config(run)
     weights = checkpoint.find(_judged(run, summary, config), f"{run}: checkpoint")
     if summary.get("weights"):
         checkpoint.check(weights, summary["weights"]["sha256"], f"{run}: {weights}")
@@ -50,7 +54,7 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     # Each tensor by itself: the format knows neither shared memory nor strides.
     content = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"})
     atomic_write(out / "model.safetensors", content)
-    told = {key: value for key, value in summary.items() if key not in ("folder", "wandb")}
+    told = {key: value for key, value in summary.items() if key not in _OF_THE_FOLDER}
     if told.get("origin"):
         told["origin"] = {key: value for key, value in told["origin"].items() if key != "folder"}
     told["overrides"] = _identifying(summary["overrides"])
@@ -58,18 +62,8 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     atomic_write(out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
     atomic_write(out / "README.md", card(told, config, _made_by(summary), license))
-    write_json(out / "summary.json", told)
+    write_summary(out, told)
     return out
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("no keys in it")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {run / 'config.yaml'}: {first_line(error)}") from error
-    return config
 
 
 def _judged(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:

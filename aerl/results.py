@@ -97,7 +97,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not isinstance(summary, dict):
         raise UserError(f"cannot read {path}: it holds no summary of a run")
     seal = summary.pop("seal", None)
-    if (seal is not None or "inputs" in summary) and seal != _seal(summary):  # earlier versions sealed none
+    if (seal is not None or "analyses" in summary) and seal != _seal(summary):  # earlier versions sealed none
         raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
     return summary
 
