@@ -18,7 +18,7 @@ from aerl.files import atomic_write, sha256, writing
 from aerl.remote import push
 from aerl.results import eps_text, read_config, read_summary, write_summary
 from aerl.terminal import Parser, command
-from aerl.types import UserError, first_line
+from aerl.types import UserError
 
 # Which overrides say how a model is judged, and not how it is made.
 _JUDGING = ("seed", "norm", "eps", "attack", "analysis", "evaluation")

@@ -19,7 +19,7 @@ from aerl.files import locked, sha256
 from aerl.record import Record, earlier_start, recorded, whole
 from aerl.report import progress
 from aerl.report.multirun import note, wish
-from aerl.report.page import NAME, write_run, written
+from aerl.report.page import NAME, written
 from aerl.report.table import show
 from aerl.results import Tracker
 from aerl.types import UserError, first_line
@@ -129,7 +129,8 @@ def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:
         log.info("was finished before: %s", folder)
     else:
         if distributed.is_main() and not (folder / NAME).is_file():
-            write_run(folder)
+            with written(folder):
+                pass
         _show(summary)
         log.info("This run was finished before; nothing was done. overwrite=true does it again.")
     return _headline(summary)

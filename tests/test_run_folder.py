@@ -1,6 +1,7 @@
 """The run folder against everything: damage, other processes, other content under old names, and overwrite=true."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ WORDS = (
 )
 
 
+@functools.cache
 def config_of(*words):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return schema.read(compose("config", overrides=list(words)))
