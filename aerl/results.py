@@ -81,7 +81,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json` of a run folder atomically, with a seal over its content that `read_summary` checks."""
-    plain = _plain(summary)
+    plain = {key: value for key, value in _plain(summary).items() if key != "seal"}
     write_json(Path(folder) / "summary.json", {**plain, "seal": _seal(plain)})
 
 

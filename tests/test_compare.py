@@ -224,7 +224,7 @@ def test_attacks_that_are_not_the_same_are_said(against, tmp_path):
             "there: has other samples than this run (their places in the test set differ)",
         ),
         ({"label": LABEL[:5]}, "there: has 5 samples, this run 6; the same evaluation.samples"),
-        ({"label": np.array(["0", None], dtype=object)}, "cannot read there/outcomes.npz: "),
+        ({"label": np.array(["0", None], dtype=object)}, "there/outcomes.npz: cannot be read"),
     ],
 )
 def test_other_samples_are_refused(against, tmp_path, change, line):
