@@ -18,7 +18,7 @@ from aerl.data import DataSplits, augment, prepare, subset, to_unit
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.probe import drawn, probe
-from aerl.train import Adversary, Recipe
+from aerl.train import Adversary, Recipe, check_recipe
 from aerl.types import UserError, first_line
 
 # What attacks and analyses that take the models of other runs are told.
@@ -82,7 +82,7 @@ def build(config: Config) -> Parts:
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
-        _optimizer(recipe, model)
+        check_recipe(recipe, model, data, machine.device)
     untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
     model = machine.place(model)
     doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
@@ -293,11 +293,3 @@ def _try(model: Classifier, name: str, data: DataSplits) -> None:
         raise UserError(
             f"model={name}: gives outputs of shape {tuple(logits.shape[1:])} for {data.num_classes} classes"
         )
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> None:
-    """Build one in vain: torch checks its own settings, and only here can that be said before training."""
-    try:
-        recipe.optimizer(model.parameters())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"trainer.optimizer: {error}") from error

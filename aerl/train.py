@@ -1,5 +1,6 @@
 """One loop trains everything: supervised or policy gradient, with or without an adversary."""
 
+import copy
 import logging
 import math
 import time
@@ -70,6 +71,32 @@ class Recipe:
     adversary: Adversary | None = None
     select: str = "val_accuracy"
     augment: Callable[..., Tensor] = lambda images, generator, share=None: images
+
+
+def check_recipe(recipe: Recipe, model: nn.Module, data: DataSplits, device: torch.device) -> None:
+    """Raises UserError for what would end training at its first step, while there is nothing to lose yet."""
+    trial = nn.Parameter(torch.zeros(2, 2, device=device))
+    trial.grad = torch.zeros_like(trial)
+    remedy = "it must step on dense gradients and without a closure, as SGD and AdamW of torch.optim do"
+    with foreign_code("trainer.optimizer", remedy=remedy):
+        try:
+            recipe.optimizer(model.parameters())
+        except (ValueError, TypeError) as error:  # torch checks its own settings
+            raise UserError(f"trainer.optimizer: {error}") from error
+        optimizer = recipe.optimizer([trial])
+        optimizer.step()
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UserError("trainer.optimizer: has no lr, which trainer.schedule changes at every step")
+    if min(recipe.batch_size, len(data.train)) // distributed.world() == 1:
+        one = to_unit(data.train.images[:1])
+        with (
+            foreign_code(
+                f"trainer.batch_size={recipe.batch_size}", remedy="a batch of one image in each process"
+            ),
+            torch.no_grad(),
+            torch.random.fork_rng([]),
+        ):
+            copy.deepcopy(model).train()(one)
 
 
 @dataclass(frozen=True)
