@@ -22,7 +22,7 @@ from aerl.evaluate import setting
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.probe import drawn, keeping_buffers, probe
-from aerl.train import Adversary, Recipe
+from aerl.train import Adversary, Recipe, check_recipe
 from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
 
 log = logging.getLogger("aerl")
@@ -97,7 +97,7 @@ def build(config: Config) -> Parts:
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
-        _optimizer(recipe, model)
+        check_recipe(recipe, model, machine.device)
     untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
@@ -365,11 +365,3 @@ def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch
                     f"{key}: its logits do not depend on a parameter that learns: it cannot be trained"
                 )
             torch.autograd.grad(logits.sum(), learning, allow_unused=True)
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> None:
-    """Build one in vain: torch checks its own settings, and only here can that be said before training."""
-    try:
-        recipe.optimizer(model.parameters())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"trainer.optimizer: {error}") from error

@@ -72,6 +72,22 @@ class Recipe:
     augment: Callable[..., Tensor] = lambda images, generator, share=None: images
 
 
+def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None:
+    """Raises UserError for what would end training at its first step, while there is nothing to lose yet."""
+    trial = nn.Parameter(torch.zeros(2, 2, device=device))
+    trial.grad = torch.zeros_like(trial)
+    remedy = "it must step on dense gradients and without a closure, as SGD and AdamW of torch.optim do"
+    with foreign_code("trainer.optimizer", remedy=remedy):
+        try:
+            recipe.optimizer(model.parameters())
+        except (ValueError, TypeError) as error:  # torch checks its own settings
+            raise UserError(f"trainer.optimizer: {error}") from error
+        optimizer = recipe.optimizer([trial])
+        optimizer.step()
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UserError("trainer.optimizer: has no lr, which trainer.schedule changes at every step")
+
+
 @dataclass(frozen=True)
 class Step:
     """What one training step computed: the loss to descend, and sums over the batch to report."""

@@ -29,9 +29,12 @@ QUICK = (*NET, "evaluation.samples=40", "evaluation.batch_size=2", "logger=none"
 
 
 def net(num_classes: int, channels: int, size: tuple[int, int]) -> torch.nn.Module:
+    """Its first weights are the first process's: the second one's own are useless."""
     nn = torch.nn
     features = 8 * (size[0] // 2) * (size[1] // 2)
     convolution = nn.Conv2d(channels, 8, 3, padding=1)
+    if os.environ.get("RANK") == "1":
+        nn.init.zeros_(convolution.weight)
     return nn.Sequential(
         convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes)
     )
@@ -207,6 +210,35 @@ def test_killed_torchrun_takes_its_processes_with_it_at_once(start, place):
     process.communicate()
     time.sleep(0.5)
     assert alive(folder) == []
+
+
+THREE = """
+import torch
+from aerl import distributed
+distributed.meet("cpu")
+rank = distributed.rank()
+constant, changing = torch.full((3,), 0.1), torch.tensor([0.1, float(rank), torch.nan if rank == 2 else 1])
+distributed.average([constant, changing], differing=True)
+assert torch.equal(constant, torch.full((3,), 0.1)) and changing[:2].tolist() == [torch.tensor(0.1).item(), 1]
+assert changing[2].isnan()
+model = torch.nn.BatchNorm1d(2)
+model.weight.data.fill_(rank)
+model.running_mean.fill_(rank)
+distributed.broadcast_weights(model)
+assert model.weight.tolist() == model.running_mean.tolist() == [0, 0]
+distributed.leave()
+assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_keep_constants_average_the_rest_and_begin_alike(tmp_path):
+    (tmp_path / "three.py").write_text(THREE)
+    command = [*TORCHRUN[:-1], "--nproc-per-node=3", str(tmp_path / "three.py")]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

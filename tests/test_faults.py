@@ -79,12 +79,13 @@ def begin(tmp_path, data_dir, *words, **environment):
     )  # fmt: skip
 
 
-def kill_service(process):
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
-            return True
-    return False
+def service(process):
+    """The process id of W&B's service, which any thread of the run may have started."""
+    for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    raise AssertionError("no service")
 
 
 def is_whole(tmp_path, process):
@@ -137,7 +138,7 @@ def test_a_run_that_loses_wandb_on_its_way_is_whole_on_the_disk(tmp_path, data_d
     wait_for((tmp_path / "runs/r/results.jsonl").exists, process, 240)
     assert server.begun.is_set()
     if fault == "service killed":
-        assert kill_service(process)
+        os.kill(service(process), signal.SIGKILL)
     elif fault == "server gone":
         server.end()
     else:
@@ -148,6 +149,31 @@ def test_a_run_that_loses_wandb_on_its_way_is_whole_on_the_disk(tmp_path, data_d
     if fault != "service killed":  # which had not written anything yet
         rows = [row for row in history(read_back(tmp_path / "runs/r")) if "val/accuracy" in row]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]  # for `wandb sync`
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds W&B's service in /proc")
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_service_of_wandb_that_does_not_answer_is_given_up(tmp_path, data_dir, asked):
+    """In a minute and a half; in twenty seconds if the run is asked to end. Nothing of it stays behind."""
+    process = begin(tmp_path, data_dir, *WORDS, "logger.mode=offline")
+    wait_for((tmp_path / "runs/r/results.jsonl").exists, process, 240)
+    core = service(process)
+    os.kill(core, signal.SIGSTOP)
+    began = time.monotonic()
+    if asked:
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 75 and time.monotonic() - began < 30
+        assert "W&B stopped" in err and "Traceback" not in err
+        assert told(tmp_path / "runs/r")["status"] == "stopped"
+    else:
+        line, summary = is_whole(tmp_path, process)
+        assert line.startswith("W&B stopped (no answer within ")
+        assert summary["wandb"]["mode"] == "interrupted"
+        assert time.monotonic() - began < 150
+    wait_for(lambda: not Path(f"/proc/{core}").exists(), subprocess.Popen(["sleep", "20"]), 10)
 
 
 # ----------------------------------------------------------------------------------- where data come from

@@ -20,7 +20,7 @@ from aerl.hardware import stream
 from aerl.models import Classifier
 from aerl.objectives import EpsilonGreedy, Labels
 from aerl.results import ResultLog, read_results
-from aerl.train import Adversary, Recipe, fit, learning_rate, train_step, validate
+from aerl.train import Adversary, Recipe, check_recipe, fit, learning_rate, train_step, validate
 from aerl.types import UserError
 
 FGSM = partial(
@@ -311,6 +311,46 @@ def test_logits_that_are_not_finite_earn_nothing(data, hardware):
     assert step.correct <= 0.25 and step.reward <= 0.25 and not step.loss.isfinite()
     scores = validate(Broken(), Batches(data.val, 64), hardware, None, 0)
     assert math.isnan(scores["accuracy"]) and math.isnan(scores["loss"])
+
+
+class NoRate(torch.optim.SGD):
+    """An optimiser that knows no lr."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            del group["lr"]
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (torch.optim.LBFGS, "trainer.optimizer: TypeError: .*closure"),
+        (
+            torch.optim.SparseAdam,
+            "trainer.optimizer: RuntimeError: SparseAdam does not support dense gradients",
+        ),
+        (NoRate, "trainer.optimizer: has no lr"),
+        (partial(torch.optim.SGD, lr=-1), "trainer.optimizer: Invalid learning rate: -1"),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_found_before_training(data, optimizer, said):
+    with pytest.raises(UserError, match=said) as error:
+        check_recipe(recipe(optimizer=optimizer), network(), data, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_batch_of_one_image_is_refused_where_the_network_cannot_take_it(data):
+    """BatchNorm over one value. The model that will be trained is left as it is."""
+    flat = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.BatchNorm1d(2)), (0.4,), (0.3,))
+    with pytest.raises(UserError, match=r"trainer.batch_size=1: ValueError: Expected more than 1 value"):
+        check_recipe(recipe(batch_size=1), flat, data, torch.device("cpu"))
+    model, state = network().train(), torch.get_rng_state()
+    check_recipe(recipe(batch_size=1), model, data, torch.device("cpu"))
+    assert equal(model, network()) and torch.equal(state, torch.get_rng_state())
 
 
 def test_learning_rate_schedules():

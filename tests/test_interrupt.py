@@ -1,0 +1,138 @@
+"""Signals: heard from the first line on, at once where nothing is lost, and the second one in any case."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from aerl import interrupt
+from tests.conftest import ROOT
+from tests.runs import results_of, summary_of, wait_for
+from tests.test_faults import begin
+
+SCRIPT = """
+import hashlib, sys, time
+from aerl import interrupt
+interrupt.begin()
+"""
+
+
+def started(code: str, **options) -> "subprocess.Popen[str]":
+    """A process that runs the code and has said that it is about to wait."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + code], env=env, stdout=pipe, stderr=pipe, text=True, **options
+    )
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    return process
+
+
+def ended(process, within=10.0):
+    began = time.monotonic()
+    _, err = process.communicate(timeout=max(60, within))
+    assert time.monotonic() - began < within and "Traceback" not in err
+    return process.returncode, err.splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_before_the_run_ends_it_with_one_line(number):
+    process = started("print('now', flush=True); time.sleep(30)")
+    process.send_signal(number)
+    code, lines = ended(process)
+    assert code == interrupt.REQUEUE
+    assert len(lines) == 1 and number.name in lines[0]
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As under nohup."""
+    process = started(
+        "with interrupt.listening(): print('now', flush=True); time.sleep(1)\nprint('done')",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    process.send_signal(signal.SIGHUP)
+    assert ended(process) == (0, [])
+
+
+def test_a_second_signal_ends_the_process_even_where_python_does_not_come_to_hear_it():
+    """The same signal twice within a second is one: a launcher and its process group both hand it on."""
+    process = started(
+        "with interrupt.listening(): print('now', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)"
+    )
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.2)
+    process.send_signal(signal.SIGTERM)
+    code, lines = ended(process)
+    assert code == 128 + signal.SIGTERM and "second SIGTERM" in lines[0]
+
+
+def test_at_once_raises_inside_and_elsewhere_it_is_noted():
+    with interrupt.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.heard() == signal.SIGTERM
+        with pytest.raises(interrupt.Stopped), interrupt.at_once():
+            raise AssertionError
+    with interrupt.listening(), pytest.raises(interrupt.Stopped) as stopped, interrupt.at_once():
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise AssertionError
+    assert stopped.value.by == signal.SIGHUP and stopped.value.code == interrupt.REQUEUE
+
+
+def test_a_launcher_that_listens_decides():
+    """Noted in between; told where everything is saved; a second signal reaches it as ever."""
+    calls = []
+    former = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
+    try:
+        with interrupt.listening():
+            with interrupt.at_once():
+                os.kill(os.getpid(), signal.SIGUSR2)
+            assert calls == [] and interrupt.heard() == signal.SIGUSR2
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert len(calls) == 1
+            interrupt.heed(interrupt.heard())
+            interrupt.check()
+            assert len(calls) == 2 and not interrupt.heard()
+    finally:
+        signal.signal(signal.SIGUSR2, former)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.4, 1.5, 3.0])
+def test_a_signal_in_imports_and_preparations_leaves_nothing_half_done(tmp_path, seconds):
+    process = begin(tmp_path, tmp_path / "data", "dataset.size=32", "logger=none")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGTERM)
+    code, lines = ended(process)
+    assert code == interrupt.REQUEUE, lines
+    assert sum("SIGTERM" in line for line in lines) == 1
+    left = [
+        path for path in tmp_path.rglob("*") if ".lock" not in path.name and "matplotlib" not in path.parts
+    ]
+    complete = {path.parent for path in left if path.name == "meta.json"}
+    assert all(path.parent in complete for path in left if path.suffix == ".npy")
+
+
+@pytest.mark.slow
+def test_autoattack_hears_a_signal_within_ten_seconds_and_goes_on_to_the_same_outcomes(tmp_path, data_dir):
+    words = ("trainer.epochs=2", "attack=autoattack", "attack.autoattack.attacks=[square]", "evaluation.samples=300",
+             "attack.autoattack.batch_size=250", "attack.autoattack.queries=3000", "eps=0.3", "analysis=none",
+             "model=cnn", "model.net.width=0.2", "logger=none")  # fmt: skip
+    process = begin(tmp_path, data_dir, *words, "name=cut")
+    wait_for((tmp_path / "runs/cut/summary.json").is_file, process, 240)
+    wait_for(lambda: "clean_accuracy" in summary_of(tmp_path / "runs/cut"), process, 240)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    code, lines = ended(process)
+    assert code == interrupt.REQUEUE, lines
+    assert summary_of(tmp_path / "runs/cut")["status"] == "stopped"
+    for name in ("cut", "whole"):
+        assert ended(begin(tmp_path, data_dir, *words, f"name={name}"), within=600)[0] == 0
+    cut, whole = (dict(np.load(tmp_path / "runs" / name / "outcomes.npz")) for name in ("cut", "whole"))
+    assert all(np.array_equal(cut[key], whole[key]) for key in whole)
+    assert results_of(tmp_path / "runs/cut") == results_of(tmp_path / "runs/whole")
