@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from aerl import checkpoint, distributed, hardware
 from aerl.attacks import SampleGenerator
 from aerl.config import Config, Model, bind, of_run, run_names
-from aerl.data import DataSplits, augment, prepare, subset, to_unit
+from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
 from aerl.probe import drawn, probe
@@ -172,11 +172,7 @@ def build_data(config: Config) -> DataSplits:
             split_seed=dataset.split_seed,
         )
     )
-    if (samples := dataset.train_samples) is None:
-        return data
-    if samples > len(data.train):
-        raise UserError(f"dataset.train_samples={samples}: the training split has {len(data.train)} images")
-    return replace(data, train=subset(data.train, samples))
+    return limit_training(data, dataset.train_samples)
 
 
 def build_model(config: Config, data: DataSplits) -> Classifier:
