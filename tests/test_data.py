@@ -1,6 +1,5 @@
 """Sources, cache and batches, on files of every kind: whole, odd and broken. Nothing is downloaded."""
 
-import contextlib
 import errno
 import hashlib
 import http.server
@@ -776,30 +775,21 @@ def test_a_hub_that_does_not_answer_is_left_soon(dead_server: str, monkeypatch: 
     import huggingface_hub.constants
 
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
-    advice = "set dataset.path to a local copy, or HF_HUB_OFFLINE=1 to use what was downloaded before"
-    for endpoint, cause in (
-        (dead_server, "timed out"),
-        ("http://127.0.0.1:9", "[Errno 111] Connection refused"),
-    ):
+    for endpoint, cause in ((dead_server, "timed out"), ("http://127.0.0.1:9", "Connection refused")):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         started = time.monotonic()
-        assert refusal(lambda: sources.huggingface(path="owner/name")) == (
-            f"dataset.path=owner/name: is not on disk, and the hub does not answer ({cause}); {advice}"
-        )
+        words = ("dataset.path=owner/name: ", cause, "set dataset.path to a local copy", "HF_HUB_OFFLINE=1")
+        refusal(lambda: sources.huggingface(path="owner/name"), *words)
         assert time.monotonic() - started < 5
 
 
 def test_the_hub_is_asked_for_a_name_and_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
     asked: list[Any] = []
-
-    def load_dataset(*words: Any) -> datasets.DatasetDict:
-        asked.append(words)
-        return datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
-
     monkeypatch.setattr(sources, "_knock", lambda path: None)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
     data = ready(tmp_path, partial(sources.huggingface, path="owner/name", name="small"))
     assert asked == [("owner/name", "small")]
     assert pixels_of(data.test) == raw(9, seed=1)
@@ -810,8 +800,7 @@ def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = refusal(lambda: sources.huggingface(path="owner/name"))
-    assert message.startswith("dataset.path=owner/name: cannot be read (")
+    refusal(lambda: sources.huggingface(path="owner/name"), "dataset.path=owner/name: cannot be read (")
 
 
 CLASSES = {10: [f"class {number}" for number in range(10)], 100: [f"class {number}" for number in range(100)]}
@@ -850,59 +839,34 @@ def cifar_archive(kind: Any, classes: int) -> tuple[type, bytes]:
     return small, buffer.getvalue()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one body for every path, and counts how often it was fetched."""
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.body, self.fetched = body, 0
-        self.url = f"http://127.0.0.1:{self.server_port}/archive.tar.gz"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_HEAD(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.server.fetched += 1
-        self.do_HEAD()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # torchvision looks, then asks again
-            self.wfile.write(self.server.body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(params=[10, 100])
 def small_cifar(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[int, Any, Server]]:
-    """CIFAR with a few images, served from this machine through torchvision's own code."""
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Any, Path]]:
+    """CIFAR with a few images, which torchvision's own code downloads from this machine."""
     classes = request.param
-    kind, archive = cifar_archive(getattr(torchvision.datasets, f"CIFAR{classes}"), classes)
-    server = Server(archive)
-    kind.url = server.url  # type: ignore[attr-defined]
+    kind, content = cifar_archive(getattr(torchvision.datasets, f"CIFAR{classes}"), classes)
+    archive = tmp_path_factory.mktemp("server") / "archive.tar.gz"
+    archive.write_bytes(content)
     monkeypatch.setattr(torchvision.datasets, f"CIFAR{classes}", kind)
-    yield classes, kind, server
-    server.shutdown()
-    server.server_close()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        kind.url = f"http://127.0.0.1:{server.server_port}/{archive.name}"  # type: ignore[attr-defined]
+        yield classes, kind, archive
+        server.shutdown()
 
 
 def variant(classes: int) -> Any:
     return f"cifar{classes}"
 
 
-def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Server]) -> None:
-    classes, kind, server = small_cifar
+def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Path]) -> None:
+    classes, kind, archive = small_cifar
     root = tmp_path / "torchvision"
     source = partial(sources.cifar, variant=variant(classes), data_dir=root.parent)
     data = ready(tmp_path, source, size=32, channels=3, val_fraction=0.25)
-    fetched = server.fetched
+    archive.unlink()  # nothing is downloaded again
     assert data.class_names == tuple(CLASSES[classes])
     assert len(data.test) == 2 * classes and len(data.train) + len(data.val) == 4 * classes * len(
         kind.train_list
@@ -913,58 +877,52 @@ def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple
     ready(tmp_path, source, size=16, val_fraction=0.25)  # prepared anew from what is there
     (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
     assert len(source().test.labels) == 2 * classes  # unpacked again
-    assert server.fetched == fetched
-
     copy = partial(sources.cifar, variant=variant(classes), data_dir="nowhere", path=str(root))
     assert torch.equal(ready(tmp_path, copy, val_fraction=0.25).test.images, data.test.images)
     (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
-    assert refusal(copy) == (
-        f"dataset.path={root}: the files of cifar{classes} in {root} are incomplete or corrupt"
-    )
+    refusal(copy, f"dataset.path={root}: ", f"cifar{classes}", "incomplete or corrupt")
 
 
 @pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda body: body[:-9] + b"x" * 9])
 def test_a_corrupt_archive_is_refused_and_not_kept(
-    tmp_path: Path, small_cifar: tuple[int, Any, Server], damage: Callable[[bytes], bytes]
+    tmp_path: Path, small_cifar: tuple[int, Any, Path], damage: Callable[[bytes], bytes]
 ) -> None:
-    classes, kind, server = small_cifar
-    whole, server.body = server.body, damage(server.body)
+    classes, kind, archive = small_cifar
+    whole = archive.read_bytes()
+    archive.write_bytes(damage(whole))
     source = partial(sources.cifar, variant=variant(classes), data_dir=tmp_path)
-    assert refusal(lambda: ready(tmp_path, source)) == (
-        f"dataset=cifar{classes}: cannot be downloaded (the archive is corrupt: its md5 is wrong); "
-        f"set dataset.path to a local copy, or put {kind.filename} into {tmp_path / 'torchvision'}"
-    )
+    words = ("its md5 is wrong", "set dataset.path", f"put {kind.filename} into {tmp_path / 'torchvision'}")
+    refusal(lambda: ready(tmp_path, source), f"dataset=cifar{classes}: cannot be downloaded (", *words)
     assert list((tmp_path / "torchvision").iterdir()) == [] == prepared_folders(tmp_path)
     (tmp_path / "torchvision" / kind.filename).write_bytes(whole)  # as the message advises
     assert len(source().test.labels) == 2 * classes
 
 
 def test_a_download_from_a_dead_server_ends(
-    tmp_path: Path, dead_server: str, small_cifar: tuple[int, Any, Server], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dead_server: str, small_cifar: tuple[int, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classes, kind, _ = small_cifar
     kind.url = dead_server
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     started = time.monotonic()
-    message = refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path))
+    words = (
+        f"dataset=cifar{classes}: cannot be downloaded (",
+        "timed out",
+        "set dataset.path to a local copy",
+    )
+    refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path), *words)
     assert time.monotonic() - started < 5
-    assert message.startswith(f"dataset=cifar{classes}: cannot be downloaded (")
-    assert "timed out" in message and "set dataset.path to a local copy" in message
     assert socket.getdefaulttimeout() is None
     assert list((tmp_path / "torchvision").iterdir()) == []
 
 
 def test_a_copy_of_cifar_may_be_of_any_kind_and_must_have_its_classes(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "a.npz")
-    message = refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)))
-    assert message == (
-        f"dataset.path={file}: has 4 classes and cifar10 has 10; dataset=huggingface reads any other set"
-    )
+    copy = partial(sources.cifar, variant="cifar10", data_dir="nowhere")
+    refusal(lambda: copy(path=str(file)), f"dataset.path={file}: has 4 classes and cifar10 has 10")
     write_npz(file, y_train=np.arange(40) % 10, y_test=np.arange(8))
-    assert len(sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)).class_names) == 10
-    assert refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path="nowhere")) == (
-        "dataset.path=nowhere: no such file or folder"
-    )
+    assert len(copy(path=str(file)).class_names) == 10
+    refusal(lambda: copy(path="nowhere"), "dataset.path=nowhere: no such file or folder")
 
 
 # --- The cache -------------------------------------------------------------------------------------------
@@ -1046,23 +1004,17 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "removed": lambda path: path.unlink(),
     "a folder": lambda path: replace(path, path.mkdir),
     "unreadable": lambda path: replace(path, lambda: path.symlink_to(path.name)),  # root may read all files
-    "a pickle": lambda path: np.save(
-        path.open("wb"), np.array([Trap(path.parent / "sprung")]), allow_pickle=True
-    ),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.parent / "sprung"))),
     "other JSON": lambda path: path.write_text(json.dumps({"sha256": "", "arrays": 3})),
     "deep JSON": lambda path: path.write_text("[" * 100_000),
     **{
-        f"flipped at {place}": partial(flip, place=place)
-        for place in (0, 0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
+        f"flipped at {at}": partial(flip, place=at) for at in (0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
     },
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("memory_limit", [2 << 30, 0])
-def test_a_damaged_cache_is_made_anew(
-    tmp_path: Path, damage: str, memory_limit: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     source = in_memory(pictures(40, 9, 9, 3), HALVES * 2)
     first = ready(tmp_path, source)
     (folder,) = (tmp_path / "prepared").glob("set-*")
@@ -1070,13 +1022,11 @@ def test_a_damaged_cache_is_made_anew(
         content = (folder / file).read_bytes()
         caplog.clear()
         DAMAGES[damage](folder / file)
-        again = ready(tmp_path, source, memory_limit=memory_limit)
+        again = ready(tmp_path, source, memory_limit=0)
         assert equal(first, again) and first.digest == again.digest
         lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        harmless = (
-            damage.startswith("flipped") and (folder / file).read_bytes() != content
-        )  # a header, a space
-        assert len(lines) == (0 if harmless and file != "meta.json" else 1) or file == "meta.json"
+        header = damage.startswith("flipped") and float(damage[11:]) * len(content) < 128  # not read by aerl
+        assert len(lines) == (0 if header else 1) or (file == "meta.json" and len(lines) < 2)
         assert all(f"the prepared data in {folder} is damaged (" in line for line in lines)
         assert not (folder / "sprung").exists()
         caplog.clear()
