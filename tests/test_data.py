@@ -510,7 +510,7 @@ PACKED = {f"train.X{part}/n{part}{k}": 10 for part in (1, 2) for k in "ab"}  # l
         (of("train", "test"), {}, (20, 20), "pq", ""),
         (of("Training", "VAL"), {}, (20, 20), "pq", ""),
         (of("train", "dev"), {}, (20, 20), "pq", ""),
-        (of("train", "val", "test", "misc"), {}, (20, 20), "pq", "left out: misc, val"),
+        (of("train", "val", "valid", "test", "misc"), {}, (20, 20), "pq", "left out: misc, val, valid"),
         (of("train1", "train2", "test"), {}, (40, 20), "pq", "train split is train1, train2 together"),
         (of("train1", "train2", "test"), {"train_split": "train1"}, (20, 20), "pq", "left out: train2"),
         (of("train", "val", "valid"), {"test_split": "val"}, (20, 20), "pq", "left out: valid"),

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -208,21 +209,17 @@ class _Layout:
     left_out: list[str] = field(default_factory=list)
 
 
-class _Rows:
-    """Some rows of a sequence of images, which are still decoded only when asked for."""
+class _Made:
+    """A sequence of images, each of which is made of its item when it is asked for."""
 
-    def __init__(self, images: Images, rows: Rows) -> None:
-        self.images, self.rows = images, rows
+    def __init__(self, items: Any, make: Callable[[Any], Any]) -> None:
+        self.items, self.make = items, make
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.items)
 
     def __getitem__(self, index: int, /) -> Any:
-        row = int(self.rows[index])
-        try:
-            return self.images[row]
-        except Exception as error:  # the row in the data is what the user can look up
-            raise ValueError(f"row {row} of the data: {one_line(error)}") from None
+        return self.make(self.items[index])
 
 
 def _assemble(
@@ -249,13 +246,15 @@ def _assemble(
     splits, test_parts = [layout.read(train_parts)], list[str]()
     for word in (test_split,) if test_split else ("test", "validation"):
         parts = find("test_split", test_split, word, train_parts)
-        if parts and len(splits) == 1 and ((split := layout.read(parts)).labelled or test_split):
+        if parts and ((split := layout.read(parts)).labelled or test_split):
             splits, test_parts = [*splits, split], parts
-    others = {name: parts for name, parts in groups.items() if not set(parts) & {*train_parts, *test_parts}}
-    if len(splits) == 1 and any(
-        layout.read(others[name]).labelled for name in others if not _split_word(name)
-    ):
-        raise UserError(_ask("test_split", None, where, others))
+            break
+    else:
+        others = [
+            name for name in groups if not _split_word(name) and not set(groups[name]) & set(train_parts)
+        ]
+        if any(layout.read(groups[name]).labelled for name in others):
+            raise UserError(_ask("test_split", None, where, others))
     for key, split, parts in zip(("train", "test"), splits, (train_parts, test_parts), strict=False):
         if len(split.labels) == 0:
             raise UserError(
@@ -328,8 +327,15 @@ def _grouped(names: Sequence[str], where: str) -> dict[str, list[str]]:
 def _hold_out(table: Table, names: tuple[str, ...], where: str) -> Source:
     if len(table.images) != len(table.labels):
         raise UserError(f"{where}: has {len(table.images)} images and {len(table.labels)} labels")
+
+    def image(row: int) -> Any:
+        try:
+            return table.images[int(row)]
+        except Exception as error:  # the row in the data is what the user can look up
+            raise ValueError(f"row {row} of the data: {one_line(error)}") from None
+
     train, test = (
-        Table(_Rows(table.images, rows), table.labels[rows])
+        Table(_Made(rows, image), table.labels[rows])
         for rows in stratified_split(table.labels, HELD_OUT, DATASET_SEED, where)
     )
     return Source(train, test, names)
@@ -478,8 +484,8 @@ def _local_layout(place: Path, columns: _Columns = (None, None), *, named: bool 
 def _parquet_layout(place: Path, columns: _Columns) -> _Layout | None:
     """Parquet files, each named by its path; None where there are none."""
     inside = [Path(entry.path) for entry in walk(place)] if place.is_dir() else []
-    parquet = [file for file in inside if file.suffix == ".parquet" and not is_hidden(file.name)]
-    files = {str(file.relative_to(place).with_suffix("")): file for file in parquet}
+    parquet = {file for file in inside if file.suffix == ".parquet" and not is_hidden(file.name)}
+    files = {str(file.relative_to(place).with_suffix("")): file for file in inside if file in parquet}
     if place.is_file() and place.suffix == ".parquet":
         files = {"train": place}
     left_out = [str(file.relative_to(place)) for file in inside if file not in parquet]
@@ -517,28 +523,19 @@ def _npz_layout(place: Path) -> _Layout:
     return _Layout(list(splits), lambda parts: splits[parts[0]], left_out)
 
 
-class _Files:
-    """Image files, opened when asked for, and upright as their EXIF data has them."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int, /) -> Any:
-        try:
-            return _open_image(self.paths[index])
-        except Exception as error:
-            raise ValueError(f"{self.paths[index]}: {one_line(error)}") from None
-
-
 def _open_image(file: Path | BinaryIO) -> Any:
     """The decoded PIL image, upright as its EXIF data has it."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:
         return ImageOps.exif_transpose(image)
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return _open_image(path)
+    except Exception as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def _folder_layout(place: Path, named: bool) -> _Layout:
@@ -607,36 +604,26 @@ def _class_folders(folders: Sequence[Path], place: Path, left_out: list[str]) ->
                 left_out.append(f"{child.relative_to(place)} (no images)")
     if nested - {"images"}:
         log.info("dataset.path=%s: class folders hold folders, too: %s", place, few(sorted(nested)))
-    return _Split(_Files(files), np.array(labels, dtype=object))
+    return _Split(_Made(files, _open_file), np.array(labels, dtype=object))
 
 
 # --- Tables read by the `datasets` library ---------------------------------------------------------------
 
 
-class _Column:
-    """The image column of a table whose images are encoded: {"bytes": ..., "path": ...}.
+def _open_row(row: Mapping[str, Any], column: str, roots: Sequence[Path]) -> Any:
+    """The image of a row that holds its bytes or the path of its file, which must be below one of `roots`.
 
-    A row may name a file instead of holding the bytes of one. `roots` are the folders that it must be in;
-    the first is the one that it is relative to.
+    The first of them is the one that a path is relative to.
     """
-
-    def __init__(self, table: Any, column: str, roots: Sequence[Path]) -> None:
-        self.table, self.column = table.select_columns([column]), column
-        self.roots = [root.resolve() for root in roots]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int, /) -> Any:
-        encoded = self.table[index][self.column]
-        if encoded is None or encoded["bytes"] is encoded["path"] is None:
-            raise ValueError("there is none")
-        if encoded["bytes"] is not None:
-            return _open_image(BytesIO(encoded["bytes"]))
-        file = (self.roots[0] / encoded["path"]).resolve()
-        if not any(file.is_relative_to(root) for root in self.roots):
-            raise ValueError(f"{encoded['path']} is outside of the dataset's folder")
-        return _open_image(file)
+    encoded = row[column]
+    if encoded is None or encoded["bytes"] is encoded["path"] is None:
+        raise ValueError("there is none")
+    if encoded["bytes"] is not None:
+        return _open_image(BytesIO(encoded["bytes"]))
+    file = (roots[0] / encoded["path"]).resolve()
+    if not any(file.is_relative_to(root.resolve()) for root in roots):
+        raise ValueError(f"{encoded['path']} is outside of the dataset's folder")
+    return _open_image(file)
 
 
 def _roots(folder: Path) -> list[Path]:
@@ -733,7 +720,8 @@ def _table_split(table: Any, where: str, columns: _Columns, roots: Sequence[Path
         raise UserError(f"dataset.source.image_column={image}: holds {kinds[image]}, no images") from error
     labels = table.select_columns([label]).with_format("arrow")[:][label].to_numpy()
     names = tuple(kinds[label].names) if isinstance(kinds[label], datasets.ClassLabel) else None
-    return _Split(_Column(table, image, roots), labels, names)
+    images = _Made(table.select_columns([image]), partial(_open_row, column=image, roots=roots))
+    return _Split(images, labels, names)
 
 
 def _pick(
