@@ -36,7 +36,7 @@ def _files(place: Path) -> list[list[Any]]:
     if not place.is_dir():
         return [[place.name, *stamp(place)]]
     seen = (Path(entry.path) for entry in walk(place) if not is_hidden(entry.name))
-    return [[str(file.relative_to(place)), *stamp(file)] for file in seen if file.exists()]
+    return [[str(file.relative_to(place)), *(stamp(file) if file.exists() else [])] for file in seen]
 
 
 def _code(target: str) -> str | None:

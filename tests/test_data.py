@@ -91,6 +91,19 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def read(path: Any, **settings: Any) -> Callable[[], Source]:
+    return partial(sources.huggingface, path=str(path), **settings)
+
+
+def images_of(count: int, seed: int = 0) -> list[bytes]:
+    """`pictures` as they are prepared."""
+    return [image.transpose(2, 0, 1).tobytes() for image in pictures(count, 6, 6, 3, seed=seed)]
+
+
+def pixels_of(*splits: Split) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for split in splits for image in split.images)
+
+
 def prepared_folders(data_dir: Path) -> list[str]:
     """All there is in the cache, but for its locks."""
     return sorted(path.name for path in (data_dir / "prepared").iterdir() if path.suffix != ".lock")
@@ -189,26 +202,25 @@ def test_channels_are_those_of_the_first_image_or_those_asked_for(
     assert np.array_equal(data.test.images[0].numpy().transpose(1, 2, 0).squeeze(), np.asarray(wanted))
 
 
-def test_images_of_different_sizes_need_a_size(tmp_path: Path) -> None:
-    images = [*pictures(10, 8, 9, 3), *pictures(10, 8, 8, 3)]
+COLOUR = [Image.fromarray(pixels) for pixels in pictures(20, 4, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("images", "words", "settings", "shape"),
+    [
+        ([*pictures(10, 8, 9, 3), *pictures(10, 8, 8, 3)], ["size=null", "10 has 8x8", "9x8"], {"size": 8}, (3, 8, 8)),
+        ([COLOUR[0].convert("L"), *COLOUR[1:]], ["image 1 ", "dataset.channels to 1 or 3"], {"channels": 3}, (3, 4, 4)),
+        ([COLOUR[0].convert("L"), *COLOUR[1:]], ["image 1 ", "dataset.channels to 1 or 3"], {"channels": 1}, (1, 4, 4)),
+        ([Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))] * 20, ["more than 8 bits", "I;16"], None, None),
+    ],
+)  # fmt: skip
+def test_images_that_differ_are_made_alike_only_when_asked_for(
+    tmp_path: Path, images: Any, words: list[str], settings: Any, shape: Any
+) -> None:
     source = in_memory(images, HALVES)
-    refusal(lambda: ready(tmp_path, source), "dataset.size=null", "train image 10 has 8x8", "first one 9x8")
+    refusal(lambda: ready(tmp_path, source), "dataset=set: train image ", *words)
     assert prepared_folders(tmp_path) == []
-    assert ready(tmp_path, source, size=8).image_shape == (3, 8, 8)
-
-
-def test_colour_after_grey_is_never_given_up_in_silence(tmp_path: Path) -> None:
-    images = [Image.fromarray(pixels) for pixels in pictures(20, 4, 4, 3)]
-    images[0] = images[0].convert("L")
-    source = in_memory(images, HALVES)
-    refusal(lambda: ready(tmp_path, source), "dataset=set: train image 1 ", "set dataset.channels to 1 or 3")
-    assert ready(tmp_path, source, channels=3).image_shape == (3, 4, 4)
-    assert ready(tmp_path, source, channels=1).image_shape == (1, 4, 4)
-
-
-def test_images_with_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
-    images = [Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))] * 20
-    refusal(lambda: ready(tmp_path, in_memory(images, HALVES)), "train image 0 ", "more than 8 bits", "I;16")
+    assert settings is None or ready(tmp_path, source, **settings).image_shape == shape
 
 
 # --- What is refused -------------------------------------------------------------------------------------
@@ -243,9 +255,7 @@ def test_data_that_cannot_be_trained_on_is_refused(
 def test_settings_that_make_no_sense_are_refused_or_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusal(
-        lambda: ready(tmp_path, sources.digits, split_seed=5_000_000_000), "dataset.split_seed=5000000000"
-    )
+    refusal(lambda: ready(tmp_path, sources.digits, split_seed=5 * 10**9), "dataset.split_seed=5000000000")
     data = ready(tmp_path, sources.digits)
     refusal(lambda: limit_training(data, 1294), "dataset.train_samples=1294", "1293")
     refusal(lambda: limit_training(data, 1), "dataset.train_samples=1", "one class")
@@ -268,9 +278,10 @@ def write_npz(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "labels", [np.arange(40) % 4, (np.arange(40) % 4)[:, None], (np.arange(40) % 4).astype(float)]
-)
+FOUR = np.arange(40) % 4
+
+
+@pytest.mark.parametrize("labels", [FOUR, FOUR[:, None], FOUR.astype(float)])
 @pytest.mark.parametrize("shape", [(6, 6, 3), (6, 6, 1), (6, 6)])
 def test_npz_files_of_the_paper_are_read(tmp_path: Path, labels: np.ndarray, shape: tuple[int, ...]) -> None:
     images, test = pictures(40, *shape), pictures(8, *shape, seed=1)
@@ -314,30 +325,24 @@ def test_other_npz_files_are_refused(tmp_path: Path, changes: dict[str, Any], wo
     assert not (tmp_path / "prepared").exists() or prepared_folders(tmp_path) == []
 
 
-def test_no_pickle_in_an_npz_file_is_executed(tmp_path: Path) -> None:
-    trap = np.array([Trap(tmp_path / "sprung")], dtype=object)
-    file = write_npz(tmp_path / "a.npz", y_train=trap)
+def test_damaged_npz_files_are_refused_and_no_pickle_in_them_is_executed(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "a.npz", y_train=np.array([Trap(tmp_path / "sprung")], dtype=object))
     refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: ", "allow_pickle=False")
-    file.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: is not an .npz file")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_damaged_and_missing_npz_files_are_refused(tmp_path: Path) -> None:
-    file = write_npz(tmp_path / "a.npz")
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: is not an .npz file")
-    file.write_bytes(whole[:1000] + bytes(500) + whole[1500:])
-    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: cannot be read (")
+    whole = write_npz(file).read_bytes()
+    for content, words in (
+        (pickle.dumps(Trap(tmp_path / "sprung")), "is not an .npz file"),
+        (whole[: len(whole) // 2], "is not an .npz file"),
+        (whole[:1000] + bytes(500) + whole[1500:], "cannot be read ("),
+    ):
+        file.write_bytes(content)
+        refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: {words}")
     refusal(lambda: sources.npz(path="no.npz"), "dataset.path=no.npz: no such file")
+    assert not (tmp_path / "sprung").exists()
 
 
 # --- Parquet, save_to_disk, folders ----------------------------------------------------------------------
 
 NAMES = ["ant", "bee", "cat"]
-
-
 STRING = datasets.Value("string")
 
 
@@ -356,14 +361,6 @@ def table(count: int, seed: int = 0, labels: Any = None, names: Any = NAMES, kin
 def named(split: Split, names: Any) -> dict[bytes, str]:
     """The class of each image by its name."""
     return {content: names[label] for content, label in rows(split)}
-
-
-def pixels_of(split: Split) -> list[bytes]:
-    return sorted(image.numpy().tobytes() for image in split.images)
-
-
-def raw(count: int, seed: int = 0) -> list[bytes]:
-    return sorted(image.transpose(2, 0, 1).tobytes() for image in pictures(count, 6, 6, 3, seed=seed))
 
 
 WORDS = {"kind": STRING, "labels": NAMES}  # of a table whose labels are strings
@@ -396,16 +393,10 @@ def test_parquet_files_are_read_by_split_and_their_classes_by_name(
         file = tmp_path / "set[1]" / f"{name}.parquet"  # which is no pattern
         file.parent.mkdir(parents=True, exist_ok=True)
         table(30, seed, **content).to_parquet(file)
-        images = [image.transpose(2, 0, 1).tobytes() for image in pictures(30, 6, 6, 3, seed=seed)]
-        truth |= dict(
-            zip(
-                images,
-                ["ant"] * 30 if "labels" in content and not content.get("kind") else NAMES * 10,
-                strict=True,
-            )
-        )
+        ants = content.get("labels") == [0, 0, 0]
+        truth |= dict(zip(images_of(30, seed), ["ant"] * 30 if ants else NAMES * 10, strict=True))
     caplog.set_level("INFO")
-    data = ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "set[1]"), **settings))
+    data = ready(tmp_path, read(tmp_path / "set[1]", **settings))
     assert (len(data.train) + len(data.val), len(data.test)) == sizes
     assert sorted(data.class_names) == NAMES
     for split in (data.train, data.val, data.test):
@@ -435,17 +426,16 @@ def test_parquet_files_that_leave_it_open_are_refused(tmp_path: Path, files: Any
     for name, content in files.items():
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         table(30, **content).to_parquet(tmp_path / "set" / f"{name}.parquet")
-    refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "set"))), *words)
+    refusal(lambda: ready(tmp_path, read(tmp_path / "set")), *words)
 
 
 def test_one_parquet_file_gives_a_fifth_for_testing_whatever_the_seed(tmp_path: Path) -> None:
     table(60).to_parquet(tmp_path / "all.parquet")
-    source = partial(sources.huggingface, path=str(tmp_path / "all.parquet"))
-    data, other = ready(tmp_path, source), ready(tmp_path, source, split_seed=7)
+    data, other = (ready(tmp_path, read(tmp_path / "all.parquet"), split_seed=seed) for seed in (42, 7))
     assert (len(data.train), len(data.val), len(data.test)) == (43, 5, 12)
     assert torch.equal(data.test.images, other.test.images)
     assert torch.bincount(data.test.labels).tolist() == [4, 4, 4]
-    assert sorted(pixels_of(data.train) + pixels_of(data.val) + pixels_of(data.test)) == raw(60)
+    assert pixels_of(data.train, data.val, data.test) == sorted(images_of(60))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npz"])
@@ -458,8 +448,8 @@ def test_a_file_rewritten_with_the_same_size_and_time_is_read_anew(tmp_path: Pat
         else:
             table(40, seed).to_parquet(file)
         os.utime(file, ns=(1, 1))
-        data = ready(tmp_path, partial(sources.huggingface, path=str(file)))
-        found.append({*pixels_of(data.train), *pixels_of(data.val), *pixels_of(data.test)} & {*raw(40, seed)})
+        data = ready(tmp_path, read(file))
+        found.append({*pixels_of(data.train, data.val, data.test)} & {*images_of(40, seed)})
         digests.add(data.digest)
     assert [len(images) for images in found] == [40, 40, 40]
     assert len(digests) == 2  # the same content again has the same one
@@ -468,23 +458,19 @@ def test_a_file_rewritten_with_the_same_size_and_time_is_read_anew(tmp_path: Pat
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",), (), ("train1", "train2", "test")])
 def test_save_to_disk_folders_are_read(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    folder = tmp_path / "saved"
-    other = [NAMES[2], *NAMES[:2]]  # the order in which the test split numbers its classes
+    other = ["cat", "ant", "bee"]  # the order in which the test split numbers its classes
     tables = {
-        name: table(60, seed, names=other if name == "test" else NAMES) for seed, name in enumerate(splits)
+        split: table(60, n, names=other if split == "test" else NAMES) for n, split in enumerate(splits)
     }
-    (datasets.DatasetDict(tables) if splits else table(60)).save_to_disk(folder)
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
+    (datasets.DatasetDict(tables) if splits else table(60)).save_to_disk(tmp_path / "saved")
+    data = ready(tmp_path, read(tmp_path / "saved"))
     assert data.class_names == tuple(NAMES)
-    assert torch.bincount(data.test.labels).tolist() == [20 if "test" in splits else 4] * 3
     if "test" in splits:
-        assert pixels_of(data.test) == raw(60, seed=len(splits) - 1)
-        content = [
-            image.transpose(2, 0, 1).tobytes() for image in pictures(60, 6, 6, 3, seed=len(splits) - 1)
-        ]
-        assert named(data.test, NAMES) == dict(zip(content, NAMES * 20, strict=True))
+        truth = dict(zip(images_of(60, len(splits) - 1), NAMES * 20, strict=True))
+        assert named(data.test, NAMES) == truth
     else:
-        assert sorted(pixels_of(data.train) + pixels_of(data.val) + pixels_of(data.test)) == raw(60)
+        assert torch.bincount(data.test.labels).tolist() == [4] * 3
+        assert pixels_of(data.train, data.val, data.test) == sorted(images_of(60))
 
 
 def make_folders(root: Path, counts: dict[str, int]) -> Path:
@@ -526,27 +512,23 @@ PACKED = {f"train.X{part}/n{part}{k}": 10 for part in (1, 2) for k in "ab"}  # l
     ],
 )  # fmt: skip
 def test_class_folders_are_read(
-    tmp_path: Path, counts: Any, settings: Any, sizes: Any, classes: Any, reported: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    tmp_path: Path, caplog: Any, counts: Any, settings: Any, sizes: Any, classes: Any, reported: str
+) -> None:
     folder = make_folders(tmp_path / "set", counts)
-    truth = {
-        np.asarray(Image.open(file)).transpose(2, 0, 1).tobytes():
-        next((part for part in file.relative_to(folder).parts if part in classes), None)
-        for file in folder.rglob("*.png")
-    }  # fmt: skip
+    truth = {}
+    for seed, (path, count) in enumerate(counts.items()):
+        name = next((part for part in path.split("/") if part in classes), "none")
+        truth |= dict.fromkeys(images_of(count, seed), name)
     (folder / next(iter(counts)) / "notes.txt").touch()
     caplog.set_level("INFO")
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder), **settings))
+    data = ready(tmp_path, read(folder, **settings))
     assert (len(data.train) + len(data.val), len(data.test)) == sizes
     assert data.class_names == tuple(classes)
     for split in (data.train, data.val, data.test):
         assert named(split, classes).items() <= truth.items()
-    assert reported in caplog.text and "notes.txt" in caplog.text
-    assert (
-        f"{len(data.train)} train, {len(data.val)} val and {sizes[1]} test images of {len(classes)} classes"
-        in caplog.text
-    )
+    split_sizes = f"{len(data.train)} train, {len(data.val)} val and {sizes[1]} test images"
+    for words in (reported, "notes.txt", f"{split_sizes} of {len(classes)} classes ("):
+        assert words in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -567,7 +549,7 @@ def test_class_folders_that_leave_it_open_are_refused(
     tmp_path: Path, counts: Any, settings: Any, words: list[str]
 ) -> None:
     folder = make_folders(tmp_path / "set", counts)
-    refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(folder), **settings)), *words)
+    refusal(lambda: ready(tmp_path, read(folder, **settings)), *words)
 
 
 def test_tiny_imagenet_is_read_as_it_is_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -577,30 +559,30 @@ def test_tiny_imagenet_is_read_as_it_is_packed(tmp_path: Path, caplog: pytest.Lo
     lines = [f"test_{number}.png\tn{1 + number % 2}\t0\t0\t9\t9\n" for number in range(6)]
     (folder / "val" / "val_annotations.txt").write_text("".join(lines))
     caplog.set_level("INFO")
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
+    data = ready(tmp_path, read(folder))
     assert (len(data.train), data.class_names) == (18, ("n1", "n2"))
-    assert data.test.labels.tolist() == [0, 1] * 3 and pixels_of(data.test) == raw(6, seed=2)
+    assert data.test.labels.tolist() == [0, 1] * 3 and pixels_of(data.test) == sorted(images_of(6, 2))
     assert "left out: test, train/n1/n1_boxes.txt" in caplog.text
 
 
 def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
-    make_folders(tmp_path / "disk", of("a", "b"))
-    (tmp_path / "set" / "train").mkdir(parents=True)
-    (tmp_path / "set" / "train" / "p").symlink_to(tmp_path / "disk" / "a" / "p")
-    (tmp_path / "set" / "train" / "q").symlink_to(tmp_path / "disk" / "a" / "q")
-    (tmp_path / "set" / "test").symlink_to(tmp_path / "disk" / "b")
-    (tmp_path / "disk" / "a" / "p" / "again").symlink_to(tmp_path / "set")
-    (tmp_path / "link").symlink_to(tmp_path / "set")
-    source = partial(sources.huggingface, path=str(tmp_path / "link"))
-    data = ready(tmp_path, source)
+    disk = make_folders(tmp_path / "disk", of("a", "b"))
+    train = tmp_path / "set" / "train"
+    train.mkdir(parents=True)
+    for link, target in (
+        *((train / name, disk / "a" / name) for name in "pq"),
+        *((train.parent / "test", disk / "b"), (tmp_path / "link", train.parent)),
+        (disk / "a" / "p" / "again", train.parent),
+    ):
+        link.symlink_to(target)
+    data = ready(tmp_path, read(tmp_path / "link"))
     assert (len(data.train) + len(data.val), len(data.test), data.class_names) == (20, 20, ("p", "q"))
-    (tmp_path / "disk" / "b" / "p" / "test_0.png").unlink()
-    assert len(ready(tmp_path, source).test) == 19
-    (tmp_path / "disk" / "b" / "q" / "test_0.png").unlink()
-    (tmp_path / "disk" / "b" / "q" / "test_0.png").symlink_to("nowhere")
-    refusal(lambda: ready(tmp_path, source), "cannot be used", "test/q/test_0.png")
-    (tmp_path / "set" / "loop").symlink_to("loop")  # stands for all that cannot be read
-    refusal(lambda: ready(tmp_path, source), f"dataset.path={tmp_path / 'link'}: cannot be read", "loop")
+    (disk / "b" / "p" / "test_0.png").unlink()
+    assert len(ready(tmp_path, read(tmp_path / "link")).test) == 19
+    (disk / "b" / "p" / "test_0.png").symlink_to("nowhere")
+    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), "cannot be used", "test/p/test_0.png")
+    (train / "loop").symlink_to("loop")  # stands for all that cannot be read
+    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), f"{tmp_path / 'link'}: cannot be read", "loop")
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -623,43 +605,38 @@ def test_rows_of_a_table_reach_nothing_outside_of_its_folder(
 
     def parquet(path: Any) -> DataSplits:
         tables(path)["train"].to_parquet(folder / "train.parquet")
-        return ready(tmp_path, partial(sources.huggingface, path=str(folder), image_column="image"))
+        return ready(tmp_path, read(folder, image_column="image"))
 
     for path in (private, "../private.png", "link.png"):
         refusal(lambda path=path: parquet(path), f"dataset.path={folder}", f"{path} is outside of ")
     for path in ("own.png", folder / "own.png"):
-        assert pixels_of(parquet(path).test)[0] == raw(1)[0]
+        assert pixels_of(parquet(path).test)[0] == images_of(1)[0]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
     monkeypatch.setattr(sources, "_knock", lambda path: None)
     for path in (private, hub / "snapshots" / "1.png"):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, path=path: tables(path))
-        load = partial(ready, tmp_path, partial(sources.huggingface, path="owner/name", image_column="image"))
+        load = partial(ready, tmp_path, read("owner/name", image_column="image"))
         if path == private:
             refusal(load, f"{path} is outside of ")
         else:
-            assert pixels_of(load().test)[0] == raw(1)[0]
+            assert pixels_of(load().test)[0] == images_of(1)[0]
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     folder = make_folders(tmp_path / "animals", ANIMALS)
     broken = folder / "test" / "bee" / "test_4.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(folder))))
     row = sorted((folder / "test").rglob("*.png")).index(broken)
-    assert message.startswith(f"dataset.path={folder}: test image {row} cannot be used ({broken}: ")
+    refusal(lambda: ready(tmp_path, read(folder)), f"{folder}: test image {row} cannot be used ({broken}: ")
     assert prepared_folders(tmp_path) == []
+    features = table(60).features
     spoilt = table(60).to_dict()
     spoilt["image"][7] = {"bytes": b"no image at all", "path": None}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     made = datasets.Dataset.from_dict(spoilt, features=features)
-    datasets.DatasetDict({"train": made, "test": table(9)}).save_to_disk(tmp_path / "saved")
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "saved"))))
-    assert message.startswith(
-        f"dataset.path={tmp_path / 'saved'}: train image 7 cannot be used (cannot identify"
-    )
-    made.save_to_disk(tmp_path / "single")
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "single"))))
-    assert "cannot be used (row 7 of the data: cannot identify" in message
+    path = saved(tmp_path / "two", {"train": made, "test": table(9)})
+    refusal(lambda: ready(tmp_path, read(path)), f"{path}: train image 7 cannot be used (cannot identify")
+    path = saved(tmp_path / "one", made)
+    refusal(lambda: ready(tmp_path, read(path)), "cannot be used (row 7 of the data: cannot identify")
 
 
 def test_images_lie_upright_as_their_exif_data_says(tmp_path: Path) -> None:
@@ -669,7 +646,7 @@ def test_images_lie_upright_as_their_exif_data_says(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     for file in folder.rglob("*.png"):
         picture.save(file, exif=exif)
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
+    data = ready(tmp_path, read(folder))
     expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270)).transpose(2, 0, 1)
     assert np.array_equal(data.test.images[0].numpy(), expected)
 
@@ -688,17 +665,13 @@ def test_columns_are_found_by_type_then_by_name(tmp_path: Path) -> None:
     assert sources.huggingface(path=path).class_names == ("0", "1", "2")
 
     # Encoded images without the library's own metadata, as other programs write them; names as labels.
-    bare = datasets.Dataset.from_dict(
-        {
-            "img": [encoded(pixels) for pixels in pictures(30, 6, 6, 3)],
-            "label": [NAMES[2 - row % 3] for row in range(30)],
-        }
-    )
+    images, labels = [encoded(pixels) for pixels in pictures(30, 6, 6, 3)], [*reversed(NAMES)] * 10
+    bare = datasets.Dataset.from_dict({"img": images, "label": labels})
     path = saved(tmp_path / "bare", {"train": bare, "test": bare})
-    data = ready(tmp_path, partial(sources.huggingface, path=path))
+    data = ready(tmp_path, read(path))
     assert data.class_names == tuple(NAMES)
     assert data.test.labels[:4].tolist() == [2, 1, 0, 2]
-    assert pixels_of(data.test) == raw(30)
+    assert pixels_of(data.test) == sorted(images_of(30))
 
     # CIFAR-100's two kinds of label: the one with a usual name is taken.
     fine = table(30).rename_column("label", "fine_label").add_column("coarse_label", [0, 1] * 15)
@@ -713,34 +686,26 @@ def test_columns_that_cannot_be_told_apart_are_for_the_user_to_name(tmp_path: Pa
     many = one.rename_column("image", "left").add_column("right", one.to_dict()["image"])
     many = many.cast_column("right", datasets.Image())
     path = saved(tmp_path / "many", {"train": many, "test": many})
-    assert refusal(lambda: sources.huggingface(path=path)) == (
-        f"dataset.source.image_column=null: dataset.path={path} leaves it open; "
-        "name one of left, label, right"
-    )
-    assert refusal(lambda: sources.huggingface(path=path, image_column="up")) == (
-        f"dataset.source.image_column=up: dataset.path={path} has left, label, right"
-    )
-    assert refusal(lambda: sources.huggingface(path=path, image_column="label")) == (
-        "dataset.source.image_column=label: holds ClassLabel(names=['ant', 'bee', 'cat']), no images"
-    )
-    assert len(sources.huggingface(path=path, image_column="right").train.images) == 30
+    for settings, words in (
+        ({}, "dataset.source.image_column=null: "),
+        ({"image_column": "up"}, "dataset.source.image_column=up: "),
+    ):
+        refusal(read(path, **settings), words, "left, label, right")
+    refusal(read(path, image_column="label"), "dataset.source.image_column=label: holds ClassLabel(")
+    assert len(read(path, image_column="right")().train.images) == 30
     unlabelled = saved(tmp_path / "unlabelled", {"train": one.remove_columns("label")})
-    assert refusal(lambda: sources.huggingface(path=unlabelled)) == (
-        f"dataset.source.label_column=null: dataset.path={unlabelled} leaves it open; name one of image"
-    )
+    refusal(read(unlabelled), "dataset.source.label_column=null: ", "name one of image")
 
 
 def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
     hidden = table(9, seed=3, labels=[-1] * 9)
     path = saved(tmp_path / "a", {"train": table(30), "test": hidden, "validation": table(12, seed=2)})
-    data = ready(tmp_path, partial(sources.huggingface, path=path))
-    assert pixels_of(data.test) == raw(12, seed=2)
+    data = ready(tmp_path, read(path))
+    assert pixels_of(data.test) == sorted(images_of(12, 2))
     path = saved(tmp_path / "b", {"train": table(60), "test": hidden})
-    assert len(ready(tmp_path, partial(sources.huggingface, path=path)).test) == 12
-    wanted = partial(sources.huggingface, path=path, test_split="test")
-    assert refusal(lambda: ready(tmp_path, wanted)) == (
-        f"dataset.path={path}: the label of test image 0 is -1; expected 0 to 2"
-    )
+    assert len(ready(tmp_path, read(path)).test) == 12
+    wanted = read(path, test_split="test")
+    refusal(lambda: ready(tmp_path, wanted), f"{path}: the label of test image 0 is -1; expected 0 to 2")
 
 
 def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -757,7 +722,7 @@ def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
         (str(tmp_path / "half.parquet"), {}, f"dataset.path={tmp_path / 'half.parquet'}: cannot be read ("),
         (str(file), {"label_column": "y"}, "dataset.source.label_column=y: "),
     ):
-        assert len(refusal(partial(sources.huggingface, path=path, **settings), words)) < 500
+        assert len(refusal(read(path, **settings), words)) < 500
     assert len(sources.huggingface(path=str(file)).test.labels) == 8
 
 
@@ -790,9 +755,9 @@ def test_the_hub_is_asked_for_a_name_and_its_configuration(
     asked: list[Any] = []
     monkeypatch.setattr(sources, "_knock", lambda path: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
-    data = ready(tmp_path, partial(sources.huggingface, path="owner/name", name="small"))
+    data = ready(tmp_path, read("owner/name", name="small"))
     assert asked == [("owner/name", "small")]
-    assert pixels_of(data.test) == raw(9, seed=1)
+    assert pixels_of(data.test) == sorted(images_of(9, 1))
 
 
 def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,11 +870,7 @@ def test_a_download_from_a_dead_server_ends(
     kind.url = dead_server
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     started = time.monotonic()
-    words = (
-        f"dataset=cifar{classes}: cannot be downloaded (",
-        "timed out",
-        "set dataset.path to a local copy",
-    )
+    words = (f"dataset=cifar{classes}: cannot be downloaded", "timed out", "set dataset.path to a local copy")
     refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path), *words)
     assert time.monotonic() - started < 5
     assert socket.getdefaulttimeout() is None
@@ -928,40 +889,24 @@ def test_a_copy_of_cifar_may_be_of_any_kind_and_must_have_its_classes(tmp_path: 
 # --- The cache -------------------------------------------------------------------------------------------
 
 
-def counted(source: Callable[[], Source]) -> tuple[Callable[[], Source], list[int]]:
-    calls: list[int] = []
-
-    def opened() -> Source:
-        calls.append(1)
-        return source()
-
-    return opened, calls
-
-
 def equal(one: DataSplits, other: DataSplits) -> bool:
-    parts = (("train", "val", "test"), ("images", "labels"))
-    same = [
-        torch.equal(getattr(getattr(one, p), a), getattr(getattr(other, p), a))
-        for p in parts[0]
-        for a in parts[1]
-    ]
+    parts = ((getattr(one, part), getattr(other, part)) for part in ("train", "val", "test"))
+    same = [torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in parts]
     return all(same) and (one.class_names, one.mean, one.std) == (other.class_names, other.mean, other.std)
 
 
 def test_the_second_start_does_not_open_the_source(tmp_path: Path) -> None:
-    source, calls = counted(sources.digits)
-    first, second = ready(tmp_path, source), ready(tmp_path, source)
-    assert len(calls) == 1
-    assert equal(first, second)
-    for changed in (
-        {"size": 9},
-        {"channels": 3},
-        {"val_fraction": 0.2},
-        {"split_seed": 1},
-        {"name": "other"},
-    ):
+    calls: list[int] = []
+
+    def source() -> Source:
+        calls.append(1)
+        return sources.digits()
+
+    assert equal(ready(tmp_path, source), ready(tmp_path, source))
+    changes = ({"size": 9}, {"channels": 3}, {"val_fraction": 0.2}, {"split_seed": 1}, {"name": "other"})
+    for number, changed in enumerate(({}, *changes)):
         ready(tmp_path, source, **changed)
-    assert len(calls) == 6
+        assert len(calls) == 1 + number
     ready(tmp_path, source)
     assert len(calls) == 6
 
@@ -993,10 +938,8 @@ def replace(path: Path, make: Callable[[], Any]) -> None:
     make()
 
 
-PREPARED = [
-    *(f"{part}_{kind}.npy" for part in ("train", "val", "test") for kind in ("images", "labels")),
-    "meta.json",
-]
+PREPARED = [f"{part}_{kind}.npy" for part in ("train", "val", "test") for kind in ("images", "labels")]
+PLACES = (0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 9),
     "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"0"),
@@ -1007,9 +950,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.parent / "sprung"))),
     "other JSON": lambda path: path.write_text(json.dumps({"sha256": "", "arrays": 3})),
     "deep JSON": lambda path: path.write_text("[" * 100_000),
-    **{
-        f"flipped at {at}": partial(flip, place=at) for at in (0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
-    },
+    **{f"flipped at {place}": partial(flip, place=place) for place in PLACES},
 }
 
 
@@ -1018,7 +959,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str, caplog: pytes
     source = in_memory(pictures(40, 9, 9, 3), HALVES * 2)
     first = ready(tmp_path, source)
     (folder,) = (tmp_path / "prepared").glob("set-*")
-    for file in PREPARED:
+    for file in (*PREPARED, "meta.json"):
         content = (folder / file).read_bytes()
         caplog.clear()
         DAMAGES[damage](folder / file)
@@ -1055,9 +996,8 @@ def test_files_that_nobody_has_touched_are_not_read_again(
     ready(tmp_path, sources.digits)
     (labels,) = (tmp_path / "prepared").glob("set-*/test_labels.npy")
     now, digest, read = time.time_ns(), hashlib.file_digest, []
-    monkeypatch.setattr(
-        "hashlib.file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
-    )
+    noted = lambda file, kind: read.append(file.name) or digest(file, kind)  # noqa: E731
+    monkeypatch.setattr("hashlib.file_digest", noted)
     monkeypatch.setattr("time.time_ns", lambda: now + 2 * 10**9)  # two seconds later
     for expected in (6, 6):
         ready(tmp_path, sources.digits)
@@ -1074,15 +1014,13 @@ def test_the_digest_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> N
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     os.utime(tmp_path / "b" / "train" / "ant" / "test_0.png", ns=(1, 1))
     one, other, large = (
-        ready(
-            tmp_path / "cache", partial(sources.huggingface, path=str(tmp_path / folder)), memory_limit=limit
-        )
+        ready(tmp_path / "cache", read(tmp_path / folder), memory_limit=limit)
         for folder, limit in (("a", 2 << 30), ("b", 2 << 30), ("b", 0))
     )
     assert len(one.digest) == 64 and one.digest == other.digest == large.digest
-    (tmp_path / "b" / "test" / "cat").rename(tmp_path / "b" / "test" / "dog")
-    (tmp_path / "b" / "train" / "cat").rename(tmp_path / "b" / "train" / "dog")
-    assert ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "b"))).digest != one.digest
+    for split in ("train", "test"):
+        (tmp_path / "b" / split / "cat").rename(tmp_path / "b" / split / "dog")
+    assert ready(tmp_path, read(tmp_path / "b")).digest != one.digest
 
 
 def test_a_fingerprint_covers_files_and_foreign_code_and_needs_no_torch(
@@ -1099,9 +1037,8 @@ def test_a_fingerprint_covers_files_and_foreign_code_and_needs_no_torch(
     found.add(fingerprint(identity, recipe))
     assert len(found) == 4
     code = "import sys, aerl.fingerprint; print({'torch', 'numpy'} & set(sys.modules))"
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert output.stdout == "set()\n"
 
 
@@ -1188,19 +1125,15 @@ def small_files() -> Iterator[None]:
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
-    assert refusal(lambda: ready(tmp_path, sources.digits, size=32)) == (
-        f"data_dir={tmp_path}: cannot hold the prepared data of set ([Errno 27] File too large)"
-    )
+    refusal(lambda: ready(tmp_path, sources.digits, size=32), f"data_dir={tmp_path}: ", "File too large")
     assert prepared_folders(tmp_path) == []
     assert len(ready(tmp_path, sources.digits).test) == 360  # which is small enough
 
 
 def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = refusal(lambda: ready(tmp_path / "file", sources.digits))
-    assert message == (
-        f"data_dir={tmp_path / 'file'}: cannot hold the prepared data of set "
-        f"([Errno 20] Not a directory: '{tmp_path / 'file' / 'prepared'}')"
+    refusal(
+        lambda: ready(tmp_path / "file", sources.digits), f"data_dir={tmp_path / 'file'}: ", "a directory"
     )
 
 
@@ -1376,9 +1309,7 @@ def test_ten_thousand_real_cifar_images(tmp_path: Path) -> None:
 @needs_real_images
 def test_real_images_at_224_pixels_are_mapped(tmp_path: Path) -> None:
     file = REAL / "imagenet100-tiny" / "validation.parquet"
-    data = ready(
-        tmp_path, partial(sources.huggingface, path=str(file)), size=224, channels=3, memory_limit=64 << 20
-    )
+    data = ready(tmp_path, read(file), size=224, channels=3, memory_limit=64 << 20)
     assert data.image_shape == (3, 224, 224)
     assert data.num_classes == 100
     assert data.train.mapped and len(data.train) == 1440
@@ -1396,7 +1327,7 @@ status = pathlib.Path("/proc/self/status")
 peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
 path, size, limit = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-data = prepare(partial(sources.huggingface, path=path), identity={"path": path}, data_dir=sys.argv[1],
+data = prepare(read(path), identity={"path": path}, data_dir=sys.argv[1],
                name="set", size=size, channels=3, val_fraction=0.1, split_seed=42, memory_limit=limit)
 print(data.train.mapped, peak() - before)
 """
