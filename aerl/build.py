@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from aerl import checkpoint, distributed, hardware
 from aerl.attacks import SampleGenerator, attacking, evaluating
 from aerl.config import Config, Model, bind, of_run, run_names
-from aerl.data import DataSplits, augment, prepare, subset, to_unit
+from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
 from aerl.evaluate import setting
 from aerl.hardware import Hardware, seed_from
 from aerl.models import Classifier
@@ -210,11 +210,7 @@ def build_data(config: Config) -> DataSplits:
                 split_seed=dataset.split_seed,
             )
         )
-    if (samples := dataset.train_samples) is None:
-        return data
-    if samples > len(data.train):
-        raise UserError(f"dataset.train_samples={samples}: the training split has {len(data.train)} images")
-    return replace(data, train=subset(data.train, samples))
+    return limit_training(data, dataset.train_samples)
 
 
 def build_model(config: Config, data: DataSplits, machine: Hardware, batch: int = 0) -> Classifier:

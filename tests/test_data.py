@@ -1,6 +1,6 @@
 """Sources, cache and batches, on files of every kind: whole, odd and broken. Nothing is downloaded."""
 
-import contextlib
+import errno
 import hashlib
 import http.server
 import inspect
@@ -30,8 +30,9 @@ import yaml
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from aerl.data import Batches, DataSplits, Source, Split, Table, prepare, sources, to_unit
+from aerl.data import Batches, DataSplits, Source, Split, Table, limit_training, prepare, sources, to_unit
 from aerl.data import batches as batches_module
+from aerl.fingerprint import fingerprint
 from aerl.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,12 +58,13 @@ def ready(data_dir: Path, source: Callable[[], Source], **settings: Any) -> Data
     return prepare(source, identity=arguments, data_dir=data_dir, **{**usual, **settings})
 
 
-def refusal(action: Callable[[], Any]) -> str:
-    """The one line in which `action` is refused."""
+def refusal(action: Callable[[], Any], *words: Any) -> str:
+    """The one line in which `action` is refused; `words` are in it."""
     with pytest.raises(UserError) as caught:
         action()
     message = str(caught.value)
     assert "\n" not in message
+    assert [word for word in words if str(word) not in message] == [], message
     return message
 
 
@@ -87,6 +89,19 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def read(path: Any, **settings: Any) -> Callable[[], Source]:
+    return partial(sources.huggingface, path=str(path), **settings)
+
+
+def images_of(count: int, seed: int = 0) -> list[bytes]:
+    """`pictures` as they are prepared."""
+    return [image.transpose(2, 0, 1).tobytes() for image in pictures(count, 6, 6, 3, seed=seed)]
+
+
+def pixels_of(*splits: Split) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for split in splits for image in split.images)
 
 
 def prepared_folders(data_dir: Path) -> list[str]:
@@ -139,10 +154,7 @@ def test_the_validation_split_depends_on_its_own_seed_and_fraction_alone(tmp_pat
 
 
 def test_a_path_for_the_digits_is_refused() -> None:
-    assert refusal(lambda: sources.digits(path="x.npz")) == (
-        "dataset.path=x.npz: dataset=digits is built in and has none; "
-        "dataset=huggingface and dataset=npz read data of your own"
-    )
+    refusal(lambda: sources.digits(path="x.npz"), "dataset.path=x.npz", "dataset=digits")
 
 
 # --- What becomes of the images --------------------------------------------------------------------------
@@ -158,9 +170,9 @@ def test_resizing_fits_the_shorter_side_and_keeps_the_middle(tmp_path: Path) -> 
     }
     assert {content for content, _ in rows(data.test)} == expected
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
-    wide[:, 10:20] = 200  # the middle third is all that is left
+    wide[:, 10:20] = pictures(1, 10, 10, 3)[0] // 2 + 100  # the middle third is all that is left
     data = ready(tmp_path, in_memory([wide] * 20, HALVES), name="wide", size=10)
-    assert data.test.images.min() == 200
+    assert data.test.images.min() >= 100
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (9, 9, 1), (13, 7), (13, 7, 3), (1, 1, 3)])
@@ -190,34 +202,25 @@ def test_channels_are_those_of_the_first_image_or_those_asked_for(
     assert np.array_equal(data.test.images[0].numpy().transpose(1, 2, 0).squeeze(), np.asarray(wanted))
 
 
-def test_images_of_different_sizes_need_a_size(tmp_path: Path) -> None:
-    images = [*pictures(10, 8, 9, 3), *pictures(10, 8, 8, 3)]
+COLOUR = [Image.fromarray(pixels) for pixels in pictures(20, 4, 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("images", "words", "settings", "shape"),
+    [
+        ([*pictures(10, 8, 9, 3), *pictures(10, 8, 8, 3)], ["size=null", "10 has 8x8", "9x8"], {"size": 8}, (3, 8, 8)),
+        ([COLOUR[0].convert("L"), *COLOUR[1:]], ["image 1 ", "dataset.channels to 1 or 3"], {"channels": 3}, (3, 4, 4)),
+        ([COLOUR[0].convert("L"), *COLOUR[1:]], ["image 1 ", "dataset.channels to 1 or 3"], {"channels": 1}, (1, 4, 4)),
+        ([Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))] * 20, ["more than 8 bits", "I;16"], None, None),
+    ],
+)  # fmt: skip
+def test_images_that_differ_are_made_alike_only_when_asked_for(
+    tmp_path: Path, images: Any, words: list[str], settings: Any, shape: Any
+) -> None:
     source = in_memory(images, HALVES)
-    assert refusal(lambda: ready(tmp_path, source)) == (
-        "dataset.size=null: dataset=set: train image 10 has 8x8 pixels and the first one 9x8; "
-        "set dataset.size to the side that all should have"
-    )
+    refusal(lambda: ready(tmp_path, source), "dataset=set: train image ", *words)
     assert prepared_folders(tmp_path) == []
-    assert ready(tmp_path, source, size=8).image_shape == (3, 8, 8)
-
-
-def test_colour_after_grey_is_never_given_up_in_silence(tmp_path: Path) -> None:
-    images = [Image.fromarray(pixels) for pixels in pictures(20, 4, 4, 3)]
-    images[0] = images[0].convert("L")
-    source = in_memory(images, HALVES)
-    assert refusal(lambda: ready(tmp_path, source)) == (
-        "dataset=set: train image 1 cannot be used "
-        "(it is in colour and the first is not: set dataset.channels to 1 or 3)"
-    )
-    assert ready(tmp_path, source, channels=3).image_shape == (3, 4, 4)
-    assert ready(tmp_path, source, channels=1).image_shape == (1, 4, 4)
-
-
-def test_images_with_more_than_eight_bits_are_refused(tmp_path: Path) -> None:
-    images = [Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16))] * 20
-    assert refusal(lambda: ready(tmp_path, in_memory(images, HALVES))) == (
-        "dataset=set: train image 0 cannot be used (its pixels have more than 8 bits: PIL mode I;16)"
-    )
+    assert settings is None or ready(tmp_path, source, **settings).image_shape == shape
 
 
 # --- What is refused -------------------------------------------------------------------------------------
@@ -226,49 +229,39 @@ PLAIN = pictures(20, 4, 4, 3)
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "words"),
     [
         (in_memory(PLAIN[:0], []), "dataset=set: the train split is empty"),
-        (
-            in_memory(PLAIN, HALVES, test=Table(PLAIN[:0], np.zeros(0, dtype=np.int64))),
-            "dataset=set: the test split is empty",
-        ),
-        (in_memory(PLAIN, HALVES[1:]), "dataset=set: the train split has 20 images and 19 labels"),
-        (
-            in_memory(PLAIN, [0] * 20),
-            "dataset=set: all training images are of one class; expected at least two",
-        ),
-        (in_memory(PLAIN, [0, 2] * 10), "dataset=set: the label of train image 1 is 2; expected 0 to 1"),
-        (
-            in_memory(PLAIN, [0, 1, -1, 1] * 5),
-            "dataset=set: the label of train image 2 is -1; expected 0 to 1",
-        ),
-        (
-            in_memory(PLAIN, [0] * 19 + [1]),
-            "dataset.val_fraction=0.1: cannot split 20 images of 2 classes; "
-            "each side needs at least 2 images and each class 2 (label 1 has 1)",
-        ),
-        (
-            in_memory(PLAIN[:4], HALVES[:4]),
-            "dataset.val_fraction=0.1: cannot split 4 images of 2 classes; each side needs at least 2 images "
-            "and each class 2 (label 0 has 2)",
-        ),
+        (in_memory(PLAIN, HALVES, test=Table(PLAIN[:0], np.zeros(0, dtype=np.int64))), "test split is empty"),
+        (in_memory(PLAIN, HALVES[1:]), "the train split has 20 images and 19 labels"),
+        (in_memory(PLAIN, [0] * 20), "all training images are of one class"),
+        (in_memory(PLAIN, [0, 2] * 10), "the label of train image 1 is 2; expected 0 to 1"),
+        (in_memory(PLAIN, [0, 1, -1, 1] * 5), "the label of train image 2 is -1; expected 0 to 1"),
+        (in_memory(PLAIN, [0] * 19 + [1]), "dataset.val_fraction=0.1: cannot split 20 images of 2 classes"),
+        (in_memory(PLAIN[:4], HALVES[:4]), "dataset.val_fraction=0.1: cannot split 4 images of 2 classes"),
+        (in_memory(PLAIN * 0 + 7, HALVES), "all pixels of the train images have the same value"),
+        (lambda: None, "dataset=set: its source gave a NoneType"),
+        (lambda: {}["no"], "dataset=set: cannot be read ('no')"),
+        (lambda: Path("nowhere").read_text(), "dataset=set: cannot be read ([Errno 2]"),
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(
-    tmp_path: Path, source: Callable[[], Source], message: str
+    tmp_path: Path, source: Callable[[], Source], words: str
 ) -> None:
-    assert refusal(lambda: ready(tmp_path, source)) == message
+    refusal(lambda: ready(tmp_path, source), words)
     assert prepared_folders(tmp_path) == []
 
 
-def test_an_error_of_the_source_leaves_nothing_behind(tmp_path: Path) -> None:
-    def unreadable() -> Source:
-        raise PermissionError(13, "Permission denied")
-
-    message = refusal(lambda: ready(tmp_path, unreadable))
-    assert message == "dataset=set: cannot be read ([Errno 13] Permission denied)"
-    assert prepared_folders(tmp_path) == []
+def test_settings_that_make_no_sense_are_refused_or_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal(lambda: ready(tmp_path, sources.digits, split_seed=5 * 10**9), "dataset.split_seed=5000000000")
+    data = ready(tmp_path, sources.digits)
+    refusal(lambda: limit_training(data, 1294), "dataset.train_samples=1294", "1293")
+    refusal(lambda: limit_training(data, 1), "dataset.train_samples=1", "one class")
+    assert caplog.text == "" and limit_training(data, None) is data
+    assert len(limit_training(data, 5).train) == 5
+    assert "dataset.train_samples=5: " in caplog.text and "of the 10 classes" in caplog.text
 
 
 # --- .npz ------------------------------------------------------------------------------------------------
@@ -285,9 +278,10 @@ def write_npz(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "labels", [np.arange(40) % 4, (np.arange(40) % 4)[:, None], (np.arange(40) % 4).astype(float)]
-)
+FOUR = np.arange(40) % 4
+
+
+@pytest.mark.parametrize("labels", [FOUR, FOUR[:, None], FOUR.astype(float)])
 @pytest.mark.parametrize("shape", [(6, 6, 3), (6, 6, 1), (6, 6)])
 def test_npz_files_of_the_paper_are_read(tmp_path: Path, labels: np.ndarray, shape: tuple[int, ...]) -> None:
     images, test = pictures(40, *shape), pictures(8, *shape, seed=1)
@@ -309,193 +303,350 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "words"),
     [
-        ({"X_test": None}, "has no array 'X_test'; expected X_train, y_train, X_test, y_test"),
-        ({"X_train": np.ones((4, 6, 6, 3))}, "X_train is float64; expected uint8, from 0 to 255"),
-        (
-            {"X_test": pictures(8, 3, 6, 6)},
-            "X_test has shape (8, 3, 6, 6); expected (N, H, W, 3), (N, H, W, 1) or (N, H, W)",
-        ),
-        ({"y_train": np.full(40, np.nan)}, "the label of image 0 is missing or NaN"),
-        ({"y_train": np.full(40, 0.5)}, "labels have fractions; expected whole numbers or class names"),
-        ({"y_train": np.eye(4)[np.arange(40) % 4]}, "labels have shape (40, 4); expected (N,) or (N, 1)"),
+        ({"X_test": None}, "has no array 'X_test'"),
+        ({"X_train": np.ones((4, 6, 6, 3))}, "X_train is float64; expected uint8"),
+        ({"X_test": pictures(8, 3, 6, 6)}, "X_test has shape (8, 3, 6, 6)"),
+        ({"y_train": np.full(40, np.nan)}, "the label of image 0 is missing"),
+        ({"y_train": np.array([0, 1, 2, np.inf] * 10)}, "the label of image 3 is missing, NaN or infinite"),
+        ({"y_train": np.full(40, 0.5)}, "labels have fractions"),
+        ({"y_train": np.eye(4)[np.arange(40) % 4]}, "labels have shape (40, 4)"),
         ({"y_train": np.arange(39) % 4}, "the train split has 40 images and 39 labels"),
         ({"y_test": np.full(8, -1)}, "the label of test image 0 is -1; expected 0 to 3"),
+        ({"y_test": np.arange(8)}, "the label of test image 4 is 4; expected 0 to 3"),
         ({"X_train": pictures(0, 6, 6, 3), "y_train": np.arange(0)}, "the train split is empty"),
-        (
-            {"y_train": np.zeros(40, dtype=int), "y_test": np.zeros(8, dtype=int)},
-            "all training images are of one class; expected at least two",
-        ),
+        ({"y_train": np.zeros(40, dtype=int), "y_test": np.zeros(8, dtype=int)}, "of one class"),
     ],
 )
-def test_other_npz_files_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_other_npz_files_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     file = write_npz(tmp_path / "a.npz", **changes)
-    assert (
-        refusal(lambda: ready(tmp_path, partial(sources.npz, path=str(file))))
-        == f"dataset.path={file}: {message}"
-    )
+    refusal(lambda: ready(tmp_path, partial(sources.npz, path=str(file))), f"dataset.path={file}: ", words)
     assert not (tmp_path / "prepared").exists() or prepared_folders(tmp_path) == []
 
 
-def test_no_pickle_in_an_npz_file_is_executed(tmp_path: Path) -> None:
-    trap = np.array([Trap(tmp_path / "sprung")], dtype=object)
-    file = write_npz(tmp_path / "a.npz", y_train=trap)
-    assert refusal(lambda: sources.npz(path=str(file))) == (
-        f"dataset.path={file}: cannot be read (Object arrays cannot be loaded when allow_pickle=False)"
-    )
-    file.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert refusal(lambda: sources.npz(path=str(file))) == (
-        f"dataset.path={file}: is not an .npz file, or not a complete one"
-    )
+def test_damaged_npz_files_are_refused_and_no_pickle_in_them_is_executed(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "a.npz", y_train=np.array([Trap(tmp_path / "sprung")], dtype=object))
+    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: ", "allow_pickle=False")
+    whole = write_npz(file).read_bytes()
+    for content, words in (
+        (pickle.dumps(Trap(tmp_path / "sprung")), "is not an .npz file"),
+        (whole[: len(whole) // 2], "is not an .npz file"),
+        (whole[:1000] + bytes(500) + whole[1500:], "cannot be read ("),
+    ):
+        file.write_bytes(content)
+        refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: {words}")
+    refusal(lambda: sources.npz(path="no.npz"), "dataset.path=no.npz: no such file")
     assert not (tmp_path / "sprung").exists()
-
-
-def test_damaged_and_missing_npz_files_are_refused(tmp_path: Path) -> None:
-    file = write_npz(tmp_path / "a.npz")
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    assert refusal(lambda: sources.npz(path=str(file))) == (
-        f"dataset.path={file}: is not an .npz file, or not a complete one"
-    )
-    file.write_bytes(whole[:1000] + bytes(500) + whole[1500:])
-    assert refusal(lambda: sources.npz(path=str(file))).startswith(f"dataset.path={file}: cannot be read (")
-    assert refusal(lambda: sources.npz(path="no.npz")) == "dataset.path=no.npz: no such file"
 
 
 # --- Parquet, save_to_disk, folders ----------------------------------------------------------------------
 
 NAMES = ["ant", "bee", "cat"]
+STRING = datasets.Value("string")
 
 
-def table(count: int, seed: int = 0, labels: Any = None, **columns: Any) -> datasets.Dataset:
-    """A table of PNG images with a ClassLabel column, as the hub has them; `columns` are added."""
+def table(count: int, seed: int = 0, labels: Any = None, names: Any = NAMES, kind: Any = None) -> Any:
+    """A table of PNG images of ants, bees and cats in turn, with a ClassLabel column unless `kind` is given.
+
+    `labels` are those of the three, or of all rows; `names` the class names in the order of their numbers.
+    """
     images = [{"bytes": encoded(pixels), "path": None} for pixels in pictures(count, 6, 6, 3, seed=seed)]
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
-    content = {"image": images, "label": [row % 3 for row in range(count)] if labels is None else labels}
-    made = datasets.Dataset.from_dict(content, features=datasets.Features(features))
-    for name, values in columns.items():
-        made = made.add_column(name, values)
-    return made
+    features = {"image": datasets.Image(), "label": kind or datasets.ClassLabel(names=list(names))}
+    labels = [names.index(name) for name in NAMES] if labels is None else labels
+    content = {"image": images, "label": [labels[row % len(labels)] for row in range(count)]}
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
 
 
-def pixels_of(split: Split) -> list[bytes]:
-    return sorted(image.numpy().tobytes() for image in split.images)
+def named(split: Split, names: Any) -> dict[bytes, str]:
+    """The class of each image by its name."""
+    return {content: names[label] for content, label in rows(split)}
 
 
-def raw(count: int, seed: int = 0) -> list[bytes]:
-    return sorted(image.transpose(2, 0, 1).tobytes() for image in pictures(count, 6, 6, 3, seed=seed))
+WORDS = {"kind": STRING, "labels": NAMES}  # of a table whose labels are strings
 
 
-def test_a_folder_of_parquet_files_is_read_by_the_words_in_its_names(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    for name, count, seed in (
-        ("data/train-00000-of-00002", 30, 0),
-        ("data/train-00001-of-00002", 30, 1),
-        ("x_Validation", 9, 2),
-    ):
-        file = folder / f"{name}.parquet"
+@pytest.mark.parametrize(
+    ("files", "settings", "sizes", "reported"),
+    [
+        ({"data/train-00000-of-00002": {}, "data/train-00001-of-00002": {}, "x_Validation": {}}, {}, (60, 30),
+         "data/train-00000-of-00002, data/train-00001-of-00002"),
+        ({"train": {}, "validation": {}, "test": {}, "readme": {}}, {}, (30, 30), "left out: readme, validation"),
+        ({"train": {}, "x_Validation": {}, "test": {}}, {"test_split": "validation"}, (30, 30), "left out: test"),
+        ({"train": {}, "test": {"names": ["cat", "ant", "bee"]}}, {}, (30, 30), ""),
+        ({"train": {"names": ["cat", "bee", "ant"]}, "test": WORDS}, {}, (30, 30), ""),
+        ({"train": WORDS, "test": {"names": ["cat", "ant", "bee"]}}, {}, (30, 30), ""),
+        ({"a/train": {}, "a/test": {}, "b/train": {}, "b/test": {}},
+         {"train_split": "a/train", "test_split": "b/test"}, (30, 30), "left out: a/test, b/train"),
+        ({"a/train/0000": {}, "a/train/0001": {}, "a/test/0000": {}}, {}, (60, 30), "a/train/0000, a/train/0001"),
+        ({"train/x": {}, "train/y": {}, "test/x": {}}, {}, (60, 30), "train/x, train/y"),
+        ({"train-00000-of-00001-0123456789abcdef": {}, "test": {}, ".x/test": {}}, {}, (30, 30), "left out: .x"),
+        ({"0000": {}, "0001": {}}, {}, (48, 12), "20 % of the images are held out"),
+        ({"train": {}, "test": {"labels": [0, 0, 0]}}, {}, (30, 30), "test split has no image of 2 of the 3"),
+    ],
+)  # fmt: skip
+def test_parquet_files_are_read_by_split_and_their_classes_by_name(
+    tmp_path: Path, files: Any, settings: Any, sizes: Any, reported: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = {}
+    for seed, (name, content) in enumerate(files.items()):
+        file = tmp_path / "set[1]" / f"{name}.parquet"  # which is no pattern
         file.parent.mkdir(parents=True, exist_ok=True)
-        table(count, seed).to_parquet(file)
-    source = partial(sources.huggingface, path=str(folder))
-    data = ready(tmp_path, source)
-    assert data.class_names == tuple(NAMES)
-    assert (len(data.train), len(data.val), len(data.test)) == (54, 6, 9)
-    assert pixels_of(data.test) == raw(9, seed=2)
-    table(12, seed=3).to_parquet(folder / "test.parquet")  # a test split comes before one for validation
-    assert pixels_of(ready(tmp_path, source).test) == raw(12, seed=3)
-    assert len(ready(tmp_path, partial(source, test_split="validation")).test) == 9
+        table(30, seed, **content).to_parquet(file)
+        ants = content.get("labels") == [0, 0, 0]
+        truth |= dict(zip(images_of(30, seed), ["ant"] * 30 if ants else NAMES * 10, strict=True))
+    caplog.set_level("INFO")
+    data = ready(tmp_path, read(tmp_path / "set[1]", **settings))
+    assert (len(data.train) + len(data.val), len(data.test)) == sizes
+    assert sorted(data.class_names) == NAMES
+    for split in (data.train, data.val, data.test):
+        assert named(split, data.class_names).items() <= truth.items()
+    assert reported in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a/train": {}, "a/test": {}, "b/train": {}, "b/test": {}}, ["train_split=null", "a/train", "b/train"]),
+        ({"one": {}, "two": {}}, ["dataset.source.train_split=null", "one, two"]),
+        ({"train": {}, "val": {}, "valid": {}}, ["dataset.source.test_split=null", "val, valid"]),
+        ({"train": {}, "tset": {}}, ["dataset.source.test_split=null", "tset"]),
+        ({"train2014": {}, "train2017": {}}, ["dataset.source.train_split=null", "train2014, train2017"]),
+        ({"train-00000-of-00003": {}, "train-00001-of-00003": {}}, ["train-00001-of-00003", "0 to 2"]),
+        ({"train-0-of-2": {}, "train-1-of-2": {"names": ["cat", "ant", "bee"]}}, ["parts of a split differ"]),
+        ({"train": {}, "test": {"names": [*NAMES, "dog"]}}, ["different classes: dog"]),
+        ({"train": WORDS, "test": {"kind": STRING, "labels": ["ant", "dog"]}}, ["different classes: dog"]),
+        ({"train": {}, "test": {"kind": datasets.Value("int64")}}, ["class names", "numbers"]),
+        ({"train": {"labels": [0, None]}, "test": {}}, ["the label of image 1 is missing"]),
+        ({"train": {"kind": STRING, "labels": ["ant", None]}, "test": {}}, ["the label of image 1 is missing"]),
+        ({"train": {"labels": [0, 1, -1]}, "test": {}}, ["the label of train image 2 is -1; expected 0 to 2"]),
+    ],
+)  # fmt: skip
+def test_parquet_files_that_leave_it_open_are_refused(tmp_path: Path, files: Any, words: list[str]) -> None:
+    for name, content in files.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        table(30, **content).to_parquet(tmp_path / "set" / f"{name}.parquet")
+    refusal(lambda: ready(tmp_path, read(tmp_path / "set")), *words)
 
 
 def test_one_parquet_file_gives_a_fifth_for_testing_whatever_the_seed(tmp_path: Path) -> None:
     table(60).to_parquet(tmp_path / "all.parquet")
-    source = partial(sources.huggingface, path=str(tmp_path / "all.parquet"))
-    data, other = ready(tmp_path, source), ready(tmp_path, source, split_seed=7)
+    data, other = (ready(tmp_path, read(tmp_path / "all.parquet"), split_seed=seed) for seed in (42, 7))
     assert (len(data.train), len(data.val), len(data.test)) == (43, 5, 12)
     assert torch.equal(data.test.images, other.test.images)
     assert torch.bincount(data.test.labels).tolist() == [4, 4, 4]
-    assert sorted(pixels_of(data.train) + pixels_of(data.val) + pixels_of(data.test)) == raw(60)
+    assert pixels_of(data.train, data.val, data.test) == sorted(images_of(60))
 
 
-def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
-    file = tmp_path / "all.parquet"
-    source = partial(sources.huggingface, path=str(file))
-    for seed in (0, 1):
-        table(60, seed).to_parquet(file)
-        os.utime(file, ns=(seed, seed))
-        data = ready(tmp_path, source)
-        assert sorted(pixels_of(data.train) + pixels_of(data.val) + pixels_of(data.test)) == raw(60, seed)
-    assert len(prepared_folders(tmp_path)) == 2
+@pytest.mark.parametrize("kind", ["parquet", "npz"])
+def test_a_file_rewritten_with_the_same_size_and_time_is_read_anew(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"all.{kind}"
+    found, digests = [], set()
+    for seed in (0, 1, 1):
+        if kind == "npz":
+            write_npz(file, X_train=pictures(40, 6, 6, 3, seed=seed))
+        else:
+            table(40, seed).to_parquet(file)
+        os.utime(file, ns=(1, 1))
+        data = ready(tmp_path, read(file))
+        found.append({*pixels_of(data.train, data.val, data.test)} & {*images_of(40, seed)})
+        digests.add(data.digest)
+    assert [len(images) for images in found] == [40, 40, 40]
+    assert len(digests) == 2  # the same content again has the same one
+    assert len(prepared_folders(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("train",), ()])
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",), (), ("train1", "train2", "test")])
 def test_save_to_disk_folders_are_read(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    folder = tmp_path / "saved"
-    if splits:
-        datasets.DatasetDict({name: table(60, seed) for seed, name in enumerate(splits)}).save_to_disk(folder)
-    else:
-        table(60).select(range(59, -1, -1)).save_to_disk(folder)
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
+    other = ["cat", "ant", "bee"]  # the order in which the test split numbers its classes
+    tables = {
+        split: table(60, n, names=other if split == "test" else NAMES) for n, split in enumerate(splits)
+    }
+    (datasets.DatasetDict(tables) if splits else table(60)).save_to_disk(tmp_path / "saved")
+    data = ready(tmp_path, read(tmp_path / "saved"))
     assert data.class_names == tuple(NAMES)
-    if len(splits) == 2:
-        assert pixels_of(data.test) == raw(60, seed=1)
+    if "test" in splits:
+        truth = dict(zip(images_of(60, len(splits) - 1), NAMES * 20, strict=True))
+        assert named(data.test, NAMES) == truth
     else:
-        assert sorted(pixels_of(data.train) + pixels_of(data.val) + pixels_of(data.test)) == raw(60)
+        assert torch.bincount(data.test.labels).tolist() == [4] * 3
+        assert pixels_of(data.train, data.val, data.test) == sorted(images_of(60))
 
 
-def make_folders(root: Path, splits: tuple[str, ...], count: int = 12) -> Path:
-    for seed, split in enumerate(splits):
-        for number, pixels in enumerate(pictures(3 * count, 6, 6, 3, seed=seed)):
-            file = root / split / NAMES[number % 3] / f"test_{number}.png"  # a name that is no split
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(file)
+def make_folders(root: Path, counts: dict[str, int]) -> Path:
+    """So many images in each of these folders."""
+    for seed, (folder, count) in enumerate(counts.items()):
+        (root / folder).mkdir(parents=True)
+        for number, pixels in enumerate(pictures(count, 6, 6, 3, seed=seed)):
+            Image.fromarray(pixels).save(root / folder / f"test_{number}.png")  # a name that is no split
     return root
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("training", "val"), ("train", "val", "test"), ("",)])
-def test_class_folders_are_read(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    folder = make_folders(tmp_path / "animals", splits)
-    (folder / splits[0] / "ant" / "notes.txt").write_text("no image")
-    (folder / ".hidden").write_text("")
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
-    assert data.class_names == tuple(NAMES)
-    if splits == ("",):
-        assert (len(data.train), len(data.val), len(data.test)) == (25, 3, 8)
-    else:
-        assert pixels_of(data.test) == raw(36, seed=len(splits) - 1)
-        assert sorted(pixels_of(data.train) + pixels_of(data.val)) == raw(36)
+def of(*splits: str, classes: Any = "pq", count: int = 10) -> dict[str, int]:
+    return {f"{split}/{name}": count for split in splits for name in classes}
+
+
+ANIMALS = of("train", "test", classes=NAMES, count=12)
+PACKED = {f"train.X{part}/n{part}{k}": 10 for part in (1, 2) for k in "ab"}  # like ImageNet-100's archive
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "sizes", "classes", "reported"),
+    [
+        (of("train", "test"), {}, (20, 20), "pq", ""),
+        (of("Training", "VAL"), {}, (20, 20), "pq", ""),
+        (of("train", "dev"), {}, (20, 20), "pq", ""),
+        (of("train", "val", "valid", "test", "misc"), {}, (20, 20), "pq", "left out: misc, val, valid"),
+        (of("train1", "train2", "test"), {}, (40, 20), "pq", "train split is train1, train2 together"),
+        (of("train1", "train2", "test"), {"train_split": "train1"}, (20, 20), "pq", "left out: train2"),
+        (of("train", "val", "valid"), {"test_split": "val"}, (20, 20), "pq", "left out: valid"),
+        (of("one", "two"), {"train_split": "one", "test_split": "two"}, (20, 20), "pq", ""),
+        (of("one", "two"), {}, (32, 8), ["one", "two"], "class folders hold folders, too: p, q"),
+        (PACKED | {f"val.X/{path[9:]}": 5 for path in PACKED}, {}, (40, 20), ["n1a", "n1b", "n2a", "n2b"],
+         "train.X1, train.X2"),
+        ({"p": 10, "q": 10, ".ipynb_checkpoints": 9, "__MACOSX": 9}, {}, (16, 4), "pq",
+         "left out: .ipynb_checkpoints, __MACOSX"),
+        ({"p": 10, "q": 10, "r": 0}, {}, (16, 4), "pq", "r (no images)"),
+        (of("train") | of("test", classes="q"), {}, (20, 10), "pq", "no image of 1 of the 2 classes (p)"),
+        ({"bus": 10, "car": 10, "train": 10}, {}, (24, 6), ["bus", "car", "train"], ""),
+    ],
+)  # fmt: skip
+def test_class_folders_are_read(
+    tmp_path: Path, caplog: Any, counts: Any, settings: Any, sizes: Any, classes: Any, reported: str
+) -> None:
+    folder = make_folders(tmp_path / "set", counts)
+    truth = {}
+    for seed, (path, count) in enumerate(counts.items()):
+        name = next((part for part in path.split("/") if part in classes), "none")
+        truth |= dict.fromkeys(images_of(count, seed), name)
+    (folder / next(iter(counts)) / "notes.txt").touch()
+    caplog.set_level("INFO")
+    data = ready(tmp_path, read(folder, **settings))
+    assert (len(data.train) + len(data.val), len(data.test)) == sizes
+    assert data.class_names == tuple(classes)
+    for split in (data.train, data.val, data.test):
+        assert named(split, classes).items() <= truth.items()
+    split_sizes = f"{len(data.train)} train, {len(data.val)} val and {sizes[1]} test images"
+    for words in (reported, "notes.txt", f"{split_sizes} of {len(classes)} classes ("):
+        assert words in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("counts", "settings", "words"),
+    [
+        (of("train", "val", "valid"), {}, ["dataset.source.test_split=null", "val, valid"]),
+        (of("train", "Train", "test"), {}, ["dataset.source.train_split=null", "Train, ", "train"]),
+        (of("train", "extra"), {}, ["dataset.source.test_split=null", "extra"]),
+        (of("train", "test"), {"test_split": "train"}, ["dataset.source.test_split=train", "has test"]),
+        (of("train", "test"), {"train_split": "tarin"}, ["dataset.source.train_split=tarin", "test, train"]),
+        (of("train") | of("test", classes="pqz"), {}, ["different classes: z"]),
+        ({"train": 10, "test": 10}, {}, ["train split is empty", "class folders"]),
+        (of("cat", "dog", classes=["train", "test"]), {}, ["/cat holds splits"]),
+        ({"train/x/y": 0, "test/x/y": 0}, {}, ["train split is empty"]),
+    ],
+)  # fmt: skip
+def test_class_folders_that_leave_it_open_are_refused(
+    tmp_path: Path, counts: Any, settings: Any, words: list[str]
+) -> None:
+    folder = make_folders(tmp_path / "set", counts)
+    refusal(lambda: ready(tmp_path, read(folder, **settings)), *words)
+
+
+def test_tiny_imagenet_is_read_as_it_is_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    counts = of("train", classes=["n1/images", "n2/images"]) | {"val/images": 6, "test/images": 4}
+    folder = make_folders(tmp_path / "tiny", counts)
+    (folder / "train" / "n1" / "n1_boxes.txt").touch()
+    lines = [f"test_{number}.png\tn{1 + number % 2}\t0\t0\t9\t9\n" for number in range(6)]
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    caplog.set_level("INFO")
+    data = ready(tmp_path, read(folder))
+    assert (len(data.train), data.class_names) == (18, ("n1", "n2"))
+    assert data.test.labels.tolist() == [0, 1] * 3 and pixels_of(data.test) == sorted(images_of(6, 2))
+    assert "left out: test, train/n1/n1_boxes.txt" in caplog.text
+
+
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
+    disk = make_folders(tmp_path / "disk", of("a", "b"))
+    train = tmp_path / "set" / "train"
+    train.mkdir(parents=True)
+    for link, target in (
+        *((train / name, disk / "a" / name) for name in "pq"),
+        *((train.parent / "test", disk / "b"), (tmp_path / "link", train.parent)),
+        (disk / "a" / "p" / "again", train.parent),
+    ):
+        link.symlink_to(target)
+    data = ready(tmp_path, read(tmp_path / "link"))
+    assert (len(data.train) + len(data.val), len(data.test), data.class_names) == (20, 20, ("p", "q"))
+    (disk / "b" / "p" / "test_0.png").unlink()
+    assert len(ready(tmp_path, read(tmp_path / "link")).test) == 19
+    (disk / "b" / "p" / "test_0.png").symlink_to("nowhere")
+    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), "cannot be used", "test/p/test_0.png")
+    (train / "loop").symlink_to("loop")  # stands for all that cannot be read
+    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), f"{tmp_path / 'link'}: cannot be read", "loop")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_rows_of_a_table_reach_nothing_outside_of_its_folder(
+    tmp_path: Path, as_text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, folder = tmp_path / "private.png", tmp_path / "set"
+    hub = tmp_path / "hub" / "datasets--owner--name"
+    for file in (private, folder / "own.png", hub / "blobs" / "0123"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures(1, 6, 6, 3)[0]).save(file, "PNG")
+    (folder / "link.png").symlink_to(private)
+    (hub / "snapshots").mkdir()
+    (hub / "snapshots" / "1.png").symlink_to(hub / "blobs" / "0123")  # the hub's cache is made of links
+
+    def tables(path: Any) -> datasets.DatasetDict:
+        image = [str(path) if as_text else {"bytes": None, "path": str(path)}] * 30
+        made = datasets.Dataset.from_dict({"image": image, "label": [0, 1] * 15})
+        return datasets.DatasetDict(train=made, test=made)
+
+    def parquet(path: Any) -> DataSplits:
+        tables(path)["train"].to_parquet(folder / "train.parquet")
+        return ready(tmp_path, read(folder, image_column="image"))
+
+    for path in (private, "../private.png", "link.png"):
+        refusal(lambda path=path: parquet(path), f"dataset.path={folder}", f"{path} is outside of ")
+    for path in ("own.png", folder / "own.png"):
+        assert pixels_of(parquet(path).test)[0] == images_of(1)[0]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    monkeypatch.setattr(sources, "_knock", lambda path: None)
+    for path in (private, hub / "snapshots" / "1.png"):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, path=path: tables(path))
+        load = partial(ready, tmp_path, read("owner/name", image_column="image"))
+        if path == private:
+            refusal(load, f"{path} is outside of ")
+        else:
+            assert pixels_of(load().test)[0] == images_of(1)[0]
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
-    folder = make_folders(tmp_path / "animals", ("train", "test"))
+    folder = make_folders(tmp_path / "animals", ANIMALS)
     broken = folder / "test" / "bee" / "test_4.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(folder))))
     row = sorted((folder / "test").rglob("*.png")).index(broken)
-    assert message.startswith(f"dataset.path={folder}: test image {row} cannot be used ({broken}: ")
+    refusal(lambda: ready(tmp_path, read(folder)), f"{folder}: test image {row} cannot be used ({broken}: ")
     assert prepared_folders(tmp_path) == []
+    features = table(60).features
     spoilt = table(60).to_dict()
     spoilt["image"][7] = {"bytes": b"no image at all", "path": None}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     made = datasets.Dataset.from_dict(spoilt, features=features)
-    datasets.DatasetDict({"train": made, "test": table(9)}).save_to_disk(tmp_path / "saved")
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "saved"))))
-    assert message.startswith(
-        f"dataset.path={tmp_path / 'saved'}: train image 7 cannot be used (cannot identify"
-    )
-    made.save_to_disk(tmp_path / "single")
-    message = refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=str(tmp_path / "single"))))
-    assert "cannot be used (row 7 of the data: cannot identify" in message
+    path = saved(tmp_path / "two", {"train": made, "test": table(9)})
+    refusal(lambda: ready(tmp_path, read(path)), f"{path}: train image 7 cannot be used (cannot identify")
+    path = saved(tmp_path / "one", made)
+    refusal(lambda: ready(tmp_path, read(path)), "cannot be used (row 7 of the data: cannot identify")
 
 
 def test_images_lie_upright_as_their_exif_data_says(tmp_path: Path) -> None:
-    folder = make_folders(tmp_path / "animals", ("train", "test"))
+    folder = make_folders(tmp_path / "animals", ANIMALS)
     picture = Image.fromarray(pictures(1, 6, 6, 3)[0])
     exif = picture.getexif()
     exif[0x0112] = 6  # turned by 90 degrees
     for file in folder.rglob("*.png"):
         picture.save(file, exif=exif)
-    data = ready(tmp_path, partial(sources.huggingface, path=str(folder)))
+    data = ready(tmp_path, read(folder))
     expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270)).transpose(2, 0, 1)
     assert np.array_equal(data.test.images[0].numpy(), expected)
 
@@ -514,17 +665,13 @@ def test_columns_are_found_by_type_then_by_name(tmp_path: Path) -> None:
     assert sources.huggingface(path=path).class_names == ("0", "1", "2")
 
     # Encoded images without the library's own metadata, as other programs write them; names as labels.
-    bare = datasets.Dataset.from_dict(
-        {
-            "img": [encoded(pixels) for pixels in pictures(30, 6, 6, 3)],
-            "label": [NAMES[2 - row % 3] for row in range(30)],
-        }
-    )
+    images, labels = [encoded(pixels) for pixels in pictures(30, 6, 6, 3)], [*reversed(NAMES)] * 10
+    bare = datasets.Dataset.from_dict({"img": images, "label": labels})
     path = saved(tmp_path / "bare", {"train": bare, "test": bare})
-    data = ready(tmp_path, partial(sources.huggingface, path=path))
+    data = ready(tmp_path, read(path))
     assert data.class_names == tuple(NAMES)
     assert data.test.labels[:4].tolist() == [2, 1, 0, 2]
-    assert pixels_of(data.test) == raw(30)
+    assert pixels_of(data.test) == sorted(images_of(30))
 
     # CIFAR-100's two kinds of label: the one with a usual name is taken.
     fine = table(30).rename_column("label", "fine_label").add_column("coarse_label", [0, 1] * 15)
@@ -539,107 +686,44 @@ def test_columns_that_cannot_be_told_apart_are_for_the_user_to_name(tmp_path: Pa
     many = one.rename_column("image", "left").add_column("right", one.to_dict()["image"])
     many = many.cast_column("right", datasets.Image())
     path = saved(tmp_path / "many", {"train": many, "test": many})
-    assert refusal(lambda: sources.huggingface(path=path)) == (
-        f"dataset.source.image_column=null: dataset.path={path} leaves it open; "
-        "name one of left, label, right"
-    )
-    assert refusal(lambda: sources.huggingface(path=path, image_column="up")) == (
-        f"dataset.source.image_column=up: dataset.path={path} has left, label, right"
-    )
-    assert refusal(lambda: sources.huggingface(path=path, image_column="label")) == (
-        "dataset.source.image_column=label: holds ClassLabel(names=['ant', 'bee', 'cat']), no images"
-    )
-    assert len(sources.huggingface(path=path, image_column="right").train.images) == 30
+    for settings, words in (
+        ({}, "dataset.source.image_column=null: "),
+        ({"image_column": "up"}, "dataset.source.image_column=up: "),
+    ):
+        refusal(read(path, **settings), words, "left, label, right")
+    refusal(read(path, image_column="label"), "dataset.source.image_column=label: holds ClassLabel(")
+    assert len(read(path, image_column="right")().train.images) == 30
     unlabelled = saved(tmp_path / "unlabelled", {"train": one.remove_columns("label")})
-    assert refusal(lambda: sources.huggingface(path=unlabelled)) == (
-        f"dataset.source.label_column=null: dataset.path={unlabelled} leaves it open; name one of image"
-    )
+    refusal(read(unlabelled), "dataset.source.label_column=null: ", "name one of image")
 
 
 def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
     hidden = table(9, seed=3, labels=[-1] * 9)
     path = saved(tmp_path / "a", {"train": table(30), "test": hidden, "validation": table(12, seed=2)})
-    data = ready(tmp_path, partial(sources.huggingface, path=path))
-    assert pixels_of(data.test) == raw(12, seed=2)
+    data = ready(tmp_path, read(path))
+    assert pixels_of(data.test) == sorted(images_of(12, 2))
     path = saved(tmp_path / "b", {"train": table(60), "test": hidden})
-    assert len(ready(tmp_path, partial(sources.huggingface, path=path)).test) == 12
-    wanted = partial(sources.huggingface, path=path, test_split="test")
-    assert refusal(lambda: ready(tmp_path, wanted)) == (
-        f"dataset.path={path}: the label of test image 0 is -1; expected 0 to 2"
-    )
+    assert len(ready(tmp_path, read(path)).test) == 12
+    wanted = read(path, test_split="test")
+    refusal(lambda: ready(tmp_path, wanted), f"{path}: the label of test image 0 is -1; expected 0 to 2")
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, None] * 15, "the label of image 1 is missing or NaN"),
-        ([0, 1, -1] * 10, "the label of train image 2 is -1; expected 0 to 2"),
-    ],
-)
-def test_labels_that_are_missing_in_a_table_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
-    path = saved(tmp_path / "a", {"train": table(30, labels=labels), "test": table(9)})
-    assert (
-        refusal(lambda: ready(tmp_path, partial(sources.huggingface, path=path)))
-        == f"dataset.path={path}: {message}"
-    )
-
-
-def test_paths_and_splits_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a", {"train": table(30), "extra": table(9)})
-    read = partial(sources.huggingface, path=path)
-    assert refusal(lambda: read(test_split="tset")) == (
-        f"dataset.source.test_split=tset: dataset.path={path} has train, extra"
-    )
-    assert refusal(lambda: read(test_split="train")) == (
-        "dataset.source.test_split=train: is the training split; name another one"
-    )
-    assert refusal(lambda: read(name="full")) == (
-        f"dataset.source.name=full: {path} is on disk, where there are no configurations"
-    )
-    pair = saved(tmp_path / "b", {"one": table(30), "two": table(9)})
-    assert refusal(lambda: sources.huggingface(path=pair)) == (
-        f"dataset.source.train_split=null: dataset.path={pair} has one, two; name one"
-    )
-    assert refusal(lambda: sources.huggingface(path="./no/such.parquet")) == (
-        "dataset.path=./no/such.parquet: no such file or folder, nor a name on the hub (owner/name)"
-    )
+def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    assert refusal(lambda: sources.huggingface(path=str(tmp_path / "notes.txt"))) == (
-        f"dataset.path={tmp_path / 'notes.txt'}: expected a .parquet or .npz file, or a folder"
-    )
     (tmp_path / "empty").mkdir()
-    assert refusal(lambda: sources.huggingface(path=str(tmp_path / "empty"))) == (
-        f"dataset.path={tmp_path / 'empty'}: holds no images in class folders, and no parquet files"
-    )
-    npz_file = write_npz(tmp_path / "a.npz")
-    assert refusal(lambda: sources.huggingface(path=str(npz_file), label_column="y")) == (
-        f"dataset.source.label_column=y: {npz_file} is no table and has no columns"
-    )
-    assert len(sources.huggingface(path=str(npz_file)).test.labels) == 8
-
-
-def test_damaged_and_misnamed_parquet_files_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    table(30).to_parquet(folder / "train.parquet")
-    table(30).to_parquet(folder / "tset.parquet")
-    assert refusal(lambda: sources.huggingface(path=str(folder))) == (
-        f"dataset.path={folder / 'tset.parquet'}: its name says neither train nor test nor validation"
-    )
-    whole = (folder / "tset.parquet").read_bytes()
-    (folder / "tset.parquet").unlink()
-    (folder / "test.parquet").write_bytes(whole[: len(whole) // 2])
-    message = refusal(lambda: sources.huggingface(path=str(folder)))
-    assert message.startswith(f"dataset.path={folder}: cannot be read (")
-    assert len(message) < 500
-
-
-def test_a_test_class_that_training_has_not_is_refused(tmp_path: Path) -> None:
-    folder = make_folders(tmp_path / "animals", ("train", "test"))
-    (folder / "test" / "cat").rename(folder / "test" / "dog")
-    assert refusal(lambda: sources.huggingface(path=str(folder))) == (
-        f"dataset.path={folder}: the test split has the label 'dog', which training has not"
-    )
+    file = write_npz(tmp_path / "a.npz")
+    table(30).to_parquet(tmp_path / "half.parquet")
+    os.truncate(tmp_path / "half.parquet", 2000)
+    for path, settings, words in (
+        (str(tmp_path), {"name": "full"}, "dataset.source.name=full: "),
+        ("./no/such.parquet", {}, "dataset.path=./no/such.parquet: no such file or folder"),
+        (str(tmp_path / "notes.txt"), {}, "expected a .parquet or .npz file, or a folder"),
+        (str(tmp_path / "empty"), {}, f"dataset.path={tmp_path / 'empty'}: the train split is empty"),
+        (str(tmp_path / "half.parquet"), {}, f"dataset.path={tmp_path / 'half.parquet'}: cannot be read ("),
+        (str(file), {"label_column": "y"}, "dataset.source.label_column=y: "),
+    ):
+        assert len(refusal(read(path, **settings), words)) < 500
+    assert len(sources.huggingface(path=str(file)).test.labels) == 8
 
 
 # --- The network -----------------------------------------------------------------------------------------
@@ -656,33 +740,24 @@ def test_a_hub_that_does_not_answer_is_left_soon(dead_server: str, monkeypatch: 
     import huggingface_hub.constants
 
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
-    advice = "set dataset.path to a local copy, or HF_HUB_OFFLINE=1 to use what was downloaded before"
-    for endpoint, cause in (
-        (dead_server, "timed out"),
-        ("http://127.0.0.1:9", "[Errno 111] Connection refused"),
-    ):
+    for endpoint, cause in ((dead_server, "timed out"), ("http://127.0.0.1:9", "Connection refused")):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
         started = time.monotonic()
-        assert refusal(lambda: sources.huggingface(path="owner/name")) == (
-            f"dataset.path=owner/name: is not on disk, and the hub does not answer ({cause}); {advice}"
-        )
+        words = ("dataset.path=owner/name: ", cause, "set dataset.path to a local copy", "HF_HUB_OFFLINE=1")
+        refusal(lambda: sources.huggingface(path="owner/name"), *words)
         assert time.monotonic() - started < 5
 
 
 def test_the_hub_is_asked_for_a_name_and_its_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
     asked: list[Any] = []
-
-    def load_dataset(*words: Any) -> datasets.DatasetDict:
-        asked.append(words)
-        return datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
-
     monkeypatch.setattr(sources, "_knock", lambda path: None)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = ready(tmp_path, partial(sources.huggingface, path="owner/name", name="small"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
+    data = ready(tmp_path, read("owner/name", name="small"))
     assert asked == [("owner/name", "small")]
-    assert pixels_of(data.test) == raw(9, seed=1)
+    assert pixels_of(data.test) == sorted(images_of(9, 1))
 
 
 def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,8 +765,7 @@ def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = refusal(lambda: sources.huggingface(path="owner/name"))
-    assert message.startswith("dataset.path=owner/name: cannot be read (")
+    refusal(lambda: sources.huggingface(path="owner/name"), "dataset.path=owner/name: cannot be read (")
 
 
 CLASSES = {10: [f"class {number}" for number in range(10)], 100: [f"class {number}" for number in range(100)]}
@@ -730,59 +804,34 @@ def cifar_archive(kind: Any, classes: int) -> tuple[type, bytes]:
     return small, buffer.getvalue()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one body for every path, and counts how often it was fetched."""
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.body, self.fetched = body, 0
-        self.url = f"http://127.0.0.1:{self.server_port}/archive.tar.gz"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_HEAD(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        self.server.fetched += 1
-        self.do_HEAD()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # torchvision looks, then asks again
-            self.wfile.write(self.server.body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(params=[10, 100])
 def small_cifar(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[int, Any, Server]]:
-    """CIFAR with a few images, served from this machine through torchvision's own code."""
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Any, Path]]:
+    """CIFAR with a few images, which torchvision's own code downloads from this machine."""
     classes = request.param
-    kind, archive = cifar_archive(getattr(torchvision.datasets, f"CIFAR{classes}"), classes)
-    server = Server(archive)
-    kind.url = server.url  # type: ignore[attr-defined]
+    kind, content = cifar_archive(getattr(torchvision.datasets, f"CIFAR{classes}"), classes)
+    archive = tmp_path_factory.mktemp("server") / "archive.tar.gz"
+    archive.write_bytes(content)
     monkeypatch.setattr(torchvision.datasets, f"CIFAR{classes}", kind)
-    yield classes, kind, server
-    server.shutdown()
-    server.server_close()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        kind.url = f"http://127.0.0.1:{server.server_port}/{archive.name}"  # type: ignore[attr-defined]
+        yield classes, kind, archive
+        server.shutdown()
 
 
 def variant(classes: int) -> Any:
     return f"cifar{classes}"
 
 
-def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Server]) -> None:
-    classes, kind, server = small_cifar
+def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Path]) -> None:
+    classes, kind, archive = small_cifar
     root = tmp_path / "torchvision"
     source = partial(sources.cifar, variant=variant(classes), data_dir=root.parent)
     data = ready(tmp_path, source, size=32, channels=3, val_fraction=0.25)
-    fetched = server.fetched
+    archive.unlink()  # nothing is downloaded again
     assert data.class_names == tuple(CLASSES[classes])
     assert len(data.test) == 2 * classes and len(data.train) + len(data.val) == 4 * classes * len(
         kind.train_list
@@ -793,97 +842,71 @@ def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple
     ready(tmp_path, source, size=16, val_fraction=0.25)  # prepared anew from what is there
     (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
     assert len(source().test.labels) == 2 * classes  # unpacked again
-    assert server.fetched == fetched
-
     copy = partial(sources.cifar, variant=variant(classes), data_dir="nowhere", path=str(root))
     assert torch.equal(ready(tmp_path, copy, val_fraction=0.25).test.images, data.test.images)
     (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
-    assert refusal(copy) == (
-        f"dataset.path={root}: the files of cifar{classes} in {root} are incomplete or corrupt"
-    )
+    refusal(copy, f"dataset.path={root}: ", f"cifar{classes}", "incomplete or corrupt")
 
 
 @pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda body: body[:-9] + b"x" * 9])
 def test_a_corrupt_archive_is_refused_and_not_kept(
-    tmp_path: Path, small_cifar: tuple[int, Any, Server], damage: Callable[[bytes], bytes]
+    tmp_path: Path, small_cifar: tuple[int, Any, Path], damage: Callable[[bytes], bytes]
 ) -> None:
-    classes, kind, server = small_cifar
-    whole, server.body = server.body, damage(server.body)
+    classes, kind, archive = small_cifar
+    whole = archive.read_bytes()
+    archive.write_bytes(damage(whole))
     source = partial(sources.cifar, variant=variant(classes), data_dir=tmp_path)
-    assert refusal(lambda: ready(tmp_path, source)) == (
-        f"dataset=cifar{classes}: cannot be downloaded (the archive is corrupt: its md5 is wrong); "
-        f"set dataset.path to a local copy, or put {kind.filename} into {tmp_path / 'torchvision'}"
-    )
+    words = ("its md5 is wrong", "set dataset.path", f"put {kind.filename} into {tmp_path / 'torchvision'}")
+    refusal(lambda: ready(tmp_path, source), f"dataset=cifar{classes}: cannot be downloaded (", *words)
     assert list((tmp_path / "torchvision").iterdir()) == [] == prepared_folders(tmp_path)
     (tmp_path / "torchvision" / kind.filename).write_bytes(whole)  # as the message advises
     assert len(source().test.labels) == 2 * classes
 
 
 def test_a_download_from_a_dead_server_ends(
-    tmp_path: Path, dead_server: str, small_cifar: tuple[int, Any, Server], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dead_server: str, small_cifar: tuple[int, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classes, kind, _ = small_cifar
     kind.url = dead_server
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     started = time.monotonic()
-    message = refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path))
+    words = (f"dataset=cifar{classes}: cannot be downloaded", "timed out", "set dataset.path to a local copy")
+    refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path), *words)
     assert time.monotonic() - started < 5
-    assert message.startswith(f"dataset=cifar{classes}: cannot be downloaded (")
-    assert "timed out" in message and "set dataset.path to a local copy" in message
     assert socket.getdefaulttimeout() is None
     assert list((tmp_path / "torchvision").iterdir()) == []
 
 
 def test_a_copy_of_cifar_may_be_of_any_kind_and_must_have_its_classes(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "a.npz")
-    message = refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)))
-    assert message == (
-        f"dataset.path={file}: has 4 classes and cifar10 has 10; dataset=huggingface reads any other set"
-    )
+    copy = partial(sources.cifar, variant="cifar10", data_dir="nowhere")
+    refusal(lambda: copy(path=str(file)), f"dataset.path={file}: has 4 classes and cifar10 has 10")
     write_npz(file, y_train=np.arange(40) % 10, y_test=np.arange(8))
-    assert len(sources.cifar(variant="cifar10", data_dir="nowhere", path=str(file)).class_names) == 10
-    assert refusal(lambda: sources.cifar(variant="cifar10", data_dir="nowhere", path="nowhere")) == (
-        "dataset.path=nowhere: no such file or folder"
-    )
+    assert len(copy(path=str(file)).class_names) == 10
+    refusal(lambda: copy(path="nowhere"), "dataset.path=nowhere: no such file or folder")
 
 
 # --- The cache -------------------------------------------------------------------------------------------
 
 
-def counted(source: Callable[[], Source]) -> tuple[Callable[[], Source], list[int]]:
-    calls: list[int] = []
-
-    def opened() -> Source:
-        calls.append(1)
-        return source()
-
-    return opened, calls
-
-
 def equal(one: DataSplits, other: DataSplits) -> bool:
-    parts = (("train", "val", "test"), ("images", "labels"))
-    same = [
-        torch.equal(getattr(getattr(one, p), a), getattr(getattr(other, p), a))
-        for p in parts[0]
-        for a in parts[1]
-    ]
+    parts = ((getattr(one, part), getattr(other, part)) for part in ("train", "val", "test"))
+    same = [torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in parts]
     return all(same) and (one.class_names, one.mean, one.std) == (other.class_names, other.mean, other.std)
 
 
 def test_the_second_start_does_not_open_the_source(tmp_path: Path) -> None:
-    source, calls = counted(sources.digits)
-    first, second = ready(tmp_path, source), ready(tmp_path, source)
-    assert len(calls) == 1
-    assert equal(first, second)
-    for changed in (
-        {"size": 9},
-        {"channels": 3},
-        {"val_fraction": 0.2},
-        {"split_seed": 1},
-        {"name": "other"},
-    ):
+    calls: list[int] = []
+
+    def source() -> Source:
+        calls.append(1)
+        return sources.digits()
+
+    assert equal(ready(tmp_path, source), ready(tmp_path, source))
+    changes = ({"size": 9}, {"channels": 3}, {"val_fraction": 0.2}, {"split_seed": 1}, {"name": "other"})
+    for number, changed in enumerate(({}, *changes)):
         ready(tmp_path, source, **changed)
-    assert len(calls) == 6
+        assert len(calls) == 1 + number
     ready(tmp_path, source)
     assert len(calls) == 6
 
@@ -904,49 +927,119 @@ def test_odd_names_stay_inside_the_folder(tmp_path: Path) -> None:
     assert prepared_folders(tmp_path / "data")[0].startswith(".._.._owner_my_set-")
 
 
-def flip_a_byte(path: Path) -> None:
+def flip(path: Path, place: float) -> None:
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1
+    content[int(place * (len(content) - 1))] ^= 1
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("memory_limit", [2 << 30, 0])
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("train_images.npy", lambda path: os.truncate(path, path.stat().st_size - 1000)),
-        ("train_images.npy", lambda path: path.write_bytes(b"")),
-        ("test_labels.npy", flip_a_byte),
-        ("val_images.npy", lambda path: path.unlink()),
-        ("val_labels.npy", lambda path: np.save(path, np.array([Trap(path)]), allow_pickle=True)),
-        ("meta.json", lambda path: path.write_text("{")),
-        ("meta.json", lambda path: path.write_text(json.dumps({"splits": 3}))),
-    ],
-)
-def test_a_damaged_cache_is_made_anew(
-    tmp_path: Path,
-    file: str,
-    damage: Callable[[Path], Any],
-    memory_limit: int,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    first = ready(tmp_path, sources.digits)
-    (folder,) = (tmp_path / "prepared").glob("set-*")
-    damage(folder / file)
-    again = ready(tmp_path, sources.digits, memory_limit=memory_limit)
-    assert equal(first, again)
-    assert f"the prepared data in {folder} is damaged (" in caplog.text
-    assert prepared_folders(tmp_path) == [folder.name]
-    caplog.clear()
-    ready(tmp_path, sources.digits)
-    assert "damaged" not in caplog.text
+def replace(path: Path, make: Callable[[], Any]) -> None:
+    path.unlink()
+    make()
 
 
-def test_changed_pixels_are_noticed_too_where_they_are_read_into_memory(tmp_path: Path) -> None:
+PREPARED = [f"{part}_{kind}.npy" for part in ("train", "val", "test") for kind in ("images", "labels")]
+PLACES = (0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 9),
+    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "a folder": lambda path: replace(path, path.mkdir),
+    "unreadable": lambda path: replace(path, lambda: path.symlink_to(path.name)),  # root may read all files
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.parent / "sprung"))),
+    "other JSON": lambda path: path.write_text(json.dumps({"sha256": "", "arrays": 3})),
+    "deep JSON": lambda path: path.write_text("[" * 100_000),
+    **{f"flipped at {place}": partial(flip, place=place) for place in PLACES},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    source = in_memory(pictures(40, 9, 9, 3), HALVES * 2)
+    first = ready(tmp_path, source)
+    (folder,) = (tmp_path / "prepared").glob("set-*")
+    for file in (*PREPARED, "meta.json"):
+        content = (folder / file).read_bytes()
+        caplog.clear()
+        DAMAGES[damage](folder / file)
+        again = ready(tmp_path, source, memory_limit=0)
+        assert equal(first, again) and first.digest == again.digest
+        lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        header = damage.startswith("flipped") and float(damage[11:]) * len(content) < 128  # not read by aerl
+        assert len(lines) == (0 if header else 1) or (file == "meta.json" and len(lines) < 2)
+        assert all(f"the prepared data in {folder} is damaged (" in line for line in lines)
+        assert not (folder / "sprung").exists()
+        caplog.clear()
+        ready(tmp_path, source)
+        assert caplog.text == "" and prepared_folders(tmp_path) == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["a file", "a link", "a moved folder"])
+def test_whatever_stands_in_the_place_of_prepared_data_is_replaced(tmp_path: Path, damage: str) -> None:
     first = ready(tmp_path, sources.digits)
     (folder,) = (tmp_path / "prepared").glob("set-*")
-    flip_a_byte(folder / "train_images.npy")
+    folder.rename(tmp_path / "moved")
+    if damage == "a file":
+        folder.write_text("")
+    else:
+        folder.symlink_to(tmp_path / "moved")
+    if damage == "a link":
+        flip(tmp_path / "moved" / "meta.json", 0.5)
     assert equal(first, ready(tmp_path, sources.digits))
+    assert folder.is_symlink() == (damage == "a moved folder")
+
+
+def test_files_that_nobody_has_touched_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready(tmp_path, sources.digits)
+    (labels,) = (tmp_path / "prepared").glob("set-*/test_labels.npy")
+    now, digest, read = time.time_ns(), hashlib.file_digest, []
+    noted = lambda file, kind: read.append(file.name) or digest(file, kind)  # noqa: E731
+    monkeypatch.setattr("hashlib.file_digest", noted)
+    monkeypatch.setattr("time.time_ns", lambda: now + 2 * 10**9)  # two seconds later
+    for expected in (6, 6):
+        ready(tmp_path, sources.digits)
+        assert len(read) == expected
+    content, status = labels.read_bytes(), labels.stat()
+    labels.write_bytes(content)
+    os.utime(labels, ns=(status.st_atime_ns, status.st_mtime_ns))
+    ready(tmp_path, sources.digits)
+    assert read[6:] == [str(labels)]
+
+
+def test_the_digest_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
+    make_folders(tmp_path / "a", ANIMALS)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "train" / "ant" / "test_0.png", ns=(1, 1))
+    one, other, large = (
+        ready(tmp_path / "cache", read(tmp_path / folder), memory_limit=limit)
+        for folder, limit in (("a", 2 << 30), ("b", 2 << 30), ("b", 0))
+    )
+    assert len(one.digest) == 64 and one.digest == other.digest == large.digest
+    for split in ("train", "test"):
+        (tmp_path / "b" / split / "cat").rename(tmp_path / "b" / split / "dog")
+    assert ready(tmp_path, read(tmp_path / "b")).digest != one.digest
+
+
+def test_a_fingerprint_covers_files_and_foreign_code_and_needs_no_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("def make(root): ...")
+    write_npz(tmp_path / "a.npz")
+    identity, recipe = {"_target_": "mine.make", "root": str(tmp_path / "a.npz")}, {"size": 8}
+    found = {fingerprint(identity, recipe), fingerprint(identity, recipe), fingerprint(identity, {"size": 9})}
+    (tmp_path / "mine.py").write_text("def make(root): return 1")
+    found.add(fingerprint(identity, recipe))
+    write_npz(tmp_path / "a.npz")
+    found.add(fingerprint(identity, recipe))
+    assert len(found) == 4
+    code = "import sys, aerl.fingerprint; print({'torch', 'numpy'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert output.stdout == "set()\n"
 
 
 def test_large_sets_are_mapped_and_equal_to_those_in_memory(tmp_path: Path) -> None:
@@ -968,15 +1061,23 @@ def test_many_blocks_and_threads_give_the_same_as_one(
     assert equal(ready(tmp_path / "b", sources.digits, size=100), whole)
 
 
-def test_a_faster_process_wins_where_locks_do_not_work(tmp_path: Path) -> None:
+def test_a_faster_process_wins_where_locks_do_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     first = ready(tmp_path / "other", sources.digits)
 
     def slow() -> Source:
         shutil.copytree(tmp_path / "other" / "prepared", tmp_path / "data" / "prepared", dirs_exist_ok=True)
         return sources.digits()
 
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    caplog.set_level("INFO")
     assert equal(ready(tmp_path / "data", slow), first)
     assert prepared_folders(tmp_path / "data") == prepared_folders(tmp_path / "other")
+    assert "No locks available" in caplog.text
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
@@ -1024,19 +1125,15 @@ def small_files() -> Iterator[None]:
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
-    assert refusal(lambda: ready(tmp_path, sources.digits, size=32)) == (
-        f"data_dir={tmp_path}: cannot hold the prepared data of set ([Errno 27] File too large)"
-    )
+    refusal(lambda: ready(tmp_path, sources.digits, size=32), f"data_dir={tmp_path}: ", "File too large")
     assert prepared_folders(tmp_path) == []
     assert len(ready(tmp_path, sources.digits).test) == 360  # which is small enough
 
 
 def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = refusal(lambda: ready(tmp_path / "file", sources.digits))
-    assert message == (
-        f"data_dir={tmp_path / 'file'}: cannot hold the prepared data of set "
-        f"([Errno 20] Not a directory: '{tmp_path / 'file' / 'prepared'}')"
+    refusal(
+        lambda: ready(tmp_path / "file", sources.digits), f"data_dir={tmp_path / 'file'}: ", "a directory"
     )
 
 
@@ -1212,9 +1309,7 @@ def test_ten_thousand_real_cifar_images(tmp_path: Path) -> None:
 @needs_real_images
 def test_real_images_at_224_pixels_are_mapped(tmp_path: Path) -> None:
     file = REAL / "imagenet100-tiny" / "validation.parquet"
-    data = ready(
-        tmp_path, partial(sources.huggingface, path=str(file)), size=224, channels=3, memory_limit=64 << 20
-    )
+    data = ready(tmp_path, read(file), size=224, channels=3, memory_limit=64 << 20)
     assert data.image_shape == (3, 224, 224)
     assert data.num_classes == 100
     assert data.train.mapped and len(data.train) == 1440
@@ -1232,7 +1327,7 @@ status = pathlib.Path("/proc/self/status")
 peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
 path, size, limit = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-data = prepare(partial(sources.huggingface, path=path), identity={"path": path}, data_dir=sys.argv[1],
+data = prepare(read(path), identity={"path": path}, data_dir=sys.argv[1],
                name="set", size=size, channels=3, val_fraction=0.1, split_seed=42, memory_limit=limit)
 print(data.train.mapped, peak() - before)
 """

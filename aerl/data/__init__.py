@@ -4,7 +4,7 @@ from aerl.data.augmentation import augment
 from aerl.data.batches import Batches, to_unit
 from aerl.data.cache import prepare
 from aerl.data.sources import Source, Table
-from aerl.data.splits import DataSplits, Split, rows, subset
+from aerl.data.splits import DataSplits, Split, limit_training, rows, subset
 
 __all__ = [
     "Batches",
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "Table",
     "augment",
+    "limit_training",
     "prepare",
     "rows",
     "subset",

@@ -2,10 +2,14 @@
 
     <data_dir>/prepared/<name>-<key>/{train,val,test}_{images,labels}.npy, meta.json
 
-The key is a hash of all that decides the content, so that nothing stale is ever read. A folder appears
-under its name complete or not at all. Starting from one needs neither the source nor its libraries.
+The key is `aerl.fingerprint` of all that decides the content, so that nothing stale is ever read. A folder
+appears under its name complete or not at all. meta.json holds the SHA-256 of itself and of the arrays, which
+are checked in full when their files have been touched since the last check. Starting from a prepared folder
+needs neither the source nor its libraries.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +19,6 @@ import re
 import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,14 +31,15 @@ import numpy.typing as npt
 import torch
 
 from aerl.data.batches import ahead
-from aerl.data.sources import Labels, Source, Table, one_line, stratified_split
+from aerl.data.sources import Labels, Source, Table, few, one_line, stratified_split
 from aerl.data.splits import DataSplits, Split
+from aerl.files import atomic_write
+from aerl.fingerprint import fingerprint, stamp
 from aerl.types import UserError
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-FORMAT = 1  # of the folder; raise it when the same settings would give other files
 BLOCK = 4 << 20  # bytes of images that are decoded and written at once
 PARTS = ("train", "val", "test")
 GREY = ("1", "L", "LA", "La")  # PIL's modes without colour
@@ -68,7 +72,7 @@ def prepare(
     """The three splits of a dataset, from the cache where they are there already.
 
     `identity` says what `source` opens (its target and keyword arguments, in JSON's types); a file or folder
-    at identity["path"] counts with its sizes and times of change. `val_fraction` of the training images, in
+    named by an argument counts with what the file system notes about it. `val_fraction` of the training images, in
     (0, 1), become the validation split, stratified by class. `size` scales each image so that its shorter
     side fits and cuts out the middle, size x size; None takes them as they are. `channels` None takes what
     the first training image has. The splits are held in memory if all three together have at most
@@ -78,9 +82,13 @@ def prepare(
     """
     recipe = _Recipe(size, channels, val_fraction, split_seed)
     where = f"dataset.path={identity['path']}" if identity.get("path") else f"dataset={name}"
-    slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
-    folder = Path(data_dir).expanduser() / "prepared" / f"{slug}-{_key(identity, recipe)}"
-    splits = _load(folder, memory_limit)
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
+    try:
+        key = fingerprint(identity, asdict(recipe))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({one_line(error)})") from error
+    folder = Path(data_dir).expanduser() / "prepared" / f"{slug}-{key}"
+    splits = _load(folder, memory_limit, logging.DEBUG)
     if splits is not None:
         return splits
     try:
@@ -96,84 +104,91 @@ def prepare(
             f"data_dir={data_dir}: cannot hold the prepared data of {name} ({one_line(error)})"
         ) from error
     if splits is None:
-        raise UserError(f"data_dir={data_dir}: what was just written to {folder} cannot be read back")
+        raise UserError(f"data_dir={data_dir}: {folder} is damaged and cannot be replaced; remove it")
     return splits
 
 
 @contextmanager
 def _alone(lock: Path, name: str) -> Iterator[None]:
     """Let one process at a time download and prepare a dataset; the others wait and find it done."""
-    from filelock import FileLock, Timeout
-
-    guard = FileLock(lock)
-    try:
-        guard.acquire(timeout=0)
-    except Timeout:
-        log.info("another process is preparing %s: waiting for it", name)
-        guard.acquire()
-    try:
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is preparing %s: waiting for it", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # then two may prepare the same, and the first to finish wins
+            log.info("%s cannot be locked (%s)", lock, one_line(error))
         yield
-    finally:
-        guard.release()
-
-
-# --- The key ---------------------------------------------------------------------------------------------
-
-
-def _key(identity: Mapping[str, Any], recipe: _Recipe) -> str:
-    content = {**identity, **_local_files(identity.get("path"))}
-    text = json.dumps([FORMAT, content, asdict(recipe)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _local_files(path: str | None) -> dict[str, Any]:
-    """If `path` is on disk: where exactly, and the sizes and times of change of all its files."""
-    place = Path(path).expanduser() if path else None
-    if place is None or not place.exists():
-        return {}
-    inside = [Path(folder) / file for folder, _, files in os.walk(place, followlinks=True) for file in files]
-    status = [(file, file.stat()) for file in sorted(inside) or [place] if file.exists()]
-    files = [[str(file.relative_to(place)), stat.st_size, stat.st_mtime_ns] for file, stat in status]
-    return {"path": str(place.resolve()), "files": files}
 
 
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, memory_limit: int) -> DataSplits | None:
-    """The prepared splits, or None where there are none or they are damaged."""
-    if not folder.is_dir():
+def _load(folder: Path, memory_limit: int, level: int = logging.WARNING) -> DataSplits | None:
+    """The prepared splits, or None where there are none or they are damaged, which is logged at this level."""
+    if not os.path.lexists(folder):
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        entries = meta["splits"]
-        mapped = sum(math.prod(entry["images"]["shape"]) for entry in entries.values()) > memory_limit
-        train, val, test = (_load_split(folder, part, entries[part], mapped) for part in PARTS)
+        if meta.pop("sha256") != _sha256(meta):
+            raise ValueError("meta.json is not what was written")
+        _check(folder, meta)
+        entries = meta["arrays"]
+        mapped = sum(math.prod(entries[f"{part}_images"]["shape"]) for part in PARTS) > memory_limit
+        train, val, test = (_load_split(folder, part, entries, mapped) for part in PARTS)
         names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
-        return DataSplits(train, val, test, names, mean, std)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("the prepared data in %s is damaged (%s) and is made anew", folder, one_line(error))
+        return DataSplits(train, val, test, names, mean, std, meta["digest"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.log(level, "the prepared data in %s is damaged (%s) and is made anew", folder, one_line(error))
         return None
 
 
-def _load_split(folder: Path, part: str, entry: Mapping[str, Any], mapped: bool) -> Split:
-    images = _load_array(folder / f"{part}_images.npy", entry["images"], np.uint8, mapped)
-    labels = _load_array(folder / f"{part}_labels.npy", entry["labels"], np.int64, False)
+def _check(folder: Path, meta: dict[str, Any]) -> None:
+    """ValueError unless the arrays are those that were written. Files that nobody has touched are not read."""
+    news = False
+    for name, entry in meta["arrays"].items():
+        path = folder / f"{name}.npy"
+        began, now = time.time_ns(), stamp(path)
+        if now == entry["checked"]:
+            continue
+        with path.open("rb") as file:
+            file.seek(-entry["bytes"], os.SEEK_END)
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise ValueError(f"{path.name} is not what was written")
+        entry["checked"] = _settled(now, began)
+        news = news or entry["checked"] is not None
+    if news:
+        with contextlib.suppress(UserError):  # a folder that is read-only is checked again at every start
+            _write_meta(folder, meta)
+
+
+def _settled(noted: list[int], now: int) -> list[int] | None:
+    """The stamp of a file that has been left alone for a second: a further write cannot have the same one."""
+    _, modified, changed, _ = noted
+    return noted if max(modified, changed) < now - 10**9 else None
+
+
+def _load_split(folder: Path, part: str, entries: Mapping[str, Any], mapped: bool) -> Split:
+    images, labels = (_load_array(folder, f"{part}_{kind}", entries, mapped) for kind in ("images", "labels"))
     return Split(torch.from_numpy(images), torch.from_numpy(labels), mapped)
 
 
-def _load_array(path: Path, entry: Mapping[str, Any], dtype: type, mapped: bool) -> npt.NDArray[Any]:
-    """One array, checked against its entry in meta.json; its bytes too, unless they stay on disk."""
-    if mapped:  # copy on write: torch wants memory that may be written to, and the file must stay as it is
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="c")
-    else:
-        with path.open("rb") as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    if list(array.shape) != entry["shape"] or array.dtype != dtype:
-        raise ValueError(f"{path.name} is {array.dtype} {array.shape}, not {entry['shape']}")
-    if not mapped and zlib.crc32(array.data) != entry["crc32"]:
-        raise ValueError(f"{path.name} is not what was written")
-    return array
+def _load_array(folder: Path, name: str, entries: Mapping[str, Any], mapped: bool) -> npt.NDArray[Any]:
+    """The last bytes of the file: what comes before them, the header, is for other programs."""
+    path, shape, size = folder / f"{name}.npy", tuple(entries[name]["shape"]), entries[name]["bytes"]
+    dtype, start = (np.uint8 if name.endswith("images") else np.int64), path.stat().st_size - size
+    if mapped and dtype is np.uint8:  # copy on write: torch wants memory that may be written to
+        return np.memmap(path, dtype, mode="c", offset=start, shape=shape)
+    return np.fromfile(path, dtype, offset=start).reshape(shape)
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _sha256(meta)}, indent=1))
 
 
 # --- Building --------------------------------------------------------------------------------------------
@@ -191,30 +206,48 @@ def _build(source: Callable[[], Source], folder: Path, name: str, where: str, re
     in_val = np.zeros(len(origin.train.labels), dtype=bool)
     in_val[taken] = True
     form = _form(origin.train, recipe, where)
-    progress = _Progress(name, len(origin.train.images) + len(origin.test.images))
+    sizes = (
+        f"{len(in_val) - len(taken):,} train, {len(taken):,} val and {len(origin.test.labels):,} test images"
+    )
+    classes = f"{len(origin.class_names):,} classes ({few(origin.class_names)})"
+    progress = _Progress(name, len(in_val) + len(origin.test.labels), f"{sizes} of {classes}")
     splits = (
         ("train", origin.train, {"train": ~in_val, "val": in_val}),
         ("test", origin.test, {"test": np.ones(len(origin.test.labels), dtype=bool)}),
     )
-    entries: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for split, table, parts in splits:
         writers = _write_images(table, parts, form, folder, f"{where}: {split}", progress)
         for part, mask in parts.items():
-            labels = _write_labels(table.labels[mask], folder / f"{part}_labels.npy")
-            entries[part] = {"images": writers[part].entry(), "labels": labels}
+            arrays[f"{part}_images"] = writers[part].entry()
+            arrays[f"{part}_labels"] = _write_labels(table.labels[mask], folder / f"{part}_labels.npy")
+            if (writers[part].histogram > 0).sum(axis=1).max() == 1:
+                alike = f"{where}: all pixels of the {part} images have the same value"
+                if part == "train":
+                    raise UserError(alike)
+                log.warning(alike)
         if split == "train":
             mean, std = writers["train"].mean_and_std()
-    meta = {"class_names": origin.class_names, "mean": mean, "std": std, "splits": entries}
-    with _durable(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    names = list(origin.class_names)
+    digest = _sha256(
+        [names, [[name, arrays[name]["shape"], arrays[name]["sha256"]] for name in sorted(arrays)]]
+    )
+    for name, entry in arrays.items():
+        entry["checked"] = _settled(stamp(folder / f"{name}.npy"), time.time_ns())
+    meta = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
+    _write_meta(folder, meta)
 
 
 def _open(source: Callable[[], Source], where: str) -> Source:
     """Open a source and check all that can be told without decoding its images."""
     try:
         origin = source()
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # a source may be anybody's code
         raise UserError(f"{where}: cannot be read ({one_line(error)})") from error
+    if not isinstance(origin, Source):
+        raise UserError(f"{where}: its source gave a {type(origin).__name__}; expected an aerl.data.Source")
     classes = len(origin.class_names)
     for split, table in (("train", origin.train), ("test", origin.test)):
         count, labels = len(table.images), table.labels
@@ -228,8 +261,13 @@ def _open(source: Callable[[], Source], where: str) -> Source:
             raise UserError(
                 f"{where}: the label of {split} image {row} is {labels[row]}; expected 0 to {classes - 1}"
             )
-    if len(np.unique(origin.train.labels)) < 2:
-        raise UserError(f"{where}: all training images are of one class; expected at least two")
+        absent = sorted(set(range(classes)) - set(labels.tolist()))
+        if split == "train" and len(absent) == classes - 1:
+            raise UserError(f"{where}: all training images are of one class; expected at least two")
+        if absent:
+            names = few(origin.class_names[label] for label in absent)
+            log.warning("%s: the %s split has no image of %d of the %d classes (%s)", where, split,
+                        len(absent), classes, names)  # fmt: skip
     return origin
 
 
@@ -330,19 +368,19 @@ class _Writer:
     """
 
     def __init__(self, file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
-        self.file, self.shape, self.crc = file, (count, *shape), 0
+        self.file, self.shape, self.sha256 = file, (count, *shape), hashlib.sha256()
         self.histogram = np.zeros((shape[0], 256), dtype=np.int64)  # of the values of each channel
         header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(file, header)
 
     def append(self, block: Pixels) -> None:
         self.file.write(block.data)
-        self.crc = zlib.crc32(block.data, self.crc)
+        self.sha256.update(block.tobytes())
         for channel, counts in enumerate(self.histogram):
             counts += np.bincount(block[:, channel].ravel(), minlength=256)
 
     def entry(self) -> dict[str, Any]:
-        return {"shape": self.shape, "crc32": self.crc}
+        return _entry(self.shape, math.prod(self.shape), self.sha256)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Of each channel, in [0, 1]; exact, for they come from counts."""
@@ -356,7 +394,12 @@ class _Writer:
 def _write_labels(labels: Labels, path: Path) -> dict[str, Any]:
     with _durable(path) as file:
         np.save(file, labels)
-    return {"shape": labels.shape, "crc32": zlib.crc32(labels.data)}
+    return _entry(labels.shape, labels.nbytes, hashlib.sha256(labels.tobytes()))
+
+
+def _entry(shape: tuple[int, ...], size: int, sha256: Any) -> dict[str, Any]:
+    """What meta.json says about an array; `checked` is the stamp of its file when that was read last."""
+    return {"shape": list(shape), "bytes": size, "sha256": sha256.hexdigest(), "checked": None}
 
 
 @contextmanager
@@ -373,6 +416,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block succeeds and vanishes when it does not."""
     # What is there now is damaged, or was left by a process that was killed: we hold the lock.
     for left in (folder, *folder.parent.glob(f".{folder.name}.*")):
+        if left.is_symlink() or left.is_file():
+            left.unlink()
         shutil.rmtree(left, ignore_errors=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     scratch.mkdir()
@@ -390,10 +435,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
 class _Progress:
     """A log line at the start, and one for every tenth of a preparation that takes long."""
 
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int, content: str) -> None:
         self.name, self.total, self.done, self.tenths = name, total, 0, 0
         self.started = time.monotonic()
-        log.info("preparing %s: %s images", name, f"{total:,}")
+        log.info("preparing %s: %s", name, content)
 
     def add(self, count: int) -> None:
         self.done += count

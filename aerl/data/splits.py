@@ -1,9 +1,14 @@
 """What a prepared dataset is: three splits of uint8 images and int64 labels."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from aerl.types import UserError
+
+log = logging.getLogger("aerl")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,10 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """A dataset as the rest of aerl sees it; `mean` and `std` are the training images' own, per channel."""
+    """A dataset as the rest of aerl sees it; `mean` and `std` are the training images' own, per channel.
+
+    `digest` is a SHA-256 of all pixels, labels and class names: the same wherever and whenever they are prepared.
+    """
 
     train: Split
     val: Split
@@ -28,6 +36,7 @@ class DataSplits:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    digest: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -54,3 +63,25 @@ def subset(split: Split, samples: int | None) -> Split:
         return split
     chosen = rows(len(split), samples)
     return Split(split.images[chosen], split.labels[chosen])
+
+
+def limit_training(data: DataSplits, samples: int | None) -> DataSplits:
+    """The same data with `samples` of its training images, if that is enough to train on: UserError if not."""
+    if samples is None:
+        return data
+    if samples > len(data.train):
+        raise UserError(f"dataset.train_samples={samples}: the training split has {len(data.train)} images")
+    limited = replace(data, train=subset(data.train, samples))
+    present = int((torch.bincount(limited.train.labels) > 0).sum())
+    if present < 2:
+        raise UserError(
+            f"dataset.train_samples={samples}: are all of one class; expected images of at least two"
+        )
+    if present < data.num_classes:
+        log.warning(
+            "dataset.train_samples=%d: hold images of %d of the %d classes",
+            samples,
+            present,
+            data.num_classes,
+        )
+    return limited
