@@ -197,7 +197,7 @@ def run_attack(
         x, y = _batch(split, index, hardware)
         with attacking(model), _reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-            layers = _layers(model)
+            layers = [] if weights is None else _layers(model)
             found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
             if weights is not None:
                 _check_unaltered(model, weights, layers, x, key)
