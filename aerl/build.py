@@ -315,7 +315,8 @@ def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, bat
 
     One that cannot compute on channels_last images, as hardware.channels_last gives them, gets contiguous ones.
     """
-    machine.place(model)
+    with foreign_code(key, remedy=f"moved to {machine.device}"):
+        machine.place(model)
     try:
         _try(model, key, data, machine, batch)
     except UserError as error:

@@ -196,7 +196,7 @@ def run_attack(
         x, y = batch(split, index, hardware)
         with attacking(model), reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-            layers = _layers(model)
+            layers = [] if weights is None else _layers(model)
             with interrupt.at_once():  # the state of the last batch is kept; this one is done again
                 found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
             if weights is not None:

@@ -102,10 +102,10 @@ def set_up(
     return Hardware(torch.device(device), precision, channels_last, compile)
 
 
-# What PyTorch, cuDNN, cuBLAS, NumPy and the operating system say of memory that they do not get.
+# What PyTorch, cuDNN, cuBLAS, oneDNN, NumPy and the operating system say of memory that they do not get.
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can(no|')t allocate memory|unable to allocate|bad_alloc|alloc_failed"
-    "|cublascreate|cudnncreate",
+    "|cublascreate|cudnncreate|could not (create|execute) a primitive$",
     re.IGNORECASE,
 )
 

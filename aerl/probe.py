@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from aerl.attacks import attacking
+from aerl.hardware import is_out_of_memory
 from aerl.types import UserError, first_line
 
 
@@ -106,6 +107,9 @@ def _gradient_doubts(model: nn.Module, x: Tensor, *, constant: bool) -> Iterator
             (gradient,) = torch.autograd.grad(logits, x, mixture, allow_unused=True)
     except Exception as error:  # a backward pass of others can raise anything
         reason = first_line(error)
+        if is_out_of_memory(error):
+            yield f"its gradient was not probed: {reason}"
+            return
         if "deterministic" in reason:  # a matter of the hardware's settings, not of the model
             raise UserError(f"hardware.deterministic=true: {reason}") from error
         yield f"it cannot be differentiated ({reason}): {consequence}; take attacks without gradients (square)"

@@ -36,7 +36,7 @@ def is_foreign(target: Any) -> bool:
 
 
 @contextmanager
-def foreign_code(key: str, *targets: Any, remedy: str = "") -> Iterator[None]:
+def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 shows where") -> Iterator[None]:
     """Calls of other people's code: whatever it raises becomes a UserError, `key: TYPE: text (remedy)`.
 
     `targets` are the objects that are called; if all of them are aerl's own, exceptions pass unchanged, so that
@@ -52,8 +52,7 @@ def foreign_code(key: str, *targets: Any, remedy: str = "") -> Iterator[None]:
             raise  # interrupt.Stopped
         if targets and not any(map(is_foreign, targets)):
             raise
-        told = f"{key}: {type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{told} ({remedy})" if remedy else told) from error
+        raise UserError(f"{key}: {type(error).__name__}: {first_line(error)} ({remedy})") from error
 
 
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)

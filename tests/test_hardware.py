@@ -24,7 +24,16 @@ def settings():
     }
 
 
-@pytest.mark.parametrize("change", [{"threads": 3}, {"deterministic": True}, {"tf32": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"threads": 3},
+        {"tf32": True},
+        pytest.param(
+            {"deterministic": True}, marks=pytest.mark.slow
+        ),  # imports the compiler, which takes seconds
+    ],
+)
 def test_a_setting_of_one_job_is_not_the_next_ones(change):
     set_up(**PLAIN)
     before = settings()
