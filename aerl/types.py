@@ -6,7 +6,10 @@ attack, model or dataset is validated before anything runs, without a second lis
 This module imports neither torch nor Hydra.
 """
 
+import hashlib
+import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -23,11 +26,23 @@ def first_line(error: BaseException) -> str:
     )
 
 
+def shortened(text: str, longest: int) -> str:
+    """`text` in at most `longest` bytes of UTF-8: a hash in place of the end of a longer one keeps two apart."""
+    if len(text.encode()) <= longest:
+        return text
+    head = text.encode()[: longest - 20].decode(errors="ignore")
+    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 
 
 def quotient(value: Any) -> Any:
-    """'8/255' as the number it means; anything else as it is."""
+    """'8/255' as the number it means, also in lists and dictionaries; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: quotient(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [quotient(item) for item in value]
     if not isinstance(value, str) or not (match := _QUOTIENT.fullmatch(value)):
         return value
     numerator, denominator = map(float, match.groups())
@@ -42,16 +57,21 @@ def _number(value: Any) -> Any:
     return quotient(value)
 
 
-def _finite(value: float) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
+def finite(value: Any) -> Any:
+    """`value`, in which no number may be NaN or infinite, nor one in its lists and dictionaries; else ValueError."""
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be finite")
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            finite(item)
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number), AfterValidator(_finite)]
+Number = Annotated[float, BeforeValidator(_number), AfterValidator(finite)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+_LARGEST = 2**63 - 1  # of torch's integers
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_LARGEST)]
+Index = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_LARGEST)]
 Norm = Literal["L2", "Linf"]
