@@ -157,8 +157,10 @@ class Hardware(Section):
 
 class Logger(Section):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str
-    entity: str | None
+    project: Annotated[
+        str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$")
+    ]  # as W&B takes them
+    entity: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]*$")] | None
     group: str | None
     tags: list[str]
     artifacts: bool
@@ -375,12 +377,13 @@ def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
 
 def check_jobs(cfg: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
     """Compose and check every job of a multirun before its first begins; UserError names the first wrong one."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     from aerl.build import check
 
-    loader = GlobalHydra.instance().config_loader()
+    loader, before = GlobalHydra.instance().config_loader(), HydraConfig.instance().cfg
     for number, words in enumerate(jobs):
         try:
             job = loader.load_sweep_config(cfg, list(words))
@@ -394,6 +397,9 @@ def check_jobs(cfg: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
             if line is None:
                 raise
             raise UserError(f"{line} (job {number} of {len(jobs)}: {' '.join(words)})") from error
+    HydraConfig.instance().cfg = before
+    # Hydra's own check would compose each of them once more.
+    BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
 
 
 def _file_name(words: Collection[str]) -> str:
@@ -560,10 +566,11 @@ def explain(error: BaseException) -> str | None:
     if type(error).__module__.startswith(("submitit.", "joblib.")):
         return _launcher_line(error)
     text = " ".join(str(error).split())
-    if (
-        "Could not determine home directory" in text
-    ):  # pathlib's words where there is neither HOME nor a user's name
-        return "data_dir: ~ means nothing, for this user has no home folder; data_dir=DIR or AERL_DATA=DIR says where data go"
+    if "Could not determine home directory" in text:  # pathlib, without HOME and a user's name
+        return (
+            "data_dir: this user has no home folder, so that ~ means nothing; data_dir=DIR, or the environment "
+            "variable AERL_DATA, says where prepared data go"
+        )
     if "Config group override must be a string" in text:
         return f"a group takes the name of an option, or a list of names ({text})"
     if not isinstance(error, HydraException):
