@@ -1,9 +1,12 @@
 """Train, attack and judge an image classifier: `python launch.py --help` explains the command line."""
 
 import argparse
+import gc
 import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,17 +20,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+ROOT = Path(__file__).resolve().parent  # of a link to this file, too
 # Lets multirun_sweeps/ lie beside conf/ and be found from any working directory.
-os.environ.setdefault("AERL_ROOT", str(Path(__file__).resolve().parent))
+os.environ.setdefault("AERL_ROOT", str(ROOT))
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float | None:
     from aerl import interrupt
     from aerl.run import run
+    from aerl.terminal import protect_streams
     from aerl.types import UserError
 
     register()  # a worker of a multirun gets this function alone
+    if interrupt.is_worker():
+        protect_streams()
+    single = HydraConfig.get().mode is RunMode.RUN
     try:
         return run(cfg)
     except interrupt.Stopped as stopped:
@@ -35,11 +43,15 @@ def main(cfg: DictConfig) -> float | None:
             raise UserError(str(stopped)) from None
         raise
     except Exception as error:
-        tell(error)
-        if HydraConfig.get().mode is RunMode.RUN:
+        print_exception(error)
+        if single:
             sys.exit(1)
-        told.append(error)
+        printed.append(error)
+        release(error)
         raise  # Hydra runs the other jobs of the multirun, and then raises it again
+    finally:
+        if not single:
+            gc.collect()  # the memory that this job's model and optimizer took is the next one's
 
 
 def register() -> None:
@@ -58,8 +70,34 @@ def times(factor: float, number: float | str) -> float:
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's own many lines."""
-    print(f"error: {message}; an override is key=value, without dashes (see --help)", file=sys.stderr)
+    from aerl.terminal import print_error
+
+    print_error(f"{message}; an override is key=value, without dashes (see --help)")
     sys.exit(2)
+
+
+def prepared(words: Sequence[str]) -> list[str]:
+    """The words of a command line as Hydra reads them: -m first, and a path that begins with ~ in quotes."""
+    for word in words:
+        if match := re.search(r"\d{4301,}", word):
+            from aerl.types import UserError
+
+            key, _, value = word.partition("=")
+            raise UserError(
+                f"{key[:80]}={value[:77]}...: a number of {len(match[0])} digits; 4300 can be read"
+            )
+    quoted = [re.sub(r"(?<=[=,\[])~[\w./@+:-]*(?=[,\]]|$)", r"'\g<0>'", word) for word in words]
+    return sorted(quoted, key=lambda word: word not in ("-m", "--multirun"))
+
+
+def working_folder() -> None:
+    """UserError where the folder that this was started in has been deleted since: Hydra and others ask for it."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        from aerl.types import UserError
+
+        raise UserError(f"the current folder cannot be used ({error.strerror}); change to another") from error
 
 
 def gpus() -> int:
@@ -69,35 +107,53 @@ def gpus() -> int:
     return max(1, len(visible()))
 
 
-def tell(error: Exception) -> None:
+def print_exception(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config import explain
     from aerl.distributed import speaks
+    from aerl.terminal import full_error, print_error
 
     if not speaks():
         return
     line = explain(error)
-    if line is None or wants_traceback:
+    if line is None or full_error():
         traceback.print_exception(error)
     else:
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
+
+
+def release(error: BaseException) -> None:
+    """Let go of what the frames of an exception, and of those before it, hold: a failed job's model, for one."""
+    chain: list[BaseException | None] = [error]
+    seen = set()
+    while chain:
+        if (cause := chain.pop()) is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            cause.__traceback__ = None
+            chain += [cause.__cause__, cause.__context__]
 
 
 register()
-told: list[Exception] = []  # of the jobs of a multirun
+printed: list[Exception] = []  # of the jobs of a multirun
 
 if __name__ == "__main__":
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    from aerl.terminal import full_error, lost_output, protect_streams
+
+    protect_streams()
+    os.environ["AERL_FULL_ERROR"] = str(int(full_error()))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing many lines of its own
     argparse.ArgumentParser.error = refuse  # type: ignore[method-assign]
     try:
+        sys.argv[1:] = prepared(sys.argv[1:])
+        working_folder()
         main()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if error not in told:
-            tell(error)
+        if error not in printed:
+            print_exception(error)
         interrupt = sys.modules.get("aerl.interrupt")
         sys.exit(interrupt.REQUEUE if interrupt and interrupt.heard() else 1)
     finally:
@@ -105,3 +161,4 @@ if __name__ == "__main__":
             multirun.conclude()
         if distributed := sys.modules.get("aerl.distributed"):
             distributed.leave()
+    sys.exit(lost_output())

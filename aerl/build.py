@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Parts:
     doubts: tuple[str, ...] = ()
 
 
-def build(config: Config) -> Parts:
-    """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
+def check(config: Config) -> Recipe | None:
+    """What can be checked without data and model, which UserError names; returns the recipe, if there is one."""
     for name, spec in config.attack.items():
         attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
     for name, spec in config.analysis.items():
@@ -64,11 +65,19 @@ def build(config: Config) -> Parts:
             "checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file; "
             "checkpoint=own judges the weights that model.net._target_ comes with"
         )
+    return recipe
+
+
+def build(config: Config) -> Parts:
+    """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
+    recipe = check(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = hardware.set_up(**config.hardware.model_dump())
     if recipe is not None and machine.compile:
         hardware.check_compiler(machine)
     data = build_data(config)
+    if config.norm == "L2" and config.eps > (diagonal := math.sqrt(math.prod(data.image_shape))):
+        log.warning("eps=%g: an L2 ball above %.3g holds every image of this size", config.eps, diagonal)
     if (config.evaluation.samples or 0) > len(data.test):
         raise UserError(
             f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
@@ -32,16 +32,31 @@ from pydantic import (
 
 from aerl.remote import local
 from aerl.results import read_config, read_summary
-from aerl.types import Count, Index, NonNegative, Norm, Positive, Probability, UserError, first_line, quotient
+from aerl.terminal import memory_line, override_word
+from aerl.types import (
+    Count,
+    Index,
+    NonNegative,
+    Norm,
+    Number,
+    Positive,
+    Probability,
+    UserError,
+    finite,
+    first_line,
+    quotient,
+    shortened,
+)
 
 
 def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(spec.get("_target_"), str):
         raise ValueError("needs a _target_: the dotted name of a function or class")
-    return {name: quotient(value) for name, value in spec.items()}
+    return spec
 
 
-Target = Annotated[dict[str, Any], AfterValidator(_names_its_target)]
+Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
+Target = Annotated[dict[str, Setting], AfterValidator(_names_its_target)]
 
 
 def _below(name: str) -> str:
@@ -49,7 +64,17 @@ def _below(name: str) -> str:
     path = Path(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
         raise ValueError("must be the name of a folder below runs_dir")
+    for part in path.parts:
+        if part[0] in "-~" or part[-1] in ". ":
+            raise ValueError(
+                "must be the name of a folder; it begins with - or ~, or ends with a dot or a space"
+            )
+        if len(part.encode()) > _LONGEST_NAME:
+            raise ValueError(f"must be the name of a folder, of at most {_LONGEST_NAME} bytes")
     return name
+
+
+_LONGEST_NAME = 255  # bytes; of Linux's file systems
 
 
 Name = Annotated[str, AfterValidator(_below)]
@@ -74,14 +99,14 @@ class Dataset(Section):
     channels: Literal[1, 3] | None
     train_samples: Count | None
     val_fraction: Annotated[Positive, Field(lt=1)]
-    split_seed: Index
+    split_seed: Annotated[Index, Field(lt=2**32)]  # as NumPy takes them
     augmentation: Augmentation
     source: Target
 
 
 class Model(Section):
     name: Name
-    mean: list[float] | None
+    mean: list[Number] | None
     std: list[Positive] | None
     net: Target
 
@@ -131,8 +156,10 @@ class Hardware(Section):
 
 class Logger(Section):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: str
-    entity: str | None
+    project: Annotated[
+        str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$")
+    ]  # as W&B takes them
+    entity: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]*$")] | None
     group: str | None
     tags: list[str]
     artifacts: bool
@@ -168,10 +195,46 @@ def read(cfg: DictConfig) -> Config:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(_omegaconf_line(error)) from error
+    for key, text in _texts(container):
+        if _UNPRINTABLE.search(text):
+            raise UserError(
+                f"{key}={_short(text)}: has a control character, or a byte that is no text in this locale"
+            )
     try:
-        return Config.model_validate(container)
+        config = Config.model_validate(container)
     except ValidationError as error:
         raise UserError(_pydantic_line(error)) from error
+    _check_radius("eps", config.norm, config.eps)
+    attacks = {f"attack.{name}": spec for name, spec in config.attack.items()}
+    if config.trainer and config.trainer.adversary:
+        attacks["trainer.adversary.attack"] = config.trainer.adversary.attack
+    for key, spec in attacks.items():
+        _check_radius(f"{key}.eps", spec.get("norm"), spec.get("eps"))
+    return config
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a configuration, with its key; of lists also the items, of dictionaries also the keys."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            yield key, str(name)
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for item in node:
+            yield from _texts(item, key)
+
+
+def _check_radius(key: str, norm: Any, eps: Any) -> None:
+    if norm == "Linf" and isinstance(eps, int | float) and eps > 1:
+        right = f"{eps:g}/255?" if 1 < eps <= 255 else "8/255?"
+        raise UserError(
+            f"{key}={_short(eps)}: pixels are in [0, 1], so an Linf ball above 1 holds every image; {right}"
+        )
 
 
 # Keys that change where a run is kept or how fast it goes, never its numbers.
@@ -223,7 +286,17 @@ def run_name(config: Config, overrides: Collection[str]) -> str:
 
     Named by identity, not by the clock, so that the same command finds its own folder again.
     """
-    return f"{_place(config, overrides)}/seed{config.seed}" if config.name is None else config.name
+    name = f"{_place(config, overrides)}/seed{config.seed}" if config.name is None else config.name
+    folder = Path(config.runs_dir).expanduser().absolute() / name
+    if len(os.fsencode(folder)) > _LONGEST_PATH:
+        key, value = ("runs_dir", config.runs_dir) if config.name is None else ("name", config.name)
+        raise UserError(
+            f"{key}={_short(value)}: the run folder's path would be longer than {_LONGEST_PATH} bytes"
+        )
+    return name
+
+
+_LONGEST_PATH = 4096 - 512  # bytes: Linux's own limit less room for the files in a run folder
 
 
 def group_name(config: Config, overrides: Collection[str]) -> str:
@@ -243,6 +316,41 @@ def sweep_name(overrides: Collection[str]) -> str:
     return f"multirun/{_file_name(kept) or 'default'}"
 
 
+# What of Hydra's own configuration has an effect here; aerl keeps its run folders and its log by itself.
+_HYDRA_KEYS = (
+    "launcher",
+    "sweeper",
+    "callbacks",
+    "mode",
+    "searchpath",
+    "sweep.dir",
+    "job.env_set",
+    "job.env_copy",
+)
+
+
+def check_overrides(cfg: DictConfig) -> None:
+    """UserError for an override that Hydra would take without a word, and that would have no effect."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    seen: dict[str, str] = {}
+    for word in [*cfg.hydra.overrides.hydra, *cfg.hydra.overrides.task]:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key in seen and key != "hydra.mode":
+            raise UserError(f"{_short(word)}: {_short(key)} is given twice; before as {_short(seen[key])}")
+        seen[key] = word
+        inside = re.sub(r"^hydra[./]", "", key)
+        if inside != key and not inside.startswith(_HYDRA_KEYS):
+            raise UserError(
+                f"{key}={_short(value)}: has no effect here; of Hydra's keys {', '.join(_HYDRA_KEYS)} have"
+            )
+        if key == "recipe" and value != "null":
+            options = GlobalHydra.instance().config_loader().get_group_options("recipe")
+            for name in value.strip("[]").split(","):
+                if name not in options:
+                    raise UserError(f"recipe={_short(name)}: no such option; {_suggest(name, options)}")
+
+
 def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
     """The overrides of every job that a multirun is going to have; None where its sweeper finds them as it goes."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -259,14 +367,42 @@ def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
         (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException:  # which the sweeper is about to raise itself
         return None
+    if not jobs:
+        raise UserError(
+            f"{' '.join(words + cfg.hydra.overrides.task)}: means no job at all; a list of values is empty"
+        )
     return jobs
 
 
+def check_jobs(cfg: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+    """Compose and check every job of a multirun before its first begins; UserError names the first wrong one."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from aerl.build import check
+
+    loader, before = GlobalHydra.instance().config_loader(), HydraConfig.instance().cfg
+    for number, words in enumerate(jobs):
+        try:
+            job = loader.load_sweep_config(cfg, list(words))
+            with flag_override(job, ["struct", "readonly"], [False, False]):
+                job.hydra.job.id = job.hydra.job.num = number
+                HydraConfig.instance().set_config(job)
+                del job["hydra"]
+            check(read(job))
+        except Exception as error:
+            line = explain(error)
+            if line is None:
+                raise
+            raise UserError(f"{line} (job {number} of {len(jobs)}: {' '.join(words)})") from error
+    HydraConfig.instance().cfg = before
+    # Hydra's own check would compose each of them once more.
+    BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]
+
+
 def _file_name(words: Collection[str]) -> str:
-    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,")
-    if len(name) > 120:  # file systems end at 255 bytes
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    return shortened(re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,"), 120)  # file systems end at 255
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -344,13 +480,18 @@ def _checked(value: Any, hint: Any, key: str) -> Any:
     try:
         if isinstance(hint, type) and issubclass(hint, BaseModel):
             return hint.model_validate(value)
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        if type(checked) in (int, float):
+            TypeAdapter(Number).validate_python(value)  # also where the annotation is a bare float
+        return finite(checked)
     except PydanticUserError:
         return value  # an annotation that pydantic does not understand; the target judges for itself
     except ValidationError as error:
         if any(part["type"] in ("is_instance_of", "enum") for part in error.errors()):
             return value  # YAML has no such objects: the target takes a name for one, or refuses it itself
         raise UserError(_pydantic_line(error, key)) from error
+    except ValueError as error:
+        raise UserError(f"{key}={_short(value)}: {error}") from error
 
 
 def _suggest(word: str, known: Collection[str]) -> str:
@@ -363,12 +504,12 @@ def _pydantic_line(error: ValidationError, prefix: str = "") -> str:
     """The first of pydantic's complaints as `key=value: what would be right`."""
     first, *others = error.errors()
     words = [str(word) for word in first["loc"] if not str(word).startswith(("function-", "constrained-"))]
-    key = ".".join(word for word in [prefix, *words] if word)
+    key = _short(".".join(word for word in [prefix, *words] if word))
     more = f" (and {len(others)} more)" if others and not prefix else ""
     if first["type"] == "extra_forbidden":
         return f"{key}={_short(first['input'])}: no such key; {_suggest(words[-1], _siblings(words))}{more}"
     if first["type"] == "missing":
-        return f"{key}: missing{more}"
+        return f"{key}: missing; it can be set (trainer, attack and analysis to none) but not deleted{more}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key}={_short(first['input'])}: {message}{more}"
 
@@ -384,7 +525,10 @@ def _siblings(words: list[str]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
+    try:
+        text = "null" if value is None else str(value)
+    except ValueError:  # Python refuses to write a number of more than some thousand digits
+        return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -416,17 +560,27 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf_line(error)
+    if line := memory_line(error):
+        return line
     if type(error).__module__.startswith(("submitit.", "joblib.")):
         return _launcher_line(error)
     text = " ".join(str(error).split())
+    if "Could not determine home directory" in text:  # pathlib, without HOME and a user's name
+        return (
+            "data_dir: this user has no home folder, so that ~ means nothing; data_dir=DIR, or the environment "
+            "variable AERL_DATA, says where prepared data go"
+        )
     if "Config group override must be a string" in text:
         return f"a group takes the name of an option, or a list of names ({text})"
     if not isinstance(error, HydraException):
         return None
     if "'${dataset}_${trainer}'" in text:
-        return "dataset, trainer: each takes one option, not a list; -m trainer=sl,rl runs each of several"
+        return (
+            "dataset, trainer: each takes one option, not a list; -m trainer=sl,rl runs each of several, "
+            "trainer=none trains nothing"
+        )
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: is not an override; expected key=value, in quotes if it has spaces or brackets"
+        return _unparsed(str(error.override))
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={option}: no such option; {_suggest(option, error.options)}"
@@ -437,13 +591,24 @@ def explain(error: BaseException) -> str | None:
         options = [path.stem for path in Path(os.environ["AERL_ROOT"], "conf", match[1]).glob("*.yaml")]
         return f"{match[1]}={match[2]}: no such option; {_suggest(match[2], options)}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]}: several values; -m runs each of them, [a,b] makes them a list"
+        return f"{match[1]}: several values; -m runs each of them, [a,b] makes them a list, 'a,b' one text"
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException):
         return text
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_override(match[1], cause)
     return f"{text} {_omegaconf_line(cause)}".strip()
+
+
+def _unparsed(word: str) -> str:
+    """What Hydra's grammar cannot read, and how it would: a path of a run folder, for example, has = and commas."""
+    key, _, value = word.partition("=")
+    text = f"{_short(key)}={_short(value)}" if "=" in word else _short(word)
+    if _UNPRINTABLE.search(word):
+        return f"{text}: has a control character, or a byte that is no text in this locale"
+    if re.fullmatch(r"\+{0,2}[a-z][\w./@]*", key) and value and not re.search(r"['\"\[\]{}]", value):
+        return f"{text}: needs quotes around its special characters: {override_word(key, value)}"
+    return f"{text}: is not an override; expected key=value, in quotes if it has spaces or brackets"
 
 
 # Our option of hydra/launcher over each of Hydra's, and the extra that brings that.

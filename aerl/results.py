@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from aerl import interrupt
 from aerl.files import atomic_write, inside, read_json, read_yaml, sha256, writing
-from aerl.types import UserError, first_line
+from aerl.types import UserError, first_line, shortened
 
 log = logging.getLogger("aerl")
 T = TypeVar("T")
@@ -507,12 +507,11 @@ def open_tracker(
             "id": _wandb_id(folder, run_id),
             "project": project,
             "entity": entity,
-            "group": group,
-            "job_type": job_type,
-            "name": name or run_id,
-            "tags": list(
-                dict.fromkeys(tag[:64] for tag in tags)
-            ),  # W&B refuses a longer one, and the run with it
+            # W&B's server refuses longer ones, and the run with them.
+            "group": group and shortened(group, 128),
+            "job_type": job_type and shortened(job_type, 64),
+            "name": shortened(name or run_id, 128),
+            "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
             "config": _plain(config or {}),
             "resume": "allow",
             "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
@@ -588,7 +587,7 @@ def _wandb_id(folder: Path, run_id: str) -> str:
     path = folder / "wandb" / "id"
     if path.exists():
         return path.read_text().strip()
-    name = re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id)[:100]
+    name = shortened(re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id), 64)  # of 128, since names of artifacts hold it
     path.parent.mkdir(exist_ok=True)
     atomic_write(path, f"{name}-{secrets.token_hex(3)}\n")
     return path.read_text().strip()

@@ -1,6 +1,6 @@
 """How every command of aerl meets its terminal: streams that cannot fail it, errors in one line, exit codes.
 
-This module imports nothing but the standard library and `aerl.types`' UserError, which a command needs anyway.
+This module imports nothing but the standard library: it is there before anything else can fail.
 """
 
 import argparse
@@ -13,8 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
-
-from aerl.types import UserError, first_line
 
 _LONGEST_WORD, _LONGEST_LINE = 600, 3000  # characters; a path may have some hundreds
 
@@ -45,7 +43,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             print_error("interrupted")
             return 130
         except Exception as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            if full_error():
                 traceback.print_exception(error)
             else:
                 print_error(as_line(error))
@@ -55,8 +53,15 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     return run
 
 
+def full_error() -> bool:
+    """Whether tracebacks are wanted. launch.py notes the user's own wish, since it sets Hydra's variable itself."""
+    return os.environ.get("AERL_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR")) == "1"
+
+
 def as_line(error: BaseException) -> str:
     """What a command says of an exception; of one that nobody has put into words also where it was raised."""
+    from aerl.types import UserError, first_line
+
     if isinstance(error, UserError):
         return str(error)
     if out_of_memory := memory_line(error):
@@ -68,19 +73,22 @@ def as_line(error: BaseException) -> str:
 
 def memory_line(error: BaseException) -> str | None:
     """One line where the main memory, or a limit on it, is what was in the way; None for any other error."""
+    from aerl.types import first_line
+
     cause: BaseException | None = error
     while cause is not None:
-        text = str(cause)
         refused = isinstance(cause, OSError) and cause.errno == errno.ENOMEM
-        if isinstance(cause, MemoryError) or refused or _NO_MEMORY.search(text):
-            return f"the machine's memory, or a limit on it (ulimit -v), is used up: {first_line(cause)}"
+        match = _NO_MEMORY.search(str(cause))
+        if isinstance(cause, MemoryError) or refused or match:
+            reason = match[0].strip() if match else first_line(cause)
+            return f"the machine's memory, or a limit on it (ulimit -v), is used up: {reason}"
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 _NO_MEMORY = re.compile(
-    r"cannot allocate memory|failed to map segment|can't allocate memory|can't start new thread|"
-    r"not enough memory|std::bad_alloc|cannot enlarge memory",
+    r".*(cannot allocate memory|failed to map segment|can't allocate memory|can't start new thread|"
+    r"not enough memory|std::bad_alloc).*",
     re.IGNORECASE,
 )
 
@@ -97,6 +105,15 @@ def one_line(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(words)
     )
     return _shortened(line, _LONGEST_LINE)
+
+
+def override_word(key: str, value: object) -> str:
+    """`key=value` for launch.py, quoted for Hydra and for the shell where one of them needs that."""
+    text = str(value)
+    if re.fullmatch(r"[\w./@+:-]+", text, re.ASCII):
+        return f"{key}={text}"
+    text = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), text)  # for Hydra
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", f"{key}='{text}'") + '"'
 
 
 def _shortened(text: str, length: int) -> str:

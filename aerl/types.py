@@ -7,8 +7,10 @@ This module imports neither torch nor Hydra.
 """
 
 import functools
+import hashlib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -55,11 +57,23 @@ def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 show
         raise UserError(f"{key}: {type(error).__name__}: {first_line(error)} ({remedy})") from error
 
 
+def shortened(text: str, longest: int) -> str:
+    """`text` in at most `longest` bytes of UTF-8: a hash in place of the end of a longer one keeps two apart."""
+    if len(text.encode()) <= longest:
+        return text
+    head = text.encode()[: longest - 20].decode(errors="ignore")
+    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 
 
 def quotient(value: Any) -> Any:
-    """'8/255' as the number it means; anything else as it is."""
+    """'8/255' as the number it means, also in lists and dictionaries; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: quotient(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [quotient(item) for item in value]
     if not isinstance(value, str) or not (match := _QUOTIENT.fullmatch(value)):
         return value
     numerator, denominator = map(float, match.groups())
@@ -74,16 +88,21 @@ def _number(value: Any) -> Any:
     return quotient(value)
 
 
-def _finite(value: float) -> float:
-    if value != value or value in (float("inf"), float("-inf")):
+def finite(value: Any) -> Any:
+    """`value`, in which no number may be NaN or infinite, nor one in its lists and dictionaries; else ValueError."""
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be finite")
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            finite(item)
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number), AfterValidator(_finite)]
+Number = Annotated[float, BeforeValidator(_number), AfterValidator(finite)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+_LARGEST = 2**63 - 1  # of torch's integers
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_LARGEST)]
+Index = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_LARGEST)]
 Norm = Literal["L2", "Linf"]

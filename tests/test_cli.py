@@ -114,7 +114,7 @@ def test_tab_completion_completes_options(launch):
         (["-m", "trainer="], r"trainer=: no such option; known: none, .*"),
         (["-m", "multirun_sweeps=nope"], r"multirun_sweeps=nope: no such option; known: .*"),
         (["attack=[pgd"], r"attack=\[pgd: is not an override; expected key=value, in quotes if it has .*"),
-        (["model=réseau"], r"model=réseau: is not an override; .*"),
+        (["model=réseau"], r"model=réseau: needs quotes around .*"),
         (["checkpoint=[a,b]", "trainer=none"], r"checkpoint=\['a', 'b'\]: should be a valid string"),
         (["name="], r"name=: must be the name of a folder below runs_dir"),
         (["name=../x"], r"name=../x: must be the name of a folder below runs_dir"),

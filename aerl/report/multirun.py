@@ -13,7 +13,8 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,25 @@ class Manifest:
         self.folder: Path | None = None
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config import sweep_jobs, sweep_name
+        from aerl.config import check_jobs, sweep_jobs, sweep_name
         from aerl.files import atomic_write, writing
         from aerl.report import status
         from aerl.report.status import PLAN, planned
-        from aerl.types import UserError
 
         if not is_main():
             return
         global _manifest, _then
+        self.on_run_start(config)
         words = list(config.hydra.overrides.task)
         launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
         command = ["launch.py", *([] if "multirun_sweeps" in " ".join(words) else ["-m"]), *launcher, *words]
-        folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words) / "jobs"
-        jobs = sweep_jobs(config)
-        try:
+        with _ending_hydra():
+            folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words) / "jobs"
+            jobs = sweep_jobs(config)
+            known = jobs is not None and jobs == planned(folder)
+            if jobs is not None and not known:
+                check_jobs(config, jobs)
             with writing(folder):
-                known = jobs is not None and jobs == planned(folder)  # then what is known of them still holds
                 if (
                     known
                     and config.overwrite
@@ -82,12 +85,10 @@ class Manifest:
                     "jobs": jobs,
                     "wish": wish(folder) if known else secrets.token_hex(4),
                 }
-                if not known:
+                if not known:  # else what is known of them still holds
                     shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
                 atomic_write(folder / PLAN, json.dumps(plan))
-        except UserError as error:
-            sys.exit(f"error: {error}")  # any other exception Hydra would warn of, and go on
         _manifest = self.folder = folder
         carried = [word for word in words if re.split("[=.]", word)[0] in _CARRIED]
         _then = [*self.then, *carried] if self.then else []
@@ -95,7 +96,10 @@ class Manifest:
             interrupt.hand_on()
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        """Hydra calls every method of a callback."""
+        from aerl.config import check_overrides
+
+        with _ending_hydra():
+            check_overrides(config)
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         global _manifest
@@ -120,6 +124,23 @@ class Manifest:
 
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra leaves this out where a job has failed, so that launch.py calls `conclude` instead."""
+
+
+@contextlib.contextmanager
+def _ending_hydra() -> Iterator[None]:
+    """End the process with the error's line: Hydra would warn of an exception in a callback, and go on."""
+    from aerl.config import explain
+    from aerl.terminal import full_error, print_error
+
+    try:
+        yield
+    except Exception as error:
+        line = explain(error)
+        if line is None or full_error():
+            traceback.print_exception(error)
+        elif is_main():
+            print_error(line)
+        sys.exit(1)
 
 
 def conclude() -> None:
