@@ -388,7 +388,7 @@ def test_a_check_that_fails_is_named_in_the_verdict(plain, audit, monkeypatch):
     assert checks["transfer"]["says"] == "not measured: no source; add attack=transfer"  # which is no failure
     assert audit(Apply(plain, after=lambda z: 100 * z), few)[0]["verdict"] == "masked (square failed)"
     told, _ = audit(Apply(plain, before=lambda x: x.float()), few)
-    assert told["verdict"] == "no sign (float64, float64_gradient, square failed)"
+    assert told["verdict"] == "no sign (float64_gradient, float64, square failed)"
 
 
 def test_out_of_memory_is_no_finding(plain, context):
