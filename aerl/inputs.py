@@ -13,13 +13,14 @@ from typing import Any
 
 from aerl.config import Config
 from aerl.files import sha256
+from aerl.fingerprint import fingerprint
 from aerl.remote import local
 from aerl.types import UserError
 
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-DATA_KEY = "prepared data"  # by which they are found; other files may give the same data
+DATA_KEY = "the files of the dataset"  # a change of them alone is no change: they may give the same data
 
 
 def files(config: Config) -> dict[str, str]:
@@ -127,6 +128,9 @@ def changed(recorded: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 def now(recorded: Mapping[str, str], config: Config) -> dict[str, str]:
     """The inputs that can be looked at without torch, as they are now; what is gone is "missing"."""
     found = files(config)
+    found[DATA_KEY] = data_key(config)
+    if recorded.get(DATA_KEY) != found[DATA_KEY] and _gone(config.dataset.path):
+        found[DATA_KEY] = "missing"
     for key in recorded:
         kind, _, name = key.partition(" ")
         if kind == "code":
@@ -141,6 +145,15 @@ def now(recorded: Mapping[str, str], config: Config) -> dict[str, str]:
     return found
 
 
+def _gone(path: str | None) -> bool:
+    return path is not None and not Path(path).expanduser().exists()
+
+
 def data_key(config: Config) -> str:
-    """What the prepared data are found by: it changes with the files they were made of."""
-    return ""
+    """By what the prepared data are found. Other files may give the same data: their own digest decides."""
+    dataset = config.dataset
+    recipe = dataset.model_dump(include={"size", "channels", "val_fraction", "split_seed"})
+    try:
+        return fingerprint(dataset.source, recipe)
+    except OSError:
+        return "missing"

@@ -160,8 +160,8 @@ def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bo
         )
     for key in sorted(key for key, digest in found.items() if digest == "missing"):
         log.warning("%s is not there any more: these numbers are of what it was", key)
-    prepared = distributed.from_main(lambda: inputs.data_key(config))
-    return config.checkpoint != "own" and recorded.get(inputs.DATA_KEY, prepared) == prepared
+    data = found[inputs.DATA_KEY]
+    return config.checkpoint != "own" and data in ("missing", recorded.get(inputs.DATA_KEY, data))
 
 
 def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
@@ -171,8 +171,10 @@ def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
     read = inputs.files(config) | inputs.code(config)
     if config.checkpoint == "own":
         read["weights"] = digest(parts.model.state_dict())
-    data = getattr(parts.data, "digest", "")  # SHIM
-    return read | {f"dataset={config.dataset.name}": data, inputs.DATA_KEY: inputs.data_key(config)}
+    return read | {
+        f"dataset={config.dataset.name}": parts.data.digest,
+        inputs.DATA_KEY: inputs.data_key(config),
+    }
 
 
 def _show(summary: Mapping[str, Any]) -> None:

@@ -47,7 +47,9 @@ class OnlyTheSecondFails(torch.nn.Linear):
         super().__init__(channels * size[0] * size[1], num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and len(x) > 2 and os.environ.get("RANK") == "1":  # not yet when it is tried at the start
+        if (
+            self.training and len(x) > 2 and os.environ.get("RANK") == "1"
+        ):  # not yet when it is tried at the start
             raise ValueError("a fault of this process alone")
         return super().forward(x.flatten(1))
 
