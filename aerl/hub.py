@@ -15,7 +15,7 @@ import yaml
 import aerl
 from aerl.config import NOT_IDENTITY, origin
 from aerl.files import atomic_write, sha256, writing
-from aerl.remote import push
+from aerl.remote import local, push
 from aerl.results import eps_text, read_config, read_summary, write_summary
 from aerl.terminal import Parser, command
 from aerl.types import UserError
@@ -61,6 +61,7 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     told["weights"] = {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")}
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     atomic_write(out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
+    told["files"] = {"config.yaml": sha256(out / "config.yaml")}
     atomic_write(out / "README.md", card(told, config, _made_by(summary), license))
     write_summary(out, told)
     return out
@@ -225,7 +226,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "--private", action="store_true", help="if --push makes the repository: not public"
     )
     given = parser.parse_args(words)
-    folder = export(given.run.expanduser(), given.out and given.out.expanduser(), given.license)
+    folder = export(local(str(given.run), "RUN"), given.out and local(str(given.out), "--out"), given.license)
     print(
         f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}"
     )

@@ -4,8 +4,10 @@ import json
 import time
 
 import torch
+import yaml
 
-from aerl.results import read_results
+from aerl.files import sha256
+from aerl.results import read_results, write_summary
 from tests.conftest import ROOT
 
 # For python -c: the command line with a checkpoint after every epoch and the state of an attack after every batch,
@@ -52,3 +54,18 @@ def same_end(cut, whole):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert results_of(cut) == results_of(whole)
+
+
+def forge(path, change):
+    """Change what is in a summary.json or config.yaml as a forger would: the digests that a run records fit again."""
+    folder, content = path.parent, yaml.safe_load(path.read_text())
+    change(content)
+    summary = content if path.suffix == ".json" else summary_of(folder)
+    if path.suffix != ".json":
+        path.write_text(yaml.safe_dump(content))
+    summary.pop("seal", None)
+    if "files" in summary:
+        summary["files"] = {
+            name: sha256(folder / name) for name in summary["files"] if (folder / name).is_file()
+        }
+    write_summary(folder, summary)

@@ -15,6 +15,7 @@ from aerl.analyses.curvature import curvature
 from aerl.analyses.gradients import Dynamics, Gradients, gradient_dynamics
 from aerl.analyses.landscape import Landscape, plane, survey
 from aerl.analyses.outcomes import confusion, entropy, norms
+from aerl.analyses.pictures import pictures
 from aerl.analyses.weights import filter_normalised, weight_landscape
 from aerl.attacks import SampleGenerator
 from aerl.attacks.projections import clip, random_in_ball
@@ -312,6 +313,27 @@ def test_entropy_confusion_and_norms_counted_by_hand(context):
     assert float(l2["median"]) == pytest.approx(np.linspace(0.1, 0.9, n)[:2].mean())
     metrics = {result.metric for result in read_results(folder / "results.jsonl")}
     assert {"entropy_right", "confidence_wrong", "median_l2"} <= metrics
+
+
+def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_such(context):
+    given, _, folder = context
+    outcomes = {key: value.copy() for key, value in given.outcomes.items()}
+    outcomes["pgd_pred"][:3] = (-1, 4, 7)  # not finite, and a model with more outputs than there are classes
+    for key in ("entropy", "confidence"):
+        outcomes[f"pgd_{key}"][0] = np.nan
+    given = replace(given, outcomes=outcomes)
+    confusion(given)
+    found = [row for row in rows_of(folder, "confusion") if row["images"] == "under attack"]
+    said = {row["predicted"]: int(row["n"]) for row in found if row["predicted"] not in "abcd"}
+    assert said == {"not finite": 1, "4": 1, "7": 1}
+    assert sum(int(row["n"]) for row in found) == len(given.images)
+    entropy(given)
+    table = {(row["images"], row["answer"]): row for row in rows_of(folder, "entropy")}
+    assert [int(table["pgd", answer]["n"]) for answer in ("right", "wrong")] == [len(given.images) - 3, 2]
+    assert math.isfinite(float(table["pgd", "wrong"]["entropy_mean"]))
+    example = given.images[:4].float() / 255
+    pictures(replace(given, adversarial={"pgd": example}))
+    assert (folder / "figures/pictures.png").is_file()
 
 
 def test_norms_of_an_attack_on_survivors_are_of_those_it_fooled_itself(context):

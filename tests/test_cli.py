@@ -106,7 +106,6 @@ def test_tab_completion_completes_options(launch):
         (["dataset=npz", "dataset.path=nowhere.npz"], r"dataset.path=nowhere.npz: .*"),
         (["dataset=npz", "dataset.path=tiny.npz"], r"model=alicnn: 4x4 images are too small .*"),
         (["evaluation.samples=0"], r"evaluation.samples=0: should be greater than or equal to 1"),
-        (["~trainer"], r".*trainer.*"),
         (["--trainer=rl"], r"unrecognized arguments: --trainer=rl; an override is key=value, without dashes .*"),
         (["trainer=null"], r"a group takes the name of an option, or a list of names .*"),
         (["trainer=[sl,rl]"], r"dataset, trainer: each takes one option, not a list; -m trainer=sl,rl runs .*"),
@@ -114,6 +113,28 @@ def test_tab_completion_completes_options(launch):
         (["-m", "trainer="], r"trainer=: no such option; known: none, .*"),
         (["-m", "multirun_sweeps=nope"], r"multirun_sweeps=nope: no such option; known: .*"),
         (["attack=[pgd"], r"attack=\[pgd: is not an override; expected key=value, in quotes if it has .*"),
+        (["~trainer"], r"dataset, trainer: each takes one option, .*trainer=none trains nothing"),
+        (["~dataset.source"], r"dataset.source: missing; .* not deleted"),
+        (["recipe=nope"], r"recipe=nope: no such option; known: .*digits_sl.*"),
+        (["hydra.run.dir=zz"], r"hydra.run.dir=zz: has no effect here; .*"),
+        (["seed=0", "seed=1"], r"seed=1: seed is given twice; before as seed=0"),
+        (["-m", "seed="], r"seed=: should be a valid integer.* \(job 0 of 1: seed=\)"),
+        (["eps=1", "-m", "seed=0,-1"], r"seed=-1: should be .* equal to 0 \(job 1 of 2: eps=1 seed=-1\)"),
+        (["-m", "attack=pgd", "attack.pgd.steps=5,-1"], r"attack.pgd.steps=-1: should be .* \(job 1 of 2: .*"),
+        (["-m", "seed=glob(x)"], r"seed=glob\(x\): means no job at all; .*"),
+        (["norm=Linf", "eps=8"], r"eps=8.0: pixels are in \[0, 1\].*; 8/255\?"),
+        (["model.mean=[nan]"], r"model.mean.0=nan: must be finite"),
+        (["trainer.optimizer.lr='inf'"], r"trainer.optimizer.lr=inf: must be finite"),
+        (["dataset.split_seed=5000000000"], r"dataset.split_seed=5000000000: should be less than 4294967296"),
+        ([f"seed={'9' * 5000}"], r"seed=9+\.\.\.: a number of 5000 digits; .*"),
+        ([f"+{'k' * 100_000}=1"], r"k{1,400}\.\.\.k{1,400}=1: no such key; .*|k+\.\.\.=1: no such key; .*"),
+        ([f"name={'n' * 256}"], r"name=n+\.\.\.: must be .* 255 bytes"),
+        ([f"name={'n/' * 2000}n"], r"name=n/.*\.\.\.: the run folder's path would be longer than .*"),
+        (["name=-x"], r"name=-x: must be the name of a folder; .*"),
+        (["name='a\tb'"], r"name=a b: has a control character, .*"),
+        (["logger.project=a/b"], r"logger.project=a/b: .*"),
+        (["checkpoint=runs/a=b,c"], r"checkpoint=runs/a=b,c: needs quotes .*: \"checkpoint='runs/a=b,c'\""),
+        (["dataset=npz", "dataset.path=~/nowhere.npz"], r"dataset.path=.*/home/nowhere.npz: no such file"),
         (["model=réseau"], r"model=réseau: needs quotes around .*"),
         (["checkpoint=[a,b]", "trainer=none"], r"checkpoint=\['a', 'b'\]: should be a valid string"),
         (["name="], r"name=: must be the name of a folder below runs_dir"),
@@ -250,3 +271,153 @@ def test_a_copy_of_the_repository_works_from_any_folder(launch, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "AERL_ROOT"}
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, check=True)
     assert yaml.safe_load(done.stdout)["seed"] == 7
+
+
+# ------------------------------------------------------------------- every key of the schema, given nonsense
+
+WRONG = [
+    "nan",
+    "'inf'",
+    "[1]",
+    "{a: 1}",
+    "''",
+    "'a\\tb'",
+    "-9e99",
+    "true",
+    "9" * 400,
+    "réseau",
+    "'\u202e'",
+    "x" * 5000,
+]
+
+
+def wrong_words(count, seed):
+    """`count` overrides that cannot be right, drawn from the schema: a value that its key refuses, or no key."""
+    import random
+    from types import UnionType
+    from typing import get_args, get_origin
+
+    from pydantic import BaseModel, TypeAdapter, ValidationError
+
+    from aerl.config import Config
+
+    def leaves(section, prefix=""):
+        for name, field in section.model_fields.items():
+            parts = (
+                get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+            )
+            inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+            if inner:
+                yield from leaves(inner[0], f"{prefix}{name}.")
+            elif get_origin(field.annotation) is not dict:
+                yield f"{prefix}{name}", section, name
+
+    draw, words = random.Random(seed), []
+    keys = [leaf for leaf in leaves(Config) if not leaf[0].startswith("trainer.adversary.")]
+    while len(words) < count:
+        key, section, name = draw.choice(keys)
+        value = draw.choice(WRONG)
+        if draw.random() < 0.2:
+            words.append(
+                [f"{draw.choice(['', '+', '++', '~'])}{key}{draw.choice(['x', '.x', '-', '@x'])}={value}"]
+            )
+            continue
+        field = section.model_fields[name]
+        try:  # what the key may well be, such as a name of 5,000 letters where any text is right
+            hint = TypeAdapter(
+                field.annotation if not field.metadata else (field.annotation, *field.metadata)[0]
+            )
+            hint.validate_python({"true": True, "nan": float("nan")}.get(value, value.strip("'")))
+        except (ValidationError, UnicodeError):
+            words.append([f"{key}={value}"])
+    return words
+
+
+def refusal_in_process(words):
+    """The one line that the command line would end with, from the parts that it is made of."""
+    from hydra import compose, initialize_config_dir
+
+    from aerl.build import check
+    from aerl.config import explain, read, run_name
+    from aerl.terminal import one_line
+    from launch import prepared
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = read(compose("config", overrides=prepared(words)))
+        run_name(config, words)
+        check(config)
+    except Exception as error:
+        return one_line(explain(error) or f"traceback: {error!r}")
+    return "accepted"
+
+
+def test_nonsense_for_any_key_of_the_schema_is_one_line():
+    for words in wrong_words(40, seed=13):
+        line = refusal_in_process(words)
+        print(words, line)
+        assert line != "accepted" and not line.startswith("traceback") and len(line) < 4000, (words, line)
+
+
+@pytest.mark.slow
+def test_two_hundred_wrong_command_lines_are_one_line_each_and_leave_no_folder(launch, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    for number, words in enumerate(wrong_words(200, seed=14)):
+        line = refusal_in_process(words)
+        print(words, line)
+        assert line != "accepted" and not line.startswith("traceback"), (words, line)
+        if number % 10 == 0:  # for a sample of them, the command line itself
+            done = launch(*words, cwd=here)
+            assert done.returncode != 0 and len(done.stderr.splitlines()) == 1, done.stderr
+            assert done.stderr.startswith("error: ") and list(here.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ terminals and machines
+
+
+def test_a_run_outlives_its_terminal_and_is_legible_in_any_encoding(launch, tmp_path):
+    import json
+
+    words = ["trainer=none", "checkpoint=own", "attack=none", "analysis=none", "logger=none", "runs_dir=runs"]
+    script = f"{sys.executable} {ROOT / 'launch.py'} {' '.join(words)}"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for number, ending in enumerate((">&- 2>&- <&-", "2>&1 | true", "")):
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", f"{script} name=n{number} {ending}"],
+            cwd=tmp_path, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / f"runs/n{number}/summary.json").read_text())
+        assert summary["status"] == "finished"
+    assert "95 % interval" in done.stdout
+
+
+SPY = """
+import gc, sys
+import torch
+from aerl.models import AliCNN
+
+class Net(AliCNN):
+    def __init__(self, num_classes: int, channels: int, size: tuple, fail: str):
+        super().__init__(num_classes=num_classes, channels=channels, size=size)
+        self.fail = fail
+        alive = [o for o in gc.get_objects() if type(o) in (Net, torch.optim.AdamW) and o is not self]
+        print(f"alive before {fail}: {len(alive)}", file=sys.stderr)
+
+    def forward(self, x):
+        if self.training and self.fail == "training":
+            raise RuntimeError("in training")
+        return super().forward(x)
+"""
+
+
+def test_a_failed_job_leaves_no_model_or_optimizer_to_the_next(launch, tmp_path):
+    (tmp_path / "spy.py").write_text(SPY)
+    words = ["-m", "model.net._target_=spy.Net", "+model.net.fail=training,nothing,at_all", "trainer.epochs=1",
+             "attack=none", "analysis=none", "logger=none", "dataset.train_samples=64"]  # fmt: skip
+    done = launch(*words, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.returncode == 1
+    assert re.findall(r"^alive before (.*)$", done.stderr, re.MULTILINE) == [
+        "training: 0", "nothing: 0", "at_all: 0",
+    ]  # fmt: skip

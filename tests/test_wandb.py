@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from aerl.results import _from_environment, _logged_in, _wandb_id, open_tracker, read_results
-from aerl.types import UserError
+from aerl.types import UserError, shortened
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -185,6 +185,20 @@ def _png() -> bytes:
     stream = io.BytesIO()
     Image.new("L", (4, 4), 128).save(stream, "png")
     return stream.getvalue()
+
+
+LONG = """
+tracker = start(root / "a", group="g" * 200, name="é" * 200, tags=["t" * 70 + "1", "t" * 70 + "2", ""])
+finish(tracker)
+"""
+
+
+def test_names_keep_to_wandbs_lengths_and_stay_apart(tmp_path: Path) -> None:
+    assert warnings(run(LONG, tmp_path)) == []
+    (started,) = read_back(tmp_path / "a")["run"]
+    assert len(started["run_group"]) <= 128 and len(started["display_name"]) <= 128
+    assert len(set(started["tags"])) == 2 and all(len(tag) <= 64 for tag in started["tags"])
+    assert shortened("g" * 200, 128) == started["run_group"] != shortened("g" * 201, 128)
 
 
 TWO = """
