@@ -333,12 +333,8 @@ def check_overrides(cfg: DictConfig) -> None:
     """UserError for an override that Hydra would take without a word, and that would have no effect."""
     from hydra.core.global_hydra import GlobalHydra
 
-    seen: dict[str, str] = {}
     for word in [*cfg.hydra.overrides.hydra, *cfg.hydra.overrides.task]:
         key, _, value = word.lstrip("+~").partition("=")
-        if key in seen and key != "hydra.mode":
-            raise UserError(f"{_short(word)}: {_short(key)} is given twice; before as {_short(seen[key])}")
-        seen[key] = word
         inside = re.sub(r"^hydra[./]", "", key)
         if inside != key and not inside.startswith(_HYDRA_KEYS):
             raise UserError(

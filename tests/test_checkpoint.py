@@ -85,7 +85,7 @@ def test_another_number_of_classes_and_another_architecture(tmp_path):
 
 
 def test_find_prefers_best_and_names_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="is it a run folder"):
+    with pytest.raises(UserError, match="is no run folder"):
         checkpoint.find(str(tmp_path))
     with pytest.raises(UserError, match="no such file or folder"):
         checkpoint.find(str(tmp_path / "nowhere"))

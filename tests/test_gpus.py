@@ -100,7 +100,7 @@ def test_a_grid_file_may_choose_the_launcher_and_each_worker_has_its_gpu(launch,
     (tmp_path / "multirun_sweeps/mine.yaml").write_text(
         "# @package _global_\n"
         "defaults:\n  - override /hydra/launcher: gpus\n"
-        "hydra:\n  mode: MULTIRUN\n  sweeper: {params: {seed: '0,1,2,-1'}}\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper: {params: {seed: '0,1,2', dataset.train_samples: '1280,9999'}}\n"
     )
     words = ("multirun_sweeps=mine", "trainer.epochs=1", "runs_dir=out", *WORDS)
     gpus_and_locks = {"CUDA_VISIBLE_DEVICES": "5,6", "TMPDIR": str(tmp_path)}

@@ -21,6 +21,7 @@ from aerl import checkpoint
 from aerl.hub import export, main
 from aerl.types import UserError
 from tests.conftest import ROOT
+from tests.runs import forge
 from tests.test_wandb import environment
 
 JUDGING = ("attack=fgsm", "norm=Linf", "eps=8/255", "evaluation.samples=40", "analysis=none")
@@ -181,9 +182,7 @@ def test_altered_weights_of_a_run_are_refused_wherever_they_are_taken(trained, t
     with pytest.raises(UserError, match=re.escape(reason)):
         export(copy)
     assert not (tmp_path / "runs").exists() and not (copy / "export").exists()
-    summary = json.loads((copy / "summary.json").read_text())
-    del summary["weights"]  # a run of an earlier version
-    (copy / "summary.json").write_text(json.dumps(summary))
+    forge(copy / "summary.json", lambda summary: summary.pop("weights"))
     assert checkpoint.tensors(checkpoint.find(str(copy)))
 
 
@@ -198,11 +197,11 @@ def test_a_judgement_does_not_go_on_with_other_weights(trained, tmp_path, launch
         "file": "mine.pth",
         "sha256": hashlib.sha256((tmp_path / "mine.pth").read_bytes()).hexdigest(),
     }
-    path.write_text(json.dumps(summary | {"status": "running"}))  # as a killed process leaves it
+    forge(path, lambda summary: summary.update(status="running"))  # as a killed process leaves it
     altered(tmp_path / "mine.pth")
     done = launch(*judging)
     assert done.returncode == 1
-    assert re.search(r"^error: checkpoint=mine.pth: is not the file whose", done.stderr, re.MULTILINE)
+    assert re.search(r"^error: run folder runs/judged: checkpoint=mine.pth has changed", done.stderr, re.MULTILINE)
 
 
 def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
@@ -212,16 +211,14 @@ def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
 
     assert re.fullmatch(r"error: .*nowhere: is no run folder.*\n", line(tmp_path / "nowhere"))
     copy = shutil.copytree(trained, tmp_path / "copy")
-    summary = json.loads((copy / "summary.json").read_text())
-    (copy / "summary.json").write_text(json.dumps(summary | {"status": "running"}))
+    forge(copy / "summary.json", lambda summary: summary.update(status="running"))
     assert "is running; only a finished run" in line(copy)
-    (copy / "summary.json").write_text(json.dumps(summary | {"trainer": "none", "origin": None}))
-    config = yaml.safe_load((copy / "config.yaml").read_text())
-    (copy / "config.yaml").write_text(yaml.safe_dump(config | {"checkpoint": "own"}))
+    forge(copy / "summary.json", lambda summary: summary.update(status="finished", trainer="none", origin=None))
+    forge(copy / "config.yaml", lambda config: config.update(checkpoint="own"))
     assert "checkpoint=own" in line(copy)
-    judged = summary | {"trainer": "none", "origin": {"run_id": "another", "folder": str(trained)}}
-    (copy / "summary.json").write_text(json.dumps(judged))
-    (copy / "config.yaml").write_text(yaml.safe_dump(config | {"checkpoint": str(trained)}))
+    another = {"run_id": "another", "folder": str(trained)}
+    forge(copy / "summary.json", lambda summary: summary.update(origin=another))
+    forge(copy / "config.yaml", lambda config: config.update(checkpoint=str(trained)))
     assert "judged run another, which is not (or no longer) in" in line(copy)
     assert not (copy / "export").exists()
 

@@ -32,7 +32,7 @@ def swept(tmp_path_factory, data_dir):
     home = tmp_path_factory.mktemp("swept")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     env |= {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
-    words = ["-m", "trainer.epochs=1,2,0", "seed=0,1", "attack=[fgsm,pgd]", "attack.pgd.steps=3",
+    words = ["-m", "trainer.epochs=1,2,9999", "seed=0,1", "attack=[fgsm,pgd]", "attack.pgd.steps=3",
              "evaluation.samples=30", "analysis=none", "logger=none", "runs_dir=out"]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch.py"), *words]
     done = subprocess.run(
@@ -130,7 +130,7 @@ def test_it_imports_nothing_slow_and_says_what_is_wrong(swept, tmp_path):
     )
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr.splitlines() == [f"{tmp_path / 'none'}: no such folder (no summary.json)"]
+    assert done.stderr.splitlines() == [f"error: {tmp_path / 'none'}: no such folder (no summary.json)"]
     assert {"table.md", "table.csv", "table.tex", "report.html"} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -314,11 +314,15 @@ def test_a_multirun_is_four_folders_in_two_groups_and_a_failing_job_does_not_sto
     groups = {path: read_back(path.parent)["run"][0]["run_group"] for path in folders}
     assert len(ids) == 4 and len(set(groups.values())) == 2  # a group for each trainer, a run for each seed
     assert len(list((tmp_path / "runs").glob("**/*.wandb"))) == 4
-    failing = launch("-m", "trainer.epochs=0,1", "seed=5", "attack=none", "analysis=none", "logger=none")
+    few = ("attack=none", "analysis=none", "logger=none", "trainer.epochs=1", "runs_dir=others")
+    wrong = launch("-m", "seed=5,-1", *few)  # told before the first job begins, and nothing is left
+    assert wrong.returncode == 1 and not (tmp_path / "others").exists()
+    assert wrong.stderr.startswith("error: seed=-1: should be greater than or equal to 0")
+    failing = launch("-m", "dataset.train_samples=9999,64", *few)
     assert failing.returncode == 1
-    assert "error: trainer.epochs=0: should be greater than or equal to 1" in failing.stderr
+    assert "error: dataset.train_samples=9999: the training split has 1293 images" in failing.stderr
     assert "Traceback" not in failing.stderr
-    assert len(list((tmp_path / "runs").glob("*/*/*/*/seed5/summary.json"))) == 1
+    assert len(list((tmp_path / "others").glob("*/*/*/*/seed0/summary.json"))) == 1
 
 
 def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(tmp_path, data_dir, launch):

@@ -107,7 +107,7 @@ def test_no_multirun_is_told_in_one_line(tmp_path):
         )
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.splitlines() == [
-            f"{folder}: {reason}; runs that were started one by one: python -m aerl.report"
+            f"error: {folder}: {reason}; runs that were started one by one: python -m aerl.report"
         ]
 
 

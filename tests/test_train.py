@@ -339,18 +339,8 @@ class NoRate(torch.optim.SGD):
 )
 def test_an_optimizer_that_cannot_step_is_found_before_training(data, optimizer, said):
     with pytest.raises(UserError, match=said) as error:
-        check_recipe(recipe(optimizer=optimizer), network(), data, torch.device("cpu"))
+        check_recipe(recipe(optimizer=optimizer), network(), torch.device("cpu"))
     assert "\n" not in str(error.value)
-
-
-def test_a_batch_of_one_image_is_refused_where_the_network_cannot_take_it(data):
-    """BatchNorm over one value. The model that will be trained is left as it is."""
-    flat = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.BatchNorm1d(2)), (0.4,), (0.3,))
-    with pytest.raises(UserError, match=r"trainer.batch_size=1: ValueError: Expected more than 1 value"):
-        check_recipe(recipe(batch_size=1), flat, data, torch.device("cpu"))
-    model, state = network().train(), torch.get_rng_state()
-    check_recipe(recipe(batch_size=1), model, data, torch.device("cpu"))
-    assert equal(model, network()) and torch.equal(state, torch.get_rng_state())
 
 
 def test_learning_rate_schedules():

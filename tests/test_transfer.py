@@ -389,7 +389,7 @@ def test_sources_that_will_not_do_are_told_in_one_line_each_and_nothing_is_left(
     (home / "empty").mkdir()
     refused = {
         "nowhere": "no such file or folder; give a run folder or a .pt file",
-        "empty": "the folder has no checkpoints/best.pt or last.pt; is it a run folder?",
+        "empty": "is no run folder, which has a summary.json and a config.yaml; name a file of weights",
         "alone/best.pt": "no run folder, nor a .pt file in one: there is no config.yaml and summary.json",
         "alien": "was trained on cifar10 (size=32, channels=3), this run is on digits (size=null, channels=null); "
         "classes and image shape must be the same",
