@@ -77,7 +77,9 @@ def test_run_names_tell_runs_apart_and_nothing_else():
     plain = name_and_hash()
     assert plain[0] == "digits/alicnn/sl/default/seed0"
     assert name_and_hash("logger=none", "runs_dir=x", "data_dir=y", "overwrite=true", "seed=0") == plain
-    assert name_and_hash("evaluation.batch_size=3")[1] != plain[1]  # a model that draws at random draws otherwise
+    assert (
+        name_and_hash("evaluation.batch_size=3")[1] != plain[1]
+    )  # a model that draws at random draws otherwise
     named = name_and_hash("trainer=rl", "trainer.epochs=3", "eps=8/255", "attack=[pgd,fgsm]", "seed=4")
     assert named[0] == "digits/alicnn/rl/attack=_pgd,fgsm_,eps=8_255,trainer.epochs=3/seed4"
     swapped = name_and_hash("attack=[pgd,fgsm]", "seed=4", "eps=8/255", "trainer.epochs=3", "trainer=rl")

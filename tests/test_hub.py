@@ -201,7 +201,9 @@ def test_a_judgement_does_not_go_on_with_other_weights(trained, tmp_path, launch
     altered(tmp_path / "mine.pth")
     done = launch(*judging)
     assert done.returncode == 1
-    assert re.search(r"^error: run folder runs/judged: checkpoint=mine.pth has changed", done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^error: run folder runs/judged: checkpoint=mine.pth has changed", done.stderr, re.MULTILINE
+    )
 
 
 def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
@@ -213,7 +215,9 @@ def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "copy")
     forge(copy / "summary.json", lambda summary: summary.update(status="running"))
     assert "is running; only a finished run" in line(copy)
-    forge(copy / "summary.json", lambda summary: summary.update(status="finished", trainer="none", origin=None))
+    forge(
+        copy / "summary.json", lambda summary: summary.update(status="finished", trainer="none", origin=None)
+    )
     forge(copy / "config.yaml", lambda config: config.update(checkpoint="own"))
     assert "checkpoint=own" in line(copy)
     another = {"run_id": "another", "folder": str(trained)}

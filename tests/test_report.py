@@ -343,11 +343,13 @@ def context(folder: Path, channels: int = 1, kept: int = 6, attacks: int = 1) ->
     adversarial[torch.arange(1, 10, 2), :, :, 7] = 1.0
     labels[9] = 5
     model = Brightest()
-    clean = model.eval()(images.float() / 255).argmax(1).numpy()
-    after = model(adversarial).argmax(1).numpy()
-    model.train()
+    model.eval()
+    outcomes = {"label": labels.numpy()}
     names = [f"attack{index}" for index in range(attacks)]
-    outcomes = {"label": labels.numpy(), "clean_pred": clean, **{f"{name}_pred": after for name in names}}
+    for name, shown in {"clean": images.float() / 255, **dict.fromkeys(names, adversarial)}.items():
+        confidence, pred = model(shown).softmax(1).max(1)
+        outcomes |= {f"{name}_pred": pred.numpy(), f"{name}_confidence": confidence.numpy()}
+    model.train()
     return AnalysisContext(
         model=model, images=images, labels=labels, class_names=tuple(f"column {index}" for index in range(8)),
         outcomes=outcomes, adversarial=dict.fromkeys(names, adversarial[:kept]),

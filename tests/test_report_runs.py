@@ -15,10 +15,12 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from aerl import config as schema
 from aerl.report import figures, page, runs
 from aerl.report.__main__ import main
 from aerl.results import proportion, read_results, write_summary
 from tests.conftest import ROOT
+from tests.test_run_folder import config_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -28,13 +30,17 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, data_dir):
-    """Two epochs and two seeds, and a third setting of epochs that is refused before it has a folder."""
+    """Two epochs and two seeds, and a third setting of epochs that cannot have its folder."""
     home = tmp_path_factory.mktemp("swept")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     env |= {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
-    words = ["-m", "trainer.epochs=1,2,9999", "seed=0,1", "attack=[fgsm,pgd]", "attack.pgd.steps=3",
+    words = ["-m", "trainer.epochs=1,2,3", "seed=0,1", "attack=[fgsm,pgd]", "attack.pgd.steps=3",
              "evaluation.samples=30", "analysis=none", "logger=none", "runs_dir=out"]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch.py"), *words]
+    third = ["trainer.epochs=3", "seed=0", *words[3:]]
+    in_the_way = (home / "out" / schema.run_name(config_of(*third), third)).parent
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
     done = subprocess.run(
         command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -73,7 +79,7 @@ def test_a_multirun_ends_with_its_table_and_with_the_jobs_that_left_no_folder(sw
     assert re.search(r"^sl\s+1\s+2\s+[\d.]+ ± [\d.]+", table, re.MULTILINE)
     assert re.search(r"^sl\s+2\s+2\s+[\d.]+ ± [\d.]+", table, re.MULTILINE)
     for job, seed in ((4, 0), (5, 1)):
-        assert f"failed: job {job} (trainer.epochs=0 seed={seed}): trainer.epochs=0: should be" in table
+        assert f"failed: job {job} (trainer.epochs=3 seed={seed}): cannot write out/" in table
     folder = home / re.search(r"written: (.*)/report\.html", table)[1]
     assert folder.is_relative_to(home / "out/multirun")
     assert {path.name for path in folder.iterdir()} == {
@@ -85,7 +91,7 @@ def test_a_multirun_ends_with_its_table_and_with_the_jobs_that_left_no_folder(sw
         ("sl", "1", "2", "2"), ("sl", "2", "2", "2"),
     ]  # fmt: skip
     html = (folder / "report.html").read_text()
-    assert "trainer.epochs=0: should be" in html and "2 without a result" in html
+    assert "cannot write out/" in html and "2 without a result" in html
     for address in re.findall(r'href="([^"]*)"', html):
         assert (folder / unquote(address)).is_file(), address
 
