@@ -80,15 +80,16 @@ def memory_line(error: BaseException) -> str | None:
         refused = isinstance(cause, OSError) and cause.errno == errno.ENOMEM
         match = _NO_MEMORY.search(str(cause))
         if isinstance(cause, MemoryError) or refused or match:
-            reason = match[0].strip() if match else first_line(cause)
+            lines = str(cause).splitlines() if match else []
+            reason = next((line.strip() for line in lines if _NO_MEMORY.search(line)), first_line(cause))
             return f"the machine's memory, or a limit on it (ulimit -v), is used up: {reason}"
         cause = cause.__cause__ or cause.__context__
     return None
 
 
 _NO_MEMORY = re.compile(
-    r".*(cannot allocate memory|failed to map segment|can't allocate memory|can't start new thread|"
-    r"not enough memory|std::bad_alloc).*",
+    r"cannot allocate memory|failed to map segment|can't allocate memory|can't start new thread|"
+    r"not enough memory|std::bad_alloc",
     re.IGNORECASE,
 )
 

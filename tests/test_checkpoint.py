@@ -11,6 +11,7 @@ import torch
 
 from aerl import checkpoint
 from aerl.models import AliCNN, Classifier
+from aerl.results import write_summary
 from aerl.types import UserError
 
 
@@ -90,9 +91,16 @@ def test_find_prefers_best_and_names_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         checkpoint.find(str(tmp_path / "nowhere"))
     (tmp_path / "checkpoints").mkdir()
-    for name in ("last.pt", "best.pt"):
-        (tmp_path / "checkpoints" / name).touch()
-        assert checkpoint.find(str(tmp_path)).name == name
+    (tmp_path / "checkpoints/last.pt").touch()
+    (tmp_path / "config.yaml").touch()
+    write_summary(tmp_path, {"status": "running"})
+    with pytest.raises(UserError, match="its training is not finished"):
+        checkpoint.find(str(tmp_path))
+    write_summary(tmp_path, {"status": "finished", "weights": {"file": "checkpoints/best.pt"}})
+    with pytest.raises(UserError, match="best.pt is missing"):
+        checkpoint.find(str(tmp_path))
+    (tmp_path / "checkpoints/best.pt").touch()
+    assert checkpoint.find(str(tmp_path)).name == "best.pt"
 
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(tmp_path):

@@ -378,7 +378,8 @@ def test_two_hundred_wrong_command_lines_are_one_line_each_and_leave_no_folder(l
 def test_a_run_outlives_its_terminal_and_is_legible_in_any_encoding(launch, tmp_path):
     import json
 
-    words = ["trainer=none", "checkpoint=own", "attack=none", "analysis=none", "logger=none", "runs_dir=runs"]
+    words = ["trainer=none", "checkpoint=own", "model.mean=[0]", "model.std=[1]", "attack=none", "analysis=none",
+             "logger=none", "runs_dir=runs"]  # fmt: skip
     script = f"{sys.executable} {ROOT / 'launch.py'} {' '.join(words)}"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for number, ending in enumerate((">&- 2>&- <&-", "2>&1 | true", "")):

@@ -79,7 +79,7 @@ def test_a_multirun_ends_with_its_table_and_with_the_jobs_that_left_no_folder(sw
     assert re.search(r"^sl\s+1\s+2\s+[\d.]+ ± [\d.]+", table, re.MULTILINE)
     assert re.search(r"^sl\s+2\s+2\s+[\d.]+ ± [\d.]+", table, re.MULTILINE)
     for job, seed in ((4, 0), (5, 1)):
-        assert f"failed: job {job} (trainer.epochs=3 seed={seed}): cannot write out/" in table
+        assert re.search(rf"failed: job {job} \(trainer.epochs=3 seed={seed}\), .*: cannot write out/", table)
     folder = home / re.search(r"written: (.*)/report\.html", table)[1]
     assert folder.is_relative_to(home / "out/multirun")
     assert {path.name for path in folder.iterdir()} == {
@@ -136,7 +136,7 @@ def test_it_imports_nothing_slow_and_says_what_is_wrong(swept, tmp_path):
     )
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'none'}: no such folder (no summary.json)"]
+    assert done.stderr.splitlines() == [f"{tmp_path / 'none'}: no such folder (no summary.json)"]
     assert {"table.md", "table.csv", "table.tex", "report.html"} <= {path.name for path in tmp_path.iterdir()}
 
 

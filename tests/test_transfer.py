@@ -14,7 +14,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from aerl import checkpoint
@@ -24,6 +23,7 @@ from aerl.models import AliCNN
 from aerl.results import read_results, wilson
 from aerl.types import UserError
 from tests.conftest import ROOT
+from tests.runs import forge
 
 SETTINGS = {"norm": "L2", "eps": 0.5, "steps": 5, "step_size": None, "loss": "log_odds"}
 
@@ -356,14 +356,9 @@ def test_a_and_its_twin_have_one_store_between_them(judged, data_dir):
 def altered(home, name, *, config=None, summary=None, weights=None):
     """A copy of run `a` in which something is different."""
     shutil.copytree(home / "a", home / name)
-    for file, change, dump in (
-        ("config.yaml", config, yaml.safe_dump),
-        ("summary.json", summary, json.dumps),
-    ):
+    for file, change in (("config.yaml", config), ("summary.json", summary)):
         if change is not None:
-            content = yaml.safe_load((home / name / file).read_text())
-            change(content)
-            (home / name / file).write_text(dump(content))
+            forge(home / name / file, change)
     if weights is not None:
         checkpoint.save({"model": weights}, home / name / "checkpoints/best.pt")
 
