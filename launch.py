@@ -78,11 +78,13 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def prepared(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra reads them: -m first, and a path that begins with ~ in quotes."""
-    for word in words:
-        if match := re.search(r"\d{4301,}", word):
-            from aerl.types import UserError
+    from aerl.types import UserError
 
-            key, _, value = word.partition("=")
+    for word in words:
+        key, _, value = word.partition("=")
+        if len(key.encode(errors="replace")) > 255:  # Hydra would look for a folder of that name
+            raise UserError(f"{key[:77]}...={value[:77]}: no such key; none has more than 255 bytes")
+        if match := re.search(r"\d{4301,}", word):
             raise UserError(
                 f"{key[:80]}={value[:77]}...: a number of {len(match[0])} digits; 4300 can be read"
             )

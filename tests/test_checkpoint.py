@@ -97,7 +97,7 @@ def test_find_prefers_best_and_names_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="its training is not finished"):
         checkpoint.find(str(tmp_path))
     write_summary(tmp_path, {"status": "finished", "weights": {"file": "checkpoints/best.pt"}})
-    with pytest.raises(UserError, match="best.pt is missing"):
+    with pytest.raises(UserError, match=r"best\.pt is missing"):
         checkpoint.find(str(tmp_path))
     (tmp_path / "checkpoints/best.pt").touch()
     assert checkpoint.find(str(tmp_path)).name == "best.pt"

@@ -126,7 +126,7 @@ def test_tab_completion_completes_options(launch):
         (["trainer.optimizer.lr='inf'"], r"trainer.optimizer.lr=inf: must be finite"),
         (["dataset.split_seed=5000000000"], r"dataset.split_seed=5000000000: should be less than 4294967296"),
         ([f"seed={'9' * 5000}"], r"seed=9+\.\.\.: a number of 5000 digits; .*"),
-        ([f"+{'k' * 100_000}=1"], r"k{1,400}\.\.\.k{1,400}=1: no such key; .*|k+\.\.\.=1: no such key; .*"),
+        ([f"+{'k' * 100_000}=1"], r"\+k+\.\.\.=1: no such key; .*"),
         ([f"name={'n' * 256}"], r"name=n+\.\.\.: must be .* 255 bytes"),
         ([f"name={'n/' * 2000}n"], r"name=n/.*\.\.\.: the run folder's path would be longer than .*"),
         (["name=-x"], r"name=-x: must be the name of a folder; .*"),
