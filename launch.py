@@ -78,16 +78,17 @@ def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 def prepared(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra reads them: -m first, and a path that begins with ~ in quotes."""
-    from aerl.types import UserError
-
+    wrong = None
     for word in words:
         key, _, value = word.partition("=")
         if len(key.encode(errors="replace")) > 255:  # Hydra would look for a folder of that name
-            raise UserError(f"{key[:77]}...={value[:77]}: no such key; none has more than 255 bytes")
-        if match := re.search(r"\d{4301,}", word):
-            raise UserError(
-                f"{key[:80]}={value[:77]}...: a number of {len(match[0])} digits; 4300 can be read"
-            )
+            wrong = f"{key[:77]}...={value[:77]}: no such key; none has more than 255 bytes"
+        elif match := re.search(r"\d{4301,}", word):
+            wrong = f"{key[:80]}={value[:77]}...: a number of {len(match[0])} digits; 4300 can be read"
+    if wrong is not None:
+        from aerl.types import UserError  # which takes longer than --help
+
+        raise UserError(wrong)
     quoted = [re.sub(r"(?<=[=,\[])~[\w./@+:-]*(?=[,\]]|$)", r"'\g<0>'", word) for word in words]
     return sorted(quoted, key=lambda word: word not in ("-m", "--multirun"))
 
