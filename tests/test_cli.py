@@ -303,7 +303,7 @@ def wrong_words(count, seed):
     from types import UnionType
     from typing import get_args, get_origin
 
-    from pydantic import BaseModel, TypeAdapter, ValidationError
+    from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
     from aerl.config import Config
 
@@ -330,9 +330,8 @@ def wrong_words(count, seed):
             continue
         field = section.model_fields[name]
         try:  # what the key may well be, such as a name of 5,000 letters where any text is right
-            hint = TypeAdapter(
-                field.annotation if not field.metadata else (field.annotation, *field.metadata)[0]
-            )
+            annotation = field.annotation if not field.metadata else (field.annotation, *field.metadata)[0]
+            hint = TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True))
             hint.validate_python({"true": True, "nan": float("nan")}.get(value, value.strip("'")))
         except (ValidationError, UnicodeError):
             words.append([f"{key}={value}"])
