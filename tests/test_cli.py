@@ -332,7 +332,7 @@ def wrong_words(count, seed):
         try:  # what the key may well be, such as a name of 5,000 letters where any text is right
             annotation = field.annotation if not field.metadata else (field.annotation, *field.metadata)[0]
             hint = TypeAdapter(annotation, config=ConfigDict(coerce_numbers_to_str=True))
-            hint.validate_python({"true": True, "nan": float("nan")}.get(value, value.strip("'")))
+            hint.validate_python({"nan": float("nan"), "-9e99": -9e99}.get(value, yaml.safe_load(value)))
         except (ValidationError, UnicodeError):
             words.append([f"{key}={value}"])
     return words
