@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -81,7 +82,11 @@ def _end_with_parent(number: signal.Signals) -> None:
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it has ended meanwhile
+        by_torchrun = parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ
+        adopted = (
+            by_torchrun and b"torch" not in Path("/proc/1/cmdline").read_bytes()
+        )  # which may be torchrun itself
+        if adopted or os.getppid() != parent:  # it has ended meanwhile
             os.kill(os.getpid(), number)
 
 
