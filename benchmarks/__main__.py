@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace, machine: hardware.Hardware, rounds: int, s
     if "analyses" in parts:
         rows += analyses.measure(models["undefended"], data, machine, rounds, scratch, smoke)
     if "judging" in parts:
-        rows += judging.measure(args.cifar10, scratch, rounds, smoke)
+        rows += judging.measure(args.cifar10, scratch / "judging", rounds, smoke)
     return rows
 
 

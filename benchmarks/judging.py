@@ -14,7 +14,7 @@ _LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 def _run(folder: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, str(_LAUNCH), *words, "logger=none", "overwrite=true"]
     subprocess.run(
-        [*command, f"runs_dir={folder.parent}", f"name={folder.name}"], check=True, capture_output=True
+        [*command, f"runs_dir={folder.parent}", f"name={folder.name}"], check=True, stdout=subprocess.DEVNULL
     )
     told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return told
