@@ -133,7 +133,10 @@ def end_of_run(folder):
     assert len(set(left["results"])) == len(left["results"]) > 20
     left |= {path.name: path.read_text() for path in (folder / "tables").iterdir()}
     left["files"] = sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if "wandb" not in path.parts
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        # A killed process leaves the file of its lock, which holds nobody; who finds the run finished takes none.
+        if "wandb" not in path.parts and path.name != ".lock"
     )
     return left | {"summary": without_times(json.loads((folder / "summary.json").read_text()))}
 
