@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 if __name__ == "__main__":
-    from aerl import interrupt
+    from aerl.runtime import signals
 
-    interrupt.begin()  # before imports that take seconds
+    signals.install_handlers()  # before imports that take seconds
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,19 +27,19 @@ os.environ.setdefault("AERL_ROOT", str(ROOT))
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    from aerl import interrupt
     from aerl.run import run
-    from aerl.terminal import protect_streams
+    from aerl.runtime import signals
+    from aerl.runtime.terminal import protect_streams
     from aerl.types import UserError
 
     register()  # a worker of a multirun gets this function alone
-    if interrupt.is_worker():
+    if signals.is_worker():
         protect_streams()
     single = HydraConfig.get().mode is RunMode.RUN
     try:
         return run(cfg)
-    except interrupt.Stopped as stopped:
-        if interrupt.is_worker():  # joblib would kill the other workers, before they have saved
+    except signals.Stopped as stopped:
+        if signals.is_worker():  # joblib would kill the other workers, before they have saved
             raise UserError(str(stopped)) from None
         raise
     except Exception as error:
@@ -70,7 +70,7 @@ def times(factor: float, number: float | str) -> float:
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """In place of argparse's own many lines."""
-    from aerl.terminal import print_error
+    from aerl.runtime.terminal import print_error
 
     print_error(f"{message}; an override is key=value, without dashes (see --help)")
     sys.exit(2)
@@ -105,16 +105,16 @@ def working_folder() -> None:
 
 def gpus() -> int:
     """How many jobs this machine has a GPU for; one where there is none."""
-    from aerl.gpus import visible
+    from aerl.runtime.gpus import visible
 
     return max(1, len(visible()))
 
 
 def print_exception(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
-    from aerl.config import explain
-    from aerl.distributed import speaks
-    from aerl.terminal import full_error, print_error
+    from aerl.config.errors import explain
+    from aerl.runtime.ddp import speaks
+    from aerl.runtime.terminal import full_error, print_error
 
     if not speaks():
         return
@@ -141,7 +141,7 @@ register()
 printed: list[Exception] = []  # of the jobs of a multirun
 
 if __name__ == "__main__":
-    from aerl.terminal import full_error, lost_output, protect_streams
+    from aerl.runtime.terminal import full_error, lost_output, protect_streams
 
     protect_streams()
     os.environ["AERL_FULL_ERROR"] = str(int(full_error()))
@@ -157,11 +157,11 @@ if __name__ == "__main__":
     except Exception as error:
         if error not in printed:
             print_exception(error)
-        interrupt = sys.modules.get("aerl.interrupt")
-        sys.exit(interrupt.REQUEUE if interrupt and interrupt.heard() else 1)
+        signals = sys.modules.get("aerl.runtime.signals")
+        sys.exit(signals.REQUEUE if signals and signals.received() else 1)
     finally:
         if multirun := sys.modules.get("aerl.report.multirun"):  # Hydra has imported its callback
-            multirun.conclude()
-        if distributed := sys.modules.get("aerl.distributed"):
-            distributed.leave()
+            multirun.print_table()
+        if ddp := sys.modules.get("aerl.runtime.ddp"):
+            ddp.destroy_process_group()
     sys.exit(lost_output())

@@ -15,15 +15,18 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from aerl import checkpoint, distributed, hardware
 from aerl.attacks import SampleGenerator, attacking, evaluating
-from aerl.config import Config, Model, bind, of_run, run_names
+from aerl.config.compose import of_run, run_names
+from aerl.config.schema import Config, Model
+from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
-from aerl.evaluate import setting
-from aerl.hardware import Hardware, seed_from
+from aerl.evaluation.evaluate import setting
+from aerl.evaluation.probe import drawn, keeping_buffers, probe
 from aerl.models import Classifier
-from aerl.probe import drawn, keeping_buffers, probe
-from aerl.train import Adversary, Recipe, check_recipe
+from aerl.runtime import ddp, device
+from aerl.runtime.device import Hardware, seed_from
+from aerl.training import checkpoint
+from aerl.training.loop import Adversary, Recipe, check_recipe
 from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
 
 log = logging.getLogger("aerl")
@@ -40,7 +43,7 @@ _ATTACK_SETTINGS: dict[str, Any] = {"norm": Norm, "eps": NonNegative, "batch_siz
 class Parts:
     """Everything a run is made of.
 
-    `recipe` is None where nothing is trained; `doubts` are what `aerl.probe` has to say about the model.
+    `recipe` is None where nothing is trained; `doubts` are what `aerl.evaluation.probe` has to say about the model.
     """
 
     hardware: Hardware
@@ -72,9 +75,9 @@ def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
     recipe = check(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
-    machine = hardware.set_up(**config.hardware.model_dump())
+    machine = device.set_up(**config.hardware.model_dump())
     if recipe is not None and machine.compile:
-        hardware.check_compiler(machine)
+        device.check_compiler(machine)
     data = build_data(config)
     if config.norm == "L2" and config.eps > (diagonal := math.sqrt(math.prod(data.image_shape))):
         log.warning("eps=%g: an L2 ball above %.3g holds every image of this size", config.eps, diagonal)
@@ -207,7 +210,7 @@ def build_data(config: Config) -> DataSplits:
     data_dir = Path(config.data_dir).expanduser()
     source = bind(dataset.source, "dataset.source", given={"data_dir": data_dir})
     with foreign_code("dataset.source", source):
-        data = distributed.main_first(
+        data = ddp.main_first(
             lambda: prepare(
                 source,
                 identity=dataset.source,
@@ -322,7 +325,7 @@ def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: i
 def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
     """Move `model` to where the run computes, and try there what will be asked of it.
 
-    One that cannot compute on channels_last images, as hardware.channels_last gives them, gets contiguous ones.
+    One that cannot compute on channels_last images, as device.channels_last gives them, gets contiguous ones.
     """
     with foreign_code(key, remedy=f"moved to {machine.device}"):
         machine.place(model)
@@ -334,7 +337,7 @@ def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, bat
         model.contiguous = True
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         _try(model, key, data, machine, batch)
-        log.warning("%s; it computes in the contiguous layout instead of hardware.channels_last=true", error)
+        log.warning("%s; it computes in the contiguous layout instead of device.channels_last=true", error)
 
 
 def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
@@ -359,7 +362,7 @@ def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch
         if not batch:
             return
         # On a GPU, BatchNorm sees the whole batch of all processes.
-        each = batch if images.is_cuda else max(1, batch // distributed.world())
+        each = batch if images.is_cuda else max(1, batch // ddp.world_size())
         remedy = f"given a batch of {min(2, each)} in training mode, where BatchNorm needs trainer.batch_size=2 or more"
         with evaluating(model), foreign_code(key, remedy=remedy):
             model.train()

@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 import aerl
-from aerl.config import NOT_IDENTITY, origin
-from aerl.files import atomic_write, sha256, writing
+from aerl.config.compose import origin
+from aerl.config.names import NOT_IDENTITY
 from aerl.remote import local, push
-from aerl.results import eps_text, read_config, read_summary, write_summary
-from aerl.terminal import Parser, command
-from aerl.types import UserError
+from aerl.runtime.files import atomic_write, sha256, writing
+from aerl.runtime.terminal import Parser, command
+from aerl.tracking.results import read_config, read_summary, write_summary
+from aerl.types import UserError, eps_text
 
 # Which overrides say how a model is judged, and not how it is made.
 _JUDGING = ("seed", "norm", "eps", "attack", "analysis", "evaluation")
@@ -36,7 +37,7 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     """
     from safetensors.torch import save
 
-    from aerl import checkpoint
+    from aerl.training import checkpoint
 
     summary = read_summary(run)
     if summary is None:

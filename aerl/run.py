@@ -12,23 +12,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from aerl import config as schema
-from aerl import distributed, gpus, inputs, interrupt
-from aerl.config import Config
-from aerl.files import locked, sha256
-from aerl.record import Record, earlier_start, recorded, whole
-from aerl.report import progress
-from aerl.report.multirun import note, wish
+from aerl.config import compose
+from aerl.config.names import run_name
+from aerl.config.schema import Config
+from aerl.report.multirun import note_job, wish
 from aerl.report.page import NAME, written
 from aerl.report.table import show
-from aerl.results import Tracker
+from aerl.runtime import ddp, gpus, progress, signals
+from aerl.runtime.files import locked, sha256
+from aerl.tracking import inputs
+from aerl.tracking.run_folder import Record, earlier_start, recorded, whole
+from aerl.tracking.wandb import Tracker
 from aerl.types import UserError, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: a finished run or a wrong key is answered without it
     from aerl.analyses import AnalysisContext
     from aerl.build import Parts
     from aerl.data import Split
-    from aerl.evaluate import Outcomes
+    from aerl.evaluation.evaluate import Outcomes
 
 log = logging.getLogger("aerl")
 
@@ -38,36 +39,36 @@ def run(cfg: DictConfig) -> float | None:
 
     The same command is the same run: an unfinished one goes on, a finished one is shown again.
     """
-    _log_to_stderr(f"job {HydraConfig.get().job.num}: " if interrupt.is_worker() else "")
-    if interrupt.is_worker():
-        interrupt.work()
-        distributed.heed()
-        interrupt.check()  # what it was asked during an earlier job
+    _log_to_stderr(f"job {HydraConfig.get().job.num}: " if signals.is_worker() else "")
+    if signals.is_worker():
+        signals.defer_in_worker()
+        ddp.sync_stop_request()
+        signals.raise_if_stopped()  # what it was asked during an earlier job
     overrides = list(HydraConfig.get().overrides.task)
-    config = schema.read(schema.adopt(cfg, overrides))
+    config = compose.read(compose.inherit_from_checkpoint(cfg, overrides))
     if config.hardware.distributed:
-        distributed.meet(config.hardware.device)
-    elif distributed.world() > 1:
+        ddp.init_process_group(config.hardware.device)
+    elif ddp.world_size() > 1:
         raise UserError(
-            f"hardware.distributed=false: torchrun has started {distributed.world()} processes, each of which "
+            f"hardware.distributed=false: torchrun has started {ddp.world_size()} processes, each of which "
             "would do the whole run; hardware=ddp shares it among them"
         )
-    with distributed.together():
+    with ddp.end_together():
         return _run(config, overrides)
 
 
 def _run(config: Config, overrides: Sequence[str]) -> float | None:
-    folder = Path(config.runs_dir).expanduser() / schema.run_name(config, overrides)
+    folder = Path(config.runs_dir).expanduser() / run_name(config, overrides)
     if HydraConfig.get().mode is RunMode.MULTIRUN and not config.prepare_data_only:
-        note(HydraConfig.get().job.num, folder=str(folder.absolute()))
-    found = distributed.from_main(lambda: _found(folder, config))
+        note_job(HydraConfig.get().job.num, folder=str(folder.absolute()))
+    found = ddp.broadcast_from_main(lambda: _found(folder, config))
     if found.get("status") == "finished" and _same_inputs(folder, config, found):
         return _show_again(folder, found)
 
     choices = _choices("dataset", "model")
     from aerl.build import build, build_data
-    from aerl.hardware import describe
-    from aerl.judge import judge
+    from aerl.evaluation.outcomes import judge
+    from aerl.runtime.device import describe
 
     if config.prepare_data_only:
         data = build_data(config)
@@ -77,12 +78,12 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
         return None
     if "joblib" in HydraConfig.get().launcher._target_ and config.hardware.device != "cpu":
         gpus.claim()
-    with interrupt.at_once():
+    with signals.stop_immediately():
         parts = build(config)  # whatever is wrong is found here, before the run folder is touched
-    distributed.broadcast_weights(parts.model)
-    read = distributed.from_main(lambda: _inputs(config, parts))
-    with interrupt.listening(), distributed.scratch(folder) as place, _alone_in(place):
-        earlier = distributed.from_main(lambda: _found(folder, config))
+    ddp.broadcast_weights(parts.model)
+    read = ddp.broadcast_from_main(lambda: _inputs(config, parts))
+    with signals.listening(), ddp.scratch(folder) as place, _alone_in(place):
+        earlier = ddp.broadcast_from_main(lambda: _found(folder, config))
         if difference := inputs.changed(earlier.get("inputs") or {}, read):
             raise UserError(
                 f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
@@ -111,8 +112,8 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                 _identify(config.checkpoint, record)
             record.summary.setdefault("trained", None)
             outcomes, split = judge(parts, config, record)
-            if distributed.is_main():
-                with distributed.alone():
+            if ddp.is_main():
+                with ddp.main_process_only():
                     _analyse(parts, config, record, outcomes, split)
     _show(record.summary)
     return _headline(record.summary)
@@ -128,7 +129,7 @@ def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:  # its table shows what was found
         log.info("was finished before: %s", folder)
     else:
-        if distributed.is_main() and not (folder / NAME).is_file():
+        if ddp.is_main() and not (folder / NAME).is_file():
             with written(folder):
                 pass
         _show(summary)
@@ -140,10 +141,10 @@ def _alone_in(folder: Path) -> AbstractContextManager[None]:
     """Keep other processes out of the run folder; a signal that comes while one is waited for ends the run."""
 
     def stop() -> None:
-        interrupt.heed(interrupt.heard())
-        interrupt.check()
+        signals.request_stop(signals.received())
+        signals.raise_if_stopped()
 
-    return locked(folder, stop) if distributed.is_main() else nullcontext()
+    return locked(folder, stop) if ddp.is_main() else nullcontext()
 
 
 def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bool:
@@ -153,7 +154,7 @@ def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bo
     is gone is a warning: the numbers are still those of what it was.
     """
     recorded = summary.get("inputs") or {}
-    found = distributed.from_main(lambda: inputs.now(recorded, config))
+    found = ddp.broadcast_from_main(lambda: inputs.now(recorded, config))
     if difference := inputs.changed(recorded, found):
         raise UserError(
             f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
@@ -166,7 +167,7 @@ def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bo
 
 def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
     """All that the run reads, by content."""
-    from aerl.checkpoint import digest
+    from aerl.training.checkpoint import digest
 
     read = inputs.files(config) | inputs.code(config)
     if config.checkpoint == "own":
@@ -178,14 +179,14 @@ def _inputs(config: Config, parts: "Parts") -> dict[str, str]:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
-    if distributed.is_main():
+    if ddp.is_main():
         show(summary)
 
 
 def _log_to_stderr(label: str) -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
     progress.label = label
-    log.setLevel(logging.DEBUG if distributed.is_main() else logging.CRITICAL)
+    log.setLevel(logging.DEBUG if ddp.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter
     logging.raiseExceptions = False  # a full disk is told by the files that matter, not by a log's traceback
@@ -213,8 +214,8 @@ def _headline(summary: Mapping[str, Any]) -> float | None:
 
 def _train(parts: "Parts", config: Config, record: Record) -> None:
     """Train, or go on training, and leave `parts.model` with the weights that the recipe selects."""
-    from aerl import checkpoint
-    from aerl.train import fit
+    from aerl.training import checkpoint
+    from aerl.training.loop import fit
 
     assert parts.recipe is not None
     folder = record.folder / "checkpoints"
@@ -225,17 +226,17 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
             seed=config.seed, folder=folder, results=record.results,
         )  # fmt: skip
         seconds = record.summary["seconds"] | {"train": time.monotonic() - began}
-        digest = distributed.from_main(lambda: sha256(folder / "best.pt"))
+        digest = ddp.broadcast_from_main(lambda: sha256(folder / "best.pt"))
         weights = {"file": "checkpoints/best.pt", "sha256": digest}
         trained = record.results.seal()
         record.advance(best_epoch=best_epoch, seconds=seconds, weights=weights, trained=trained)
-    distributed.from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
-    distributed.broadcast_weights(parts.model)
+    ddp.broadcast_from_main(lambda: checkpoint.load_weights(parts.model, folder / "best.pt"))
+    ddp.broadcast_weights(parts.model)
 
 
 def _identify(judged: str, record: Record) -> None:
     """Record which file of weights is judged."""
-    from aerl import checkpoint
+    from aerl.training import checkpoint
 
     path = checkpoint.find(judged)
     record.save(weights={"file": str(path), "sha256": sha256(path)})
@@ -246,8 +247,8 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     import torch
 
     from aerl.analyses import AnalysisContext
-    from aerl.files import load_arrays
-    from aerl.judge import batch_size
+    from aerl.evaluation.outcomes import batch_size
+    from aerl.runtime.files import load_arrays
 
     context = AnalysisContext(
         model=parts.model,
@@ -271,8 +272,8 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     )
     rows = record.summary["analyses"]
     for name, analysis in parts.analyses.items():
-        distributed.heed()
-        interrupt.check()
+        ddp.sync_stop_request()
+        signals.raise_if_stopped()
         if rows.get(name, {}).get("status") in ("made", "not made"):
             log.info("%s: was made before", name)
             continue
@@ -294,13 +295,13 @@ def _made(
     """
     from aerl.analyses import NotMade
     from aerl.attacks import NoGradient
-    from aerl.hardware import is_out_of_memory
+    from aerl.runtime.device import is_out_of_memory
 
     began = time.monotonic()
     while True:
         record.results.restore(record.summary["results"])  # without what an earlier try has logged
         try:
-            with interrupt.at_once():
+            with signals.stop_immediately():
                 analysis(context)
         except (NotMade, NoGradient) as error:
             log.warning("%s: not made: %s", name, error)

@@ -51,7 +51,7 @@ def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 show
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and type(error) is not SystemExit:
-            raise  # interrupt.Stopped
+            raise  # signals.Stopped
         if targets and not any(map(is_foreign, targets)):
             raise
         raise UserError(f"{key}: {type(error).__name__}: {first_line(error)} ({remedy})") from error
@@ -106,3 +106,9 @@ _LARGEST = 2**63 - 1  # of torch's integers
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_LARGEST)]
 Index = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_LARGEST)]
 Norm = Literal["L2", "Linf"]
+
+
+def eps_text(eps: float) -> str:
+    """An eps as people write it: 0.5 as it is, 0.0313725 as 8/255."""
+    levels, short = eps * 255, f"{eps:.4g}"
+    return f"{levels:.0f}/255" if float(short) != eps and math.isclose(levels, round(levels)) else short

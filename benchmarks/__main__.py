@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aerl import hardware
+from aerl.runtime import device
 from benchmarks import analyses, attacks, judging, memory, scaling, startup, training
 from benchmarks.victim import images_32, trained
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the table to this file, as Markdown")
     args = parser.parse_args()
 
-    machine = hardware.set_up(
+    machine = device.set_up(
         device="auto", precision=args.precision, tf32=args.tf32, channels_last=True, compile=args.compile,
         threads=None, deterministic=False,
     )  # fmt: skip
@@ -52,7 +52,7 @@ def main() -> None:
     show(rows, args, machine, rounds)
 
 
-def measure(args: argparse.Namespace, machine: hardware.Hardware, rounds: int, scratch: Path) -> Rows:
+def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scratch: Path) -> Rows:
     parts, smoke, gpu = args.only or PARTS, args.smoke, machine.device.type == "cuda"
     rows: Rows = []
     if "startup" in parts:
@@ -84,8 +84,8 @@ def measure(args: argparse.Namespace, machine: hardware.Hardware, rounds: int, s
     return rows
 
 
-def show(rows: Rows, args: argparse.Namespace, machine: hardware.Hardware, rounds: int) -> None:
-    about = hardware.describe(machine)
+def show(rows: Rows, args: argparse.Namespace, machine: device.Hardware, rounds: int) -> None:
+    about = device.describe(machine)
     where = ", ".join(
         [
             about["device"],

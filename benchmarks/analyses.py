@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl import evaluate
 from aerl.analyses import AnalysisContext
 from aerl.analyses.curvature import curvature
 from aerl.analyses.curve import curve
@@ -20,12 +19,13 @@ from aerl.analyses.pictures import pictures
 from aerl.attacks import SampleGenerator, pgd
 from aerl.data import DataSplits, Split, prepare, subset, to_unit
 from aerl.data.sources import digits
-from aerl.evaluate import PER_SAMPLE
-from aerl.hardware import Hardware
+from aerl.evaluation import evaluate
+from aerl.evaluation.evaluate import PER_SAMPLE
 from aerl.models import AliCNN, Classifier
-from aerl.objectives import Labels
-from aerl.results import ResultLog
-from aerl.train import Recipe, fit
+from aerl.runtime.device import Hardware
+from aerl.tracking.results import ResultLog
+from aerl.training.loop import Recipe, fit
+from aerl.training.objectives import Labels
 from benchmarks.paired import ratio, time_in_turns
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl import evaluate
 from aerl.attacks import AutoAttack, BatchGenerator, attacking, pgd
 from aerl.data import DataSplits, Split, subset, to_unit
-from aerl.hardware import Hardware
-from aerl.results import eps_text
+from aerl.evaluation import evaluate
+from aerl.runtime.device import Hardware
+from aerl.types import eps_text
 from benchmarks.paired import Timed, in_its_own_process, ratio, time_in_turns, timed
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -143,7 +143,7 @@ def measure(
 ) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal) of PGD on the models by name; every attack starts at the clean image.
 
-    All get the same batches: 512 images on a GPU and 128 on the CPU, as `aerl.judge.batch_size` takes them.
+    All get the same batches: 512 images on a GPU and 128 on the CPU, as `aerl.evaluation.outcomes` does.
     """
     torch.backends.cudnn.benchmark = False  # as in `judge`: batches shrink as samples are fooled
     split = subset(data.test, samples)

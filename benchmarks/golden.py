@@ -42,8 +42,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     "ddp": ("trainer=rl_adv", "trainer.adversary.start_epoch=1", "hardware=ddp", "hardware.device=cpu", *_QUICK,
             *_ATTACKS),
     "resumed": ("trainer=rl", *_QUICK, *_ATTACKS, "trainer.epochs=12"),
-    "foreign": ("model=foreign", "model.net._target_=torchvision.models.squeezenet1_1", "model.mean=[0.5]", "model.std=[0.25]", "dataset.size=32", "trainer=sl",
-                *_QUICK, *_ATTACKS, "trainer.epochs=1"),
+    "foreign": (
+        "model=foreign", "model.net._target_=torchvision.models.squeezenet1_1", "model.mean=[0.5]", "model.std=[0.25]",
+        "dataset.size=32", "trainer=sl", *_QUICK, *_ATTACKS, "trainer.epochs=1",
+    ),
 }  # fmt: skip
 
 

@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from aerl import evaluate
 from aerl.attacks import AutoAttack, pgd
 from aerl.data import Batches, Split, prepare
 from aerl.data.sources import cifar, huggingface
-from aerl.hardware import Hardware, set_up
-from aerl.results import ResultLog
-from aerl.train import fit
+from aerl.evaluation import evaluate
+from aerl.runtime.device import Hardware, set_up
+from aerl.tracking.results import ResultLog
+from aerl.training.loop import fit
 from benchmarks.paired import in_its_own_process
 from benchmarks.training import Work, classifier, random_data, random_split, recipe
 

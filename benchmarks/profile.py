@@ -11,16 +11,16 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
-from aerl import hardware
 from aerl.attacks import BatchGenerator, pgd
 from aerl.data import Batches, to_unit
-from aerl.hardware import Hardware, stream
-from aerl.train import train_step
+from aerl.runtime import device
+from aerl.runtime.device import Hardware, stream
+from aerl.training.loop import train_step
 from benchmarks.training import TRAINERS, Work, classifier, random_split, recipe
 
 
 def training(machine: Hardware, work: Work) -> Callable[[], object]:
-    """One step, as the body of the loop in `aerl.train.fit`."""
+    """One step, as the body of the loop in `aerl.training.loop.fit`."""
     model, plain = classifier(work, machine), recipe(work)
     optimizer = plain.optimizer(model.parameters())
     batches = Batches(random_split(2 * work.batch_size, work.size), work.batch_size, machine.device)
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0, help="of the net; 1 is the paper's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training")
     args = parser.parse_args()
-    machine = hardware.set_up(device="auto", precision=args.precision, tf32=False, channels_last=True,
+    machine = device.set_up(device="auto", precision=args.precision, tf32=False, channels_last=True,
                               compile=False, threads=None, deterministic=False)  # fmt: skip
     for trainer in TRAINERS:
         work = Work("cnn", trainer, args.batch_size, 32, args.width)

@@ -16,11 +16,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from aerl import evaluate
 from aerl.attacks import BatchGenerator, SampleGenerator, pgd
 from aerl.data import Split, to_unit
-from aerl.hardware import Hardware
+from aerl.evaluation import evaluate
 from aerl.models import AliCNN, Classifier
+from aerl.runtime.device import Hardware
 from benchmarks.paired import Timed, time_in_turns, timed
 from benchmarks.training import (
     TRAINERS,

@@ -25,11 +25,11 @@ from torchvision import transforms
 
 from aerl.attacks import evaluating, frozen, pgd
 from aerl.data import DataSplits, Split, augment
-from aerl.hardware import Hardware
 from aerl.models import CNN, AliCNN, Classifier, torchvision_net
-from aerl.objectives import EpsilonGreedy, Labels
-from aerl.results import ResultLog
-from aerl.train import Adversary, Recipe, fit
+from aerl.runtime.device import Hardware
+from aerl.tracking.results import ResultLog
+from aerl.training.loop import Adversary, Recipe, fit
+from aerl.training.objectives import EpsilonGreedy, Labels
 from benchmarks.paired import Timed, in_its_own_process, ratio, synchronize, time_in_turns, timed
 
 TRAINERS = ("sl", "rl", "rl_adv")
@@ -231,7 +231,7 @@ def recipe(work: Work) -> Recipe:
 
 
 def aerls_loop(work: Work, hardware: Hardware, folder: Path, steps: int) -> Callable[[], Timed]:
-    """`aerl.train.fit` itself; seconds per step, of `steps` after the first few.
+    """`aerl.training.loop.fit` itself; seconds per step, of `steps` after the first few.
 
     Every step begins with the augmentation, which is given to `fit` and here looks at the clock. When it has
     seen enough it ends the training, before there is a validation or a checkpoint.

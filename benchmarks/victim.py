@@ -10,11 +10,11 @@ import torch
 from aerl.attacks import pgd
 from aerl.data import DataSplits, Split, prepare
 from aerl.data.sources import cifar, digits
-from aerl.hardware import Hardware
 from aerl.models import AliCNN, Classifier
-from aerl.objectives import Labels
-from aerl.results import ResultLog
-from aerl.train import Adversary, Recipe, fit
+from aerl.runtime.device import Hardware
+from aerl.tracking.results import ResultLog
+from aerl.training.loop import Adversary, Recipe, fit
+from aerl.training.objectives import Labels
 
 Defence = Literal["undefended", "pgd_at"]
 

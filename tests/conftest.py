@@ -63,7 +63,7 @@ def launch(tmp_path: Path, data_dir: Path):  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def hardware():  # type: ignore[no-untyped-def]
     """The CPU in fp32, as `hardware=cpu` sets it up."""
-    from aerl.hardware import set_up
+    from aerl.runtime.device import set_up
 
     return set_up(
         device="cpu",

@@ -6,21 +6,21 @@ import time
 import torch
 import yaml
 
-from aerl.files import sha256
-from aerl.results import read_results, write_summary
+from aerl.runtime.files import sha256
+from aerl.tracking.results import read_results, write_summary
 from tests.conftest import ROOT
 
 # For python -c: the command line with a checkpoint after every epoch and the state of an attack after every batch,
 # so that a test need not wait for one.
 FREQUENT = f"""
 import os, runpy, sys
-from aerl import interrupt
+from aerl.runtime import signals
 if "TORCHELASTIC_RUN_ID" in os.environ:  # as launch.py does, before what takes seconds
-    interrupt._end_with_parent(9)
-import aerl.judge
-import aerl.train
-aerl.train._SECONDS_BETWEEN_CHECKPOINTS = 0
-aerl.judge._SECONDS_BETWEEN_SAVES = 0
+    signals._end_with_parent(9)
+import aerl.evaluation.outcomes
+import aerl.training.loop
+aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS = 0
+aerl.evaluation.outcomes._SECONDS_BETWEEN_SAVES = 0
 sys.argv = ["launch.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """

@@ -20,7 +20,7 @@ from aerl.analyses.weights import filter_normalised, weight_landscape
 from aerl.attacks import SampleGenerator
 from aerl.attacks.projections import clip, random_in_ball
 from aerl.data import Split, to_unit
-from aerl.results import ResultLog, read_results
+from aerl.tracking.results import ResultLog, read_results
 
 
 def net(seed=0, kinks=True):

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from aerl import checkpoint
 from aerl.models import AliCNN, Classifier
-from aerl.results import write_summary
+from aerl.tracking.results import write_summary
+from aerl.training import checkpoint
 from aerl.types import UserError
 
 

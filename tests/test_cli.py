@@ -188,7 +188,7 @@ def test_eight_over_255_is_the_number(launch):
     assert yaml.safe_load(text)["attack"]["pgd"]["eps"] == "8/255"  # as typed, until aerl reads it
     from omegaconf import OmegaConf
 
-    from aerl.config import read
+    from aerl.config.compose import read
 
     config = read(OmegaConf.create(text))
     assert config.eps == pytest.approx(8 / 255)
@@ -200,7 +200,8 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
     from hydra import compose, initialize_config_dir
 
     from aerl.build import attack, build_recipe
-    from aerl.config import bind, read
+    from aerl.config.compose import read
+    from aerl.config.targets import bind
 
     required = {
         "huggingface": ["dataset.path=x"],
@@ -250,7 +251,7 @@ def test_every_job_of_every_sweep_composes(launch, tmp_path):
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from aerl.config import read
+    from aerl.config.compose import read
 
     for path in sorted((ROOT / "multirun_sweeps").glob("*.yaml")):
         grid = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
@@ -305,7 +306,7 @@ def wrong_words(count, seed):
 
     from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-    from aerl.config import Config
+    from aerl.config.schema import Config
 
     def leaves(section, prefix=""):
         for name, field in section.model_fields.items():
@@ -343,8 +344,10 @@ def refusal_in_process(words):
     from hydra import compose, initialize_config_dir
 
     from aerl.build import check
-    from aerl.config import explain, read, run_name
-    from aerl.terminal import one_line
+    from aerl.config.compose import read
+    from aerl.config.errors import explain
+    from aerl.config.names import run_name
+    from aerl.runtime.terminal import one_line
     from launch import prepared
 
     try:

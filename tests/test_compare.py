@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from aerl.analyses import AnalysisContext
-from aerl.config import bind
+from aerl.config.targets import bind
+from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.report.table import show
-from aerl.results import ResultLog, read_results, write_summary
-from aerl.statistics import mcnemar, paired_difference
+from aerl.tracking.results import ResultLog, read_results, write_summary
 from aerl.types import UserError
 
 # --------------------------------------------------------------------------------------------- statistics

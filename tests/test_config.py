@@ -2,7 +2,7 @@
 
 import pytest
 
-from aerl.config import bind
+from aerl.config.targets import bind
 from aerl.types import UserError
 
 
@@ -60,13 +60,14 @@ def test_given_values_are_bound_where_the_signature_takes_them():
         given={"num_classes": 3, "channels": 1, "size": (8, 8), "unknown": 1},
     )
     assert net().fc2.out_features == 3
-    assert bind({"_target_": "aerl.objectives.Labels"}, "trainer.act", given={"x": 1}).keywords == {}
+    assert bind({"_target_": "aerl.training.objectives.Labels"}, "trainer.act", given={"x": 1}).keywords == {}
 
 
 def test_run_names_tell_runs_apart_and_nothing_else():
     from hydra import compose, initialize_config_dir
 
-    from aerl.config import config_hash, read, run_name
+    from aerl.config.compose import read
+    from aerl.config.names import config_hash, run_name
     from tests.conftest import ROOT
 
     def name_and_hash(*overrides):

@@ -9,7 +9,7 @@ from torch import nn
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.curve import curve
-from aerl.results import ResultLog, read_results
+from aerl.tracking.results import ResultLog, read_results
 
 
 class Memory(nn.Module):

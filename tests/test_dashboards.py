@@ -107,7 +107,8 @@ def test_every_key_of_the_workspace_is_one_that_runs_log(runs):
 def test_the_group_is_the_run_without_its_seeds():
     from hydra import compose, initialize_config_dir
 
-    from aerl.config import group_name, read
+    from aerl.config.compose import read
+    from aerl.config.names import group_name
 
     def group(*words):
         return group_name(read(compose("config", overrides=list(words))), words)
@@ -147,7 +148,7 @@ def test_every_value_of_the_wandb_sweep_composes():
     from hydra import compose, initialize_config_dir
 
     from aerl.build import build_recipe
-    from aerl.config import read
+    from aerl.config.compose import read
 
     sweep = yaml.safe_load(SWEEP.read_text())
     fixed = [word for word in sweep["command"] if not word.startswith("${")]

@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 
 from aerl.data import Batches, DataSplits, Source, Split, Table, limit_training, prepare, sources, to_unit
 from aerl.data import batches as batches_module
-from aerl.fingerprint import fingerprint
+from aerl.tracking.fingerprint import fingerprint
 from aerl.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1036,7 +1036,7 @@ def test_a_fingerprint_covers_files_and_foreign_code_and_needs_no_torch(
     write_npz(tmp_path / "a.npz")
     found.add(fingerprint(identity, recipe))
     assert len(found) == 4
-    code = "import sys, aerl.fingerprint; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, aerl.tracking.fingerprint; print({'torch', 'numpy'} & set(sys.modules))"
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert output.stdout == "set()\n"
@@ -1057,7 +1057,7 @@ def test_many_blocks_and_threads_give_the_same_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ready(tmp_path / "a", sources.digits, size=100)  # large enough for threads
-    monkeypatch.setattr("aerl.data.cache.BLOCK", 70_000)  # seven images
+    monkeypatch.setattr("aerl.data.prepare.BLOCK", 70_000)  # seven images
     assert equal(ready(tmp_path / "b", sources.digits, size=100), whole)
 
 

@@ -216,19 +216,19 @@ def test_killed_torchrun_takes_its_processes_with_it_at_once(start, place):
 
 THREE = """
 import torch
-from aerl import distributed
-distributed.meet("cpu")
-rank = distributed.rank()
+from aerl.runtime import ddp
+ddp.init_process_group("cpu")
+rank = ddp.rank()
 constant, changing = torch.full((3,), 0.1), torch.tensor([0.1, float(rank), torch.nan if rank == 2 else 1])
-distributed.average([constant, changing], differing=True)
+ddp.average([constant, changing], differing=True)
 assert torch.equal(constant, torch.full((3,), 0.1)) and changing[:2].tolist() == [torch.tensor(0.1).item(), 1]
 assert changing[2].isnan()
 model = torch.nn.BatchNorm1d(2)
 model.weight.data.fill_(rank)
 model.running_mean.fill_(rank)
-distributed.broadcast_weights(model)
+ddp.broadcast_weights(model)
 assert model.weight.tolist() == model.running_mean.tolist() == [0, 0]
-distributed.leave()
+ddp.destroy_process_group()
 assert not torch.distributed.is_initialized()
 """
 

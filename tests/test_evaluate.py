@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from aerl import evaluate
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
-from aerl.evaluate import Attacked, run_attack
-from aerl.hardware import is_out_of_memory
+from aerl.evaluation import evaluate
+from aerl.evaluation.evaluate import Attacked, run_attack
+from aerl.runtime.device import is_out_of_memory
 from aerl.types import UserError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from aerl.results import read_results
+from aerl.tracking.results import read_results
 from tests.conftest import ROOT
 from tests.runs import results_of, wait_for
 from tests.test_wandb import KEY, history, read_back, refusing, silent

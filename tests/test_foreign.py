@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
-from aerl import checkpoint
 from aerl.build import attack as build_attack
 from aerl.build import build
-from aerl.config import bind, read
+from aerl.config.compose import read
+from aerl.config.targets import bind
+from aerl.evaluation.probe import drawn, probe
 from aerl.models import CNN, AliCNN, Classifier
-from aerl.probe import drawn, probe
+from aerl.training import checkpoint
 from aerl.types import UserError
 from tests.conftest import ROOT
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from aerl import gpus
+from aerl.runtime import gpus
 from tests.conftest import ROOT
 from tests.runs import log_of, same_end, summary_of, wait_for
 

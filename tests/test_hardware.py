@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from aerl.hardware import set_up
+from aerl.runtime.device import set_up
 
 PLAIN = {
     "device": "cpu", "precision": "fp32", "tf32": False, "channels_last": True, "compile": False, "threads": None,

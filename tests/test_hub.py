@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 
-from aerl import checkpoint
 from aerl.hub import export, main
+from aerl.training import checkpoint
 from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import forge

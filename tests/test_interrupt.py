@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from aerl import interrupt
+from aerl.runtime import signals
 from tests.conftest import ROOT
 from tests.runs import results_of, summary_of, wait_for
 from tests.test_faults import begin
@@ -17,7 +17,7 @@ from tests.test_faults import begin
 SCRIPT = """
 import hashlib, sys, time
 from aerl import interrupt
-interrupt.begin()
+signals.install_handlers()
 """
 
 
@@ -44,14 +44,14 @@ def test_a_signal_before_the_run_ends_it_with_one_line(number):
     process = started("print('now', flush=True); time.sleep(30)")
     process.send_signal(number)
     code, lines = ended(process)
-    assert code == interrupt.REQUEUE
+    assert code == signals.REQUEUE
     assert len(lines) == 1 and number.name in lines[0]
 
 
 def test_an_ignored_signal_stays_ignored():
     """As under nohup."""
     process = started(
-        "with interrupt.listening(): print('now', flush=True); time.sleep(1)\nprint('done')",
+        "with signals.listening(): print('now', flush=True); time.sleep(1)\nprint('done')",
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     process.send_signal(signal.SIGHUP)
@@ -61,7 +61,7 @@ def test_an_ignored_signal_stays_ignored():
 def test_a_second_signal_ends_the_process_even_where_python_does_not_come_to_hear_it():
     """The same signal twice within a second is one: a launcher and its process group both hand it on."""
     process = started(
-        "with interrupt.listening(): print('now', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)"
+        "with signals.listening(): print('now', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)"
     )
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -73,15 +73,15 @@ def test_a_second_signal_ends_the_process_even_where_python_does_not_come_to_hea
 
 
 def test_at_once_raises_inside_and_elsewhere_it_is_noted():
-    with interrupt.listening():
+    with signals.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.heard() == signal.SIGTERM
-        with pytest.raises(interrupt.Stopped), interrupt.at_once():
+        assert signals.received() == signal.SIGTERM
+        with pytest.raises(signals.Stopped), signals.stop_immediately():
             raise AssertionError
-    with interrupt.listening(), pytest.raises(interrupt.Stopped) as stopped, interrupt.at_once():
+    with signals.listening(), pytest.raises(signals.Stopped) as stopped, signals.stop_immediately():
         os.kill(os.getpid(), signal.SIGHUP)
         raise AssertionError
-    assert stopped.value.by == signal.SIGHUP and stopped.value.code == interrupt.REQUEUE
+    assert stopped.value.by == signal.SIGHUP and stopped.value.code == signals.REQUEUE
 
 
 def test_a_launcher_that_listens_decides():
@@ -89,15 +89,15 @@ def test_a_launcher_that_listens_decides():
     calls = []
     former = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
     try:
-        with interrupt.listening():
-            with interrupt.at_once():
+        with signals.listening():
+            with signals.stop_immediately():
                 os.kill(os.getpid(), signal.SIGUSR2)
-            assert calls == [] and interrupt.heard() == signal.SIGUSR2
+            assert calls == [] and signals.received() == signal.SIGUSR2
             os.kill(os.getpid(), signal.SIGUSR2)
             assert len(calls) == 1
-            interrupt.heed(interrupt.heard())
-            interrupt.check()
-            assert len(calls) == 2 and not interrupt.heard()
+            signals.request_stop(signals.received())
+            signals.raise_if_stopped()
+            assert len(calls) == 2 and not signals.received()
     finally:
         signal.signal(signal.SIGUSR2, former)
 
@@ -109,7 +109,7 @@ def test_a_signal_in_imports_and_preparations_leaves_nothing_half_done(tmp_path,
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
     code, lines = ended(process)
-    assert code == interrupt.REQUEUE, lines
+    assert code == signals.REQUEUE, lines
     assert sum("SIGTERM" in line for line in lines) == 1
     left = [
         path for path in tmp_path.rglob("*") if ".lock" not in path.name and "matplotlib" not in path.parts
@@ -129,7 +129,7 @@ def test_autoattack_hears_a_signal_within_ten_seconds_and_goes_on_to_the_same_ou
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     code, lines = ended(process)
-    assert code == interrupt.REQUEUE, lines
+    assert code == signals.REQUEUE, lines
     assert summary_of(tmp_path / "runs/cut")["status"] == "stopped"
     for name in ("cut", "whole"):
         assert ended(begin(tmp_path, data_dir, *words, f"name={name}"), within=600)[0] == 0

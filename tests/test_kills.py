@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from aerl.results import read_results
+from aerl.tracking.results import read_results
 from tests.conftest import ROOT
 from tests.runs import FREQUENT
 

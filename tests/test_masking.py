@@ -18,11 +18,11 @@ from aerl.analyses.masking import _ALTERNATIVES, masking
 from aerl.analyses.masking.checks import Audit
 from aerl.attacks import SampleGenerator, attacking, pgd
 from aerl.build import attack
-from aerl.config import read
-from aerl.hardware import stream
-from aerl.objectives import Labels
-from aerl.results import ResultLog, read_results
-from aerl.train import Adversary, train_step
+from aerl.config.compose import read
+from aerl.runtime.device import stream
+from aerl.tracking.results import ResultLog, read_results
+from aerl.training.loop import Adversary, train_step
+from aerl.training.objectives import Labels
 from tests.conftest import ROOT
 
 QUICK = {"samples": 40, "steps": 30, "queries": 150}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from aerl.hardware import stream
-from aerl.objectives import EpsilonGreedy, Labels, policy_loss
+from aerl.runtime.device import stream
+from aerl.training.objectives import EpsilonGreedy, Labels, policy_loss
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from aerl import evaluate
 from aerl.analyses import AnalysisContext, NotMade
 from aerl.analyses.curvature import curvature
 from aerl.analyses.curve import curve
@@ -21,7 +20,8 @@ from aerl.analyses.pictures import pictures
 from aerl.analyses.weights import weight_landscape
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split
-from aerl.results import ResultLog
+from aerl.evaluation import evaluate
+from aerl.tracking.results import ResultLog
 from aerl.types import UserError
 
 EPS = {"L2": 0.5, "Linf": 0.05}

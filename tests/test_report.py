@@ -21,11 +21,13 @@ from rich.console import Console
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
-from aerl.hardware import Hardware
-from aerl.report import progress as progress_module
-from aerl.report.progress import progress
+from aerl.evaluation.statistics import proportion
 from aerl.report.table import results_table, show
-from aerl.results import ResultLog, open_tracker, proportion, write_summary
+from aerl.runtime import progress as progress_module
+from aerl.runtime.device import Hardware
+from aerl.runtime.progress import progress
+from aerl.tracking.results import ResultLog, write_summary
+from aerl.tracking.wandb import open_tracker
 
 SUMMARY: dict[str, Any] = {
     "status": "finished", "run_id": "digits-alicnn-sl-0", "folder": "outputs/digits-alicnn-sl/seed=0",
@@ -134,7 +136,7 @@ SHOW = """
 import sys
 from pathlib import Path
 from aerl.report.table import show
-from aerl.results import read_summary
+from aerl.tracking.results import read_summary
 show(read_summary(Path(sys.argv[1])))
 print({"torch", "numpy", "wandb", "hydra"} & set(sys.modules), file=sys.stderr)
 """
@@ -270,7 +272,7 @@ def test_an_update_costs_nothing_that_matters() -> None:
 
 LIVE = """
 import logging, sys, time
-from aerl.report.progress import progress
+from aerl.runtime.progress import progress
 logging.basicConfig(format="[%(levelname)s] %(message)s", stream=sys.stderr)
 with progress("train", 4000, "images") as meter:
     for epoch in range(4):

@@ -15,10 +15,11 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from aerl import config as schema
+from aerl.config import names
+from aerl.evaluation.statistics import proportion
 from aerl.report import figures, page, runs
 from aerl.report.__main__ import main
-from aerl.results import proportion, read_results, write_summary
+from aerl.tracking.results import read_results, write_summary
 from tests.conftest import ROOT
 from tests.test_run_folder import config_of
 
@@ -38,7 +39,7 @@ def swept(tmp_path_factory, data_dir):
              "evaluation.samples=30", "analysis=none", "logger=none", "runs_dir=out"]  # fmt: skip
     command = [sys.executable, str(ROOT / "launch.py"), *words]
     third = ["trainer.epochs=3", "seed=0", *words[3:]]
-    in_the_way = (home / "out" / schema.run_name(config_of(*third), third)).parent
+    in_the_way = (home / "out" / names.run_name(config_of(*third), third)).parent
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
     done = subprocess.run(

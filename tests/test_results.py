@@ -14,19 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aerl.results import (
+from aerl.evaluation.statistics import proportion, wilson
+from aerl.tracking.results import (
     Result,
     ResultLog,
     atomic_write,
-    eps_text,
-    proportion,
     read_results,
     read_summary,
-    wilson,
     write_json,
     write_summary,
 )
-from aerl.types import UserError
+from aerl.types import UserError, eps_text
 
 IDENTITY = {"run_id": "r", "seed": 0, "dataset": "digits", "model": "cnn", "trainer": "sl"}
 
@@ -150,7 +148,7 @@ def _folder(parent: Path, name: str) -> Path:
 LOGGING = f"""
 import sys
 from pathlib import Path
-from aerl.results import ResultLog
+from aerl.tracking.results import ResultLog
 log = ResultLog(Path(sys.argv[1]), {IDENTITY})
 for epoch in range(10**6):
     log.log({{"loss": 0.5, "accuracy": 0.9}}, n=1, split="train", step=epoch)
@@ -223,7 +221,7 @@ FULL_DISK = f"""
 import resource, sys
 from pathlib import Path
 import torch
-from aerl.results import ResultLog, atomic_write, write_json
+from aerl.tracking.results import ResultLog, atomic_write, write_json
 from aerl.types import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder = Path(sys.argv[1])
@@ -293,7 +291,10 @@ def test_write_json_is_text_a_person_can_read(tmp_path: Path) -> None:
 
 def test_importing_it_is_light() -> None:
     heavy = {"torch", "numpy", "wandb", "hydra", "rich"}
-    assert python(f"import sys, aerl.results; print({heavy} & set(sys.modules))").stdout.strip() == "set()"
+    assert (
+        python(f"import sys, aerl.tracking.results; print({heavy} & set(sys.modules))").stdout.strip()
+        == "set()"
+    )
 
 
 # ----------------------------------------------------------------------------------------- the numbers

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from aerl.files import sha256
-from aerl.results import read_results, read_summary, write_summary
+from aerl.runtime.files import sha256
+from aerl.tracking.results import read_results, read_summary, write_summary
 from tests.conftest import ROOT
 from tests.runs import FREQUENT, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back

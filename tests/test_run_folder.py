@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from aerl import config as schema
-from aerl import files, inputs, record
+from aerl.config import compose as compose_module
+from aerl.config import names, targets
 from aerl.report import page, runs
-from aerl.results import read_results, read_summary, write_summary
+from aerl.runtime import files
+from aerl.tracking import inputs, run_folder
+from aerl.tracking.results import read_results, read_summary, write_summary
 from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import summary_of
@@ -38,7 +40,7 @@ WORDS = (
 @functools.cache
 def config_of(*words):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return schema.read(compose("config", overrides=list(words)))
+        return compose_module.read(compose("config", overrides=list(words)))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,8 @@ def run(made, tmp_path):
 def found(folder, *words):
     """What the same command would go on with."""
     config = config_of(*WORDS, *words)
-    earlier = record.earlier_start(folder, config)
-    return record.whole(folder, earlier) if earlier.get("status") == "finished" else earlier
+    earlier = run_folder.earlier_start(folder, config)
+    return run_folder.whole(folder, earlier) if earlier.get("status") == "finished" else earlier
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -122,7 +124,7 @@ def test_no_damaged_file_of_a_finished_run_is_believed(run, damage, caplog):
             assert any(name in line for line in runs.overview([run]).doubts), name
         if name in ("summary.json", "config.yaml"):
             with pytest.raises(UserError):
-                schema.of_run(str(run), "sources")
+                compose_module.of_run(str(run), "sources")
         page_of(run)
         if (run / name).is_dir():
             (run / name).rmdir()
@@ -232,7 +234,7 @@ def test_runs_files_and_code_count_by_their_content(run, tmp_path, monkeypatch):
         "attack.transfer.sources=[runs/r]", "analysis.compare.runs=[runs/r]",
         "+attack.grey={_target_: ours.attack.grey, patch: patch.npy}",
     )  # fmt: skip
-    schema.bind(config.attack["grey"], "attack.grey", later=["model", "x", "y", "generator"])
+    targets.bind(config.attack["grey"], "attack.grey", later=["model", "x", "y", "generator"])
     read = inputs.files(config) | inputs.code(config)
     assert {key for key in read if not key.startswith("package ")} == {
         "checkpoint=weights.pt", "attack.transfer.sources=runs/r", "analysis.compare.runs=runs/r",
@@ -270,7 +272,7 @@ def test_overwrite_discards_what_aerl_wrote_and_nothing_else(run, tmp_path):
     (run / "notes.txt").write_text("mine")
     (run / "child").mkdir()
     assert found(run, "overwrite=true") == {"status": "discarded"}
-    record._discard(run, {"status": "discarded", "config_hash": "0"})
+    run_folder._discard(run, {"status": "discarded", "config_hash": "0"})
     assert sorted(path.name for path in run.iterdir()) == ["child", "notes.txt", "summary.json"]
 
 
@@ -289,8 +291,8 @@ def test_overwrite_that_was_killed_goes_on_and_is_used_up_once(run):
         assert found(run, "overwrite=true")["status"] == "discarded"
     config = config_of(*WORDS, "overwrite=true")  # in a multirun, also what is finished stays until all are
     write_summary(run, {**own, "wish": "a"})
-    assert record.earlier_start(run, config, "a")["status"] == "finished"
-    assert record.earlier_start(run, config, "b")["status"] == "discarded"
+    assert run_folder.earlier_start(run, config, "a")["status"] == "finished"
+    assert run_folder.earlier_start(run, config, "b")["status"] == "discarded"
 
 
 @pytest.mark.slow
@@ -307,7 +309,7 @@ def test_a_multirun_overwrites_each_of_its_runs_once(launch, tmp_path):
     )
     (tmp_path / "runs/digits/alicnn/sl").mkdir(parents=True)
     blocked = next(
-        iter([tmp_path / f"runs/{schema.run_name(config_of(*words[2:-1], 'seed=1'), words[2:-1])}"])
+        iter([tmp_path / f"runs/{names.run_name(config_of(*words[2:-1], 'seed=1'), words[2:-1])}"])
     )
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.write_text("in the way")
@@ -329,7 +331,7 @@ def test_a_multirun_overwrites_each_of_its_runs_once(launch, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from aerl.files import locked
+from aerl.runtime.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)

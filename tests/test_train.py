@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from aerl import checkpoint, interrupt
 from aerl.attacks import BatchGenerator, pgd
 from aerl.data import Batches, DataSplits, Split, augment
-from aerl.hardware import stream
 from aerl.models import Classifier
-from aerl.objectives import EpsilonGreedy, Labels
-from aerl.results import ResultLog, read_results
-from aerl.train import Adversary, Recipe, check_recipe, fit, learning_rate, train_step, validate
+from aerl.runtime import signals
+from aerl.runtime.device import stream
+from aerl.tracking.results import ResultLog, read_results
+from aerl.training import checkpoint
+from aerl.training.loop import Adversary, Recipe, check_recipe, fit, learning_rate, train_step, validate
+from aerl.training.objectives import EpsilonGreedy, Labels
 from aerl.types import UserError
 
 FGSM = partial(
@@ -178,7 +179,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(tm
 def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
     tmp_path, data, hardware, adversary, monkeypatch
 ):
-    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     settings = recipe(act=EpsilonGreedy(0.1), adversary=adversary, epochs=4)
     whole, best = trained(tmp_path / "whole", data, hardware, settings)
 
@@ -265,7 +266,7 @@ def test_divergence_in_the_first_epoch_leaves_nothing_and_says_so(tmp_path, data
 
 def test_a_signal_never_saves_weights_that_are_not_finite(tmp_path, data, hardware, monkeypatch):
     """Repeated, the run goes on from what was finite, and says the same again."""
-    monkeypatch.setattr("aerl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
     def stop_and_break(model):
         fill("net.0.weight", math.nan)(model)
@@ -274,7 +275,7 @@ def test_a_signal_never_saves_weights_that_are_not_finite(tmp_path, data, hardwa
     for at, epoch in ((6 + 2, 2), (2, 2)):  # once anew, then resumed after the first epoch
         model = hardware.place(network())
         settings = recipe(augment=diverges(model, at, stop_and_break))
-        with interrupt.listening(), pytest.raises(UserError, match=rf"epoch {epoch} of 4: .* at step 3;"):
+        with signals.listening(), pytest.raises(UserError, match=rf"epoch {epoch} of 4: .* at step 3;"):
             fitted(model, tmp_path, data, settings, hardware)
         state = checkpoint.load(tmp_path / "checkpoints/last.pt")
         assert state["epoch"] == 1 and "step" not in state
@@ -382,13 +383,13 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(*args, **options)
 
-    monkeypatch.setattr("aerl.train.train_step", counted)
+    monkeypatch.setattr("aerl.training.loop.train_step", counted)
     for _ in stops:
         steps = 0
-        with interrupt.listening(), pytest.raises(interrupt.Stopped) as stopped:
+        with signals.listening(), pytest.raises(signals.Stopped) as stopped:
             trained(tmp_path / "cut", data, hardware, settings)
-        assert stopped.value.code == interrupt.REQUEUE
-    with interrupt.listening():
+        assert stopped.value.code == signals.REQUEUE
+    with signals.listening():
         resumed, best_resumed = trained(tmp_path / "cut", data, hardware, settings)
     assert equal(whole, resumed) and best == best_resumed
     kept = [
@@ -421,7 +422,7 @@ def test_stopped_by_a_signal_in_the_adversary_it_goes_on_to_the_same_end(
 
     cut = replace(settings, adversary=Adversary(stops, 1.0, 1))
     for _ in range(2):
-        with interrupt.listening(), suppress(interrupt.Stopped):
+        with signals.listening(), suppress(signals.Stopped):
             resumed, best_resumed = trained(tmp_path / "cut", data, hardware, cut)
     assert equal(whole, resumed) and best == best_resumed
     kept = [
@@ -457,7 +458,7 @@ class Full:
 @pytest.mark.parametrize(
     "where",
     [
-        "aerl.train.train_step",
+        "aerl.training.loop.train_step",
         "torch.nn.utils.clip_grad_norm_",
         "torch.optim.AdamW.step",
         "torch.Tensor.backward",

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from aerl import checkpoint
 from aerl.attacks import Crafted, SampleGenerator, Transfer, attacking, collect_warnings, pgd
 from aerl.attacks.projections import norms
+from aerl.evaluation.statistics import wilson
 from aerl.models import AliCNN
-from aerl.results import read_results, wilson
+from aerl.tracking.results import read_results
+from aerl.training import checkpoint
 from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import forge
@@ -288,7 +289,7 @@ def white_box(home, judged, data_dir):
     from hydra import compose, initialize_config_dir
 
     from aerl.build import build_data, load_model
-    from aerl.config import read
+    from aerl.config.compose import read
     from aerl.data import subset, to_unit
 
     right = {}
@@ -424,7 +425,7 @@ def test_the_runs_of_the_matrix_are_looked_at_before_anything_is_computed(home, 
     from hydra import compose, initialize_config_dir
 
     from aerl.build import build
-    from aerl.config import read
+    from aerl.config.compose import read
 
     for runs, line in (
         ([], "analysis.transfer_matrix.runs=[]: name the run folders to compare"),
@@ -453,7 +454,7 @@ def test_the_runs_of_the_matrix_are_looked_at_before_anything_is_computed(home, 
     ],
 )  # fmt: skip
 def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path, runs, names):
-    from aerl.config import run_names
+    from aerl.config.compose import run_names
 
     for run, (trainer, seed, model) in runs.items():
         (tmp_path / run).mkdir(parents=True, exist_ok=True)

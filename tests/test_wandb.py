@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from aerl.results import _from_environment, _logged_in, _wandb_id, open_tracker, read_results
+from aerl.tracking.results import read_results
+from aerl.tracking.wandb import _from_environment, _logged_in, _wandb_id, open_tracker
 from aerl.types import UserError, shortened
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -29,7 +30,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 PRELUDE = """
 import logging, os, sys, time
 from pathlib import Path
-from aerl.results import ResultLog, open_tracker
+from aerl.tracking.results import ResultLog, open_tracker
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 root, mode = Path(sys.argv[1]), sys.argv[2]
 
@@ -108,7 +109,7 @@ def summary(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 FULL = """
 import json
 import numpy as np
-from aerl.results import write_summary
+from aerl.tracking.results import write_summary
 folder = root / "a"
 tracker = start(folder, project="aerl-test", name="sl, seed 0")
 log = record(folder, tracker)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from aerl.data import Split, subset
-from aerl.evaluate import right
-from aerl.files import write_csv
-from aerl.hardware import Hardware
+from aerl.evaluation.evaluate import right
 from aerl.report import figures
-from aerl.results import ResultLog, read_summary
+from aerl.runtime.device import Hardware
+from aerl.runtime.files import write_csv
+from aerl.tracking.results import ResultLog, read_summary
 from aerl.types import Norm, UserError
 
 

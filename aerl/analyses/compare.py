@@ -11,11 +11,11 @@ import numpy.typing as npt
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
-from aerl.evaluate import right
-from aerl.files import inside, load_arrays
-from aerl.results import Result, changed_files, eps_text, read_config, read_summary
-from aerl.statistics import mcnemar, paired_difference
-from aerl.types import UserError
+from aerl.evaluation.evaluate import right
+from aerl.evaluation.statistics import mcnemar, paired_difference
+from aerl.runtime.files import inside, load_arrays
+from aerl.tracking.results import Result, changed_files, read_config, read_summary
+from aerl.types import UserError, eps_text
 
 log = logging.getLogger("aerl")
 

@@ -13,7 +13,7 @@ from aerl.attacks.projections import ascent_direction
 from aerl.attacks.projections import norms as sizes
 from aerl.data import to_unit
 from aerl.report.figures import trainer_colour
-from aerl.results import Result
+from aerl.tracking.results import Result
 from aerl.types import Count, Positive
 
 _COLUMNS = ("what", "n", "zero", "quartile_1", "median", "quartile_3")

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aerl import evaluate
 from aerl.analyses import AnalysisContext
 from aerl.attacks import SampleGenerator, pgd, predictions
 from aerl.data import Split, subset
-from aerl.evaluate import Attacked
+from aerl.evaluation import evaluate
+from aerl.evaluation.evaluate import Attacked
+from aerl.evaluation.statistics import proportion
 from aerl.report.figures import BLACK, trainer_colour
-from aerl.results import Result, eps_text, proportion
-from aerl.types import Count
+from aerl.tracking.results import Result
+from aerl.types import Count, eps_text
 
 Points = list[dict[str, float]]
 

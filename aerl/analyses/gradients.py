@@ -12,7 +12,7 @@ from aerl.analyses import AnalysisContext, Beside, NotMade, Subject
 from aerl.attacks import SampleGenerator, pgd
 from aerl.data import Split, to_unit
 from aerl.report.figures import trainer_colour
-from aerl.results import Result
+from aerl.tracking.results import Result
 from aerl.types import Count, Norm
 
 # What is drawn: name in `Dynamics`, label of the axis.

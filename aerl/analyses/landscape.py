@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aerl import evaluate
 from aerl.analyses import AnalysisContext, Beside, NotMade, Subject, class_name
 from aerl.attacks import SampleGenerator, attacking, pgd, predictions
 from aerl.attacks.projections import norms
 from aerl.data import Split, to_unit
-from aerl.files import save_arrays
+from aerl.evaluation import evaluate
 from aerl.report import figures
-from aerl.report.progress import progress
-from aerl.results import Result, eps_text
-from aerl.types import Count, NonNegative, Norm, Positive
+from aerl.runtime.files import save_arrays
+from aerl.runtime.progress import progress
+from aerl.tracking.results import Result
+from aerl.types import Count, NonNegative, Norm, Positive, eps_text
 
 # Every 16th point in both directions is always evaluated, and those half way between them.
 _COARSEST = 16

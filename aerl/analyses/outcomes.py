@@ -12,7 +12,8 @@ import numpy as np
 
 from aerl.analyses import AnalysisContext, NotMade, class_name
 from aerl.report.figures import BLUE, GREEN, ORANGE, PURPLE, RIGHT, SKY, VERMILION, WRONG
-from aerl.results import Result, eps_text
+from aerl.tracking.results import Result
+from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 

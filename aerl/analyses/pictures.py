@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from aerl.analyses import AnalysisContext, class_name
 from aerl.report.figures import RIGHT, WRONG
-from aerl.results import Result, eps_text
-from aerl.types import Count
+from aerl.tracking.results import Result
+from aerl.types import Count, eps_text
 
 log = logging.getLogger("aerl")
 

@@ -14,9 +14,10 @@ from aerl.analyses import AnalysisContext
 from aerl.attacks import Crafted, attacking, predictions
 from aerl.attacks.transfer import Loss
 from aerl.data import to_unit
-from aerl.report.progress import progress
-from aerl.results import Result, eps_text, proportion
-from aerl.types import Count, Index, NonNegative, Norm, UserError
+from aerl.evaluation.statistics import proportion
+from aerl.runtime.progress import progress
+from aerl.tracking.results import Result
+from aerl.types import Count, Index, NonNegative, Norm, UserError, eps_text
 
 # Of every target, its accuracy as results.proportion states it.
 Row = dict[str, dict[str, float]]

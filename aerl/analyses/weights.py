@@ -11,10 +11,10 @@ from torch.func import functional_call
 from aerl.analyses import AnalysisContext
 from aerl.attacks import attacking
 from aerl.data import Split, subset, to_unit
-from aerl.files import save_arrays
-from aerl.hardware import seed_from
-from aerl.report.progress import progress
-from aerl.results import Result
+from aerl.runtime.device import seed_from
+from aerl.runtime.files import save_arrays
+from aerl.runtime.progress import progress
+from aerl.tracking.results import Result
 from aerl.types import Count, Positive
 
 

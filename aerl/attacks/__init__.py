@@ -5,15 +5,7 @@ afterwards, and the global random state is neither used nor changed.
 """
 
 from aerl.attacks.autoattack import AutoAttack
-from aerl.attacks.modes import (
-    NoGradient,
-    attacking,
-    collect_warnings,
-    evaluating,
-    frozen,
-    predictions,
-    warn,
-)
+from aerl.attacks.modes import NoGradient, attacking, collect_warnings, evaluating, frozen, predictions, warn
 from aerl.attacks.noise import noise
 from aerl.attacks.paper import PaperPGD
 from aerl.attacks.pgd import pgd

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aerl.attacks.modes import NoGradient, warn
 from aerl.attacks.pgd import pgd
 from aerl.attacks.random import Noise, SampleGenerator
-from aerl.files import atomic_write, writing
+from aerl.runtime.files import atomic_write, writing
 from aerl.types import Count, Index, NonNegative, Norm, UserError
 
 _log = logging.getLogger("aerl.attacks")

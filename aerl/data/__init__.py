@@ -2,7 +2,7 @@
 
 from aerl.data.augmentation import augment
 from aerl.data.batches import Batches, to_unit
-from aerl.data.cache import prepare
+from aerl.data.prepare import prepare
 from aerl.data.sources import Source, Table
 from aerl.data.splits import DataSplits, Split, limit_training, rows, subset
 

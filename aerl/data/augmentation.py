@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from aerl.distributed import Share
+from aerl.runtime.ddp import Share
 from aerl.types import Probability
 
 

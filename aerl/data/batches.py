@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aerl.data.splits import Split
-from aerl.distributed import Share, share
+from aerl.runtime.ddp import Share, share
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -1,7 +1,7 @@
 """Where images come from: plain functions that a YAML file names with `_target_`, each giving a `Source`.
 
 A source only opens the data. Splitting off validation, resizing, converting and every check of pixels and
-labels is done once for all of them by `aerl.data.cache.prepare`. To add a dataset, write a function of
+labels is done once for all of them by `aerl.data.prepare.prepare`. To add a dataset, write a function of
 keyword parameters that returns a `Source`, and a YAML file in conf/dataset whose `source._target_` names it.
 
 `datasets`, `sklearn`, `torchvision` and PIL take a second or more to import, so each is imported where it
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from aerl.fingerprint import fingerprint, is_hidden, walk
+from aerl.tracking.fingerprint import fingerprint, is_hidden, walk
 from aerl.types import UserError
 
 Labels = npt.NDArray[np.int64]

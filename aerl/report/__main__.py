@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aerl.report import page, runs
-from aerl.terminal import Parser, command, one_line
+from aerl.runtime.terminal import Parser, command, one_line
 from aerl.types import UserError
 
 

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from aerl.files import atomic_write
+from aerl.runtime.files import atomic_write
 
 # Okabe and Ito's palette (2008).
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (

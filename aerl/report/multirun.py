@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aerl import interrupt
-from aerl.distributed import is_main
+from aerl.runtime import signals
+from aerl.runtime.ddp import is_main
 
 _manifest: Path | None = None  # the folder of the multirun under way
 _then: list[str] = []  # the run that follows it
@@ -28,7 +28,7 @@ _then: list[str] = []  # the run that follows it
 _CARRIED = ("norm", "eps", "evaluation", "hardware", "logger", "runs_dir", "data_dir", "overwrite")
 
 
-def note(job: int, **news: Any) -> None:
+def note_job(job: int, **news: Any) -> None:
     """Add to what is known of a job of the multirun under way; without one this does nothing."""
     # A requeued job may outlive the folder.
     if is_main() and _manifest is not None and _manifest.is_dir():
@@ -55,10 +55,11 @@ class Manifest:
         self.folder: Path | None = None
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config import check_jobs, sweep_jobs, sweep_name
-        from aerl.files import atomic_write, writing
+        from aerl.config.multirun import check_jobs, sweep_jobs
+        from aerl.config.names import sweep_name
         from aerl.report import status
         from aerl.report.status import PLAN, planned
+        from aerl.runtime.files import atomic_write, writing
 
         if not is_main():
             return
@@ -93,10 +94,10 @@ class Manifest:
         carried = [word for word in words if re.split("[=.]", word)[0] in _CARRIED]
         _then = [*self.then, *carried] if self.then else []
         if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time is done in this process
-            interrupt.hand_on()
+            signals.forward_to_workers()
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config import check_overrides
+        from aerl.config.multirun import check_overrides
 
         with _ending_hydra():
             check_overrides(config)
@@ -105,19 +106,19 @@ class Manifest:
         global _manifest
         _manifest = self.folder
         if self.folder is not None:
-            note(config.hydra.job.num, status="started", overrides=list(config.hydra.overrides.task))
+            note_job(config.hydra.job.num, status="started", overrides=list(config.hydra.overrides.task))
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         if self.folder is None:
             return
-        from aerl.config import explain
+        from aerl.config.errors import explain
 
         error = job_return._return_value if job_return.status.name == "FAILED" else None
         if error is None:
-            note(config.hydra.job.num, status="finished")
+            note_job(config.hydra.job.num, status="finished")
         else:
             told = explain(error) or f"{type(error).__name__}: {error}"
-            note(config.hydra.job.num, status="failed", error=told)
+            note_job(config.hydra.job.num, status="failed", error=told)
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
@@ -129,8 +130,8 @@ class Manifest:
 @contextlib.contextmanager
 def _ending_hydra() -> Iterator[None]:
     """End the process with the error's line: Hydra would warn of an exception in a callback, and go on."""
-    from aerl.config import explain
-    from aerl.terminal import full_error, print_error
+    from aerl.config.errors import explain
+    from aerl.runtime.terminal import full_error, print_error
 
     try:
         yield
@@ -143,7 +144,7 @@ def _ending_hydra() -> Iterator[None]:
         sys.exit(1)
 
 
-def conclude() -> None:
+def print_table() -> None:
     """Print and write the tables over the jobs of the multirun that this process has started, if it has."""
     if _manifest is None or not _manifest.is_dir():
         return

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from aerl.files import atomic_write, inside
 from aerl.report import runs
 from aerl.report.figures import trainer_colour
 from aerl.report.table import duration, notes, spent, what
-from aerl.results import eps_text, read_summary
-from aerl.types import UserError, first_line
+from aerl.runtime.files import atomic_write, inside
+from aerl.tracking.results import read_summary
+from aerl.types import UserError, eps_text, first_line
 
 log = logging.getLogger("aerl")
 

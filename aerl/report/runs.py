@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aerl.files import atomic_write, write_csv
-from aerl.results import changed_files, eps_text, read_config, read_summary
-from aerl.types import UserError, first_line
+from aerl.runtime.files import atomic_write, write_csv
+from aerl.tracking.results import changed_files, read_config, read_summary
+from aerl.types import UserError, eps_text, first_line
 
 CLEAN, WORST = "clean", "worst case"
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from aerl.report.runs import one_line, shown
 from aerl.report.table import duration
-from aerl.results import read_summary
-from aerl.terminal import Parser, command, print_error
+from aerl.runtime.terminal import Parser, command, print_error
+from aerl.tracking.results import read_summary
 from aerl.types import UserError
 
 PLAN = "plan.json"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aerl.results import eps_text
+from aerl.types import eps_text
 
 _STATUS = {"finished": "green", "failed": "bold red"}
 

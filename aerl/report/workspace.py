@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aerl.results import logged_in, write_json
-from aerl.terminal import Parser, command
+from aerl.runtime.terminal import Parser, command
+from aerl.tracking.results import write_json
+from aerl.tracking.wandb import logged_in
 from aerl.types import UserError, first_line
 
 NAME = "aerl"

@@ -7,7 +7,7 @@ from typing import Any
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.masking.checks import Audit, Check, Finding
-from aerl.results import Result
+from aerl.tracking.results import Result
 from aerl.types import Count, Probability
 
 _ATHALYE = "Athalye et al. 2018, section 3.1"

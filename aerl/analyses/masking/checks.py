@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aerl import evaluate
 from aerl.analyses import AnalysisContext
 from aerl.attacks import AutoAttack, SampleGenerator, attacking, collect_warnings, losses, pgd, predictions
 from aerl.attacks.modes import input_gradient
 from aerl.attacks.projections import ascent_direction, clip, norms, random_in_ball
 from aerl.data import Split, subset, to_unit
-from aerl.hardware import is_out_of_memory, seed_from
-from aerl.report.progress import progress
-from aerl.statistics import mcnemar
+from aerl.evaluation import evaluate
+from aerl.evaluation.statistics import mcnemar
+from aerl.runtime.device import is_out_of_memory, seed_from
+from aerl.runtime.progress import progress
 from aerl.types import UserError, first_line
 
 _PIXELS = (1, 2, 3)

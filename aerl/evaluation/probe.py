@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from aerl.attacks import attacking
-from aerl.hardware import is_out_of_memory
+from aerl.runtime.device import is_out_of_memory
 from aerl.types import UserError, first_line
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl import distributed, interrupt
 from aerl.attacks import NoGradient, SampleGenerator, attacking, predictions, warn
 from aerl.data import Split, to_unit
-from aerl.hardware import Hardware, is_out_of_memory, seed_from
-from aerl.results import proportion
+from aerl.evaluation.statistics import proportion
+from aerl.runtime import ddp, signals
+from aerl.runtime.device import Hardware, is_out_of_memory, seed_from
 from aerl.types import UserError, foreign_code, is_foreign
 
 Attack = Callable[..., Tensor | dict[str, Tensor]]
@@ -197,7 +197,7 @@ def run_attack(
         with attacking(model), reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
             layers = [] if weights is None else _layers(model)
-            with interrupt.at_once():  # the state of the last batch is kept; this one is done again
+            with signals.stop_immediately():  # the state of the last batch is kept; this one is done again
                 found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
             if weights is not None:
                 _check_unaltered(model, weights, layers, x, key)
@@ -217,7 +217,7 @@ def run_attack(
                     limit = within_memory(work, torch.from_numpy(mine), limit)
             except UserError as error:
                 fault = error
-            faults = distributed.gather((isinstance(fault, NoGradient), fault and str(fault)))
+            faults = ddp.gather((isinstance(fault, NoGradient), fault and str(fault)))
             for no_gradient, told in faults:
                 if told and not no_gradient:
                     raise UserError(told) from fault
@@ -227,7 +227,7 @@ def run_attack(
             count = _exchange(state, mine, before)
             state.seconds = time.monotonic() - began
             progress(count, int(robust().sum()))
-            distributed.heed()
+            ddp.sync_stop_request()
             keep(state)
         if state.number + 1 == len(attacks):
             break
@@ -247,8 +247,8 @@ def _rounds(state: Stage, size: int) -> Iterator[np.ndarray]:
     """
     batches = [rows.numpy() for rows in torch.split(torch.from_numpy(np.flatnonzero(state.todo)), size)]
     batches = [left for rows in batches if len(left := rows[~state.done[rows]])]
-    for first in range(0, len(batches), distributed.world()):
-        place = first + distributed.rank()
+    for first in range(0, len(batches), ddp.world_size()):
+        place = first + ddp.rank()
         yield batches[place] if place < len(batches) else np.zeros(0, np.int64)
 
 
@@ -260,7 +260,7 @@ def _exchange(state: Stage, mine: np.ndarray, before: Attacked) -> int:
         for part, found in state.parts.items()
     }
     count = 0
-    for rows, shown, told in distributed.gather((mine, first, news)):
+    for rows, shown, told in ddp.gather((mine, first, news)):
         for part, (columns, examples, outside) in told.items():
             found = state.parts.setdefault(part, before.copy())
             for key, values in columns.items():

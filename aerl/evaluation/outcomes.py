@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from aerl import distributed, evaluate, interrupt
 from aerl.attacks import collect_warnings
 from aerl.build import Parts, named
-from aerl.config import Config
+from aerl.config.schema import Config
 from aerl.data import Split, rows, subset
-from aerl.evaluate import PER_SAMPLE, Attack, Attacked, Outcomes, Stage
-from aerl.files import load_arrays, save_arrays
-from aerl.record import Record, unattacked
-from aerl.report.progress import progress
+from aerl.evaluation import evaluate
+from aerl.evaluation.evaluate import PER_SAMPLE, Attack, Attacked, Outcomes, Stage
+from aerl.runtime import ddp, signals
+from aerl.runtime.files import load_arrays, save_arrays
+from aerl.runtime.progress import progress
+from aerl.tracking.run_folder import Record, unattacked
 from aerl.types import UserError
 
 log = logging.getLogger("aerl")
@@ -44,11 +45,11 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     torch.backends.cudnn.benchmark = (
         False  # batches shrink as samples are fooled: every size would be tuned anew
     )
-    with interrupt.at_once():
-        clean = distributed.from_main(
+    with signals.stop_immediately():
+        clean = ddp.broadcast_from_main(
             lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
         )
-    outcomes = distributed.from_main(lambda: _earlier_outcomes(record))
+    outcomes = ddp.broadcast_from_main(lambda: _earlier_outcomes(record))
     if not outcomes:
         record.summary.update(unattacked())
         outcomes = {
@@ -68,8 +69,8 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
 
     done = {told["of"] for told in record.summary["attacks"].values()}
     for name, attack in parts.attacks.items():
-        distributed.heed()
-        interrupt.check()
+        ddp.sync_stop_request()
+        signals.raise_if_stopped()
         if name in done:
             log.info("%s: was done before", name)
         else:
@@ -77,7 +78,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
             before = clean if alone else evaluate.so_far(outcomes, clean, _counted(record))
             with named(f"attack.{name}"), collect_warnings() as warnings:
                 attacked = _attack(name, attack, parts, config, split, before, record.folder, warnings)
-                warnings = list(dict.fromkeys(chain.from_iterable(distributed.gather(warnings))))
+                warnings = list(dict.fromkeys(chain.from_iterable(ddp.gather(warnings))))
             told = _threat(attack, config) | {"alone": alone, "warnings": warnings}
             _write_down(name, attacked, told, outcomes, record, policy)
         _log(name, outcomes, record)
@@ -138,7 +139,7 @@ def _attack(
     warnings: list[str],
 ) -> dict[str, Attacked]:
     """Run one attack, or what is left of it, behind a progress bar that shows the accuracy so far."""
-    resume, warned = distributed.from_main(lambda: _interrupted(folder, name))
+    resume, warned = ddp.broadcast_from_main(lambda: _interrupted(folder, name))
     warnings.extend(warned)
     policy = config.evaluation.policy
     if policy == "sample" and evaluate.setting(attack, "drop_fooled", True):
@@ -172,7 +173,7 @@ def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage
 
     def keep(stage: Stage) -> None:
         nonlocal saved_at
-        if time.monotonic() - saved_at < _SECONDS_BETWEEN_SAVES and not interrupt.asked():
+        if time.monotonic() - saved_at < _SECONDS_BETWEEN_SAVES and not signals.stop_requested():
             return
         arrays = {key: np.asarray(getattr(stage, key)) for key in ("number", "todo", "done", "seconds")}
         arrays |= {"attack": np.asarray(name), "warnings": np.asarray(list(warnings), dtype=np.str_)}
@@ -180,7 +181,7 @@ def _keeper(folder: Path, name: str, warnings: Sequence[str]) -> Callable[[Stage
             arrays |= {f"{part}/{field.name}": getattr(attacked, field.name) for field in fields(Attacked)}
         save_arrays(folder / "progress.npz", arrays)
         saved_at = time.monotonic()
-        interrupt.check()
+        signals.raise_if_stopped()
 
     return keep
 

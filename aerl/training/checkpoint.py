@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerl.files import atomic_write, inside, sha256
 from aerl.remote import local
-from aerl.results import read_summary
+from aerl.runtime.files import atomic_write, inside, sha256
+from aerl.tracking.results import read_summary
 from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")

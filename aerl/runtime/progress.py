@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from aerl.distributed import is_main
+from aerl.runtime.ddp import is_main
 
 _LIVE_SECONDS = 0.2  # between two redrawings of the bar
 _PLAIN_SECONDS = 10.0  # between two plain lines

@@ -18,20 +18,16 @@ from typing import Any
 
 import yaml
 
-from aerl.config import Config, config_hash, difference, explain, group_name, origin, telling
-from aerl.distributed import is_main
-from aerl.files import atomic_write, sha256, writing
-from aerl.interrupt import Stopped
-from aerl.results import (
-    ResultLog,
-    Tracker,
-    changed_files,
-    eps_text,
-    open_tracker,
-    read_summary,
-    write_summary,
-)
-from aerl.types import UserError
+from aerl.config.compose import origin
+from aerl.config.errors import explain
+from aerl.config.names import config_hash, difference, distinguishing_overrides, group_name
+from aerl.config.schema import Config
+from aerl.runtime.ddp import is_main
+from aerl.runtime.files import atomic_write, sha256, writing
+from aerl.runtime.signals import Stopped
+from aerl.tracking.results import ResultLog, changed_files, read_summary, write_summary
+from aerl.tracking.wandb import Tracker, open_tracker
+from aerl.types import UserError, eps_text
 
 log = logging.getLogger("aerl")
 
@@ -224,7 +220,7 @@ def recorded(
         run_id=run_id,
         group=config.logger.group or group_name(config, overrides),
         job_type="train" if config.trainer else "evaluate",
-        name=" ".join([config.trainer_name, *telling(overrides), f"seed={config.seed}"]),
+        name=" ".join([config.trainer_name, *distinguishing_overrides(overrides), f"seed={config.seed}"]),
         tags=[
             config.dataset.name,
             config.model.name,
@@ -272,7 +268,7 @@ def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) ->
     A judged model of another run is that run's artifact under its name, from the same files, so that W&B draws
     the line from the run that trained it to the one that judged it.
     """
-    from aerl import checkpoint  # which needs torch
+    from aerl.training import checkpoint  # which needs torch
 
     headline = {key: summary[key] for key in ("clean_accuracy", "worst_case_accuracy")}
     taken = summary["origin"]

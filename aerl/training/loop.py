@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl import checkpoint, distributed, interrupt
 from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.losses import kl
 from aerl.data import Batches, DataSplits, to_unit
-from aerl.distributed import Share
-from aerl.evaluate import within_memory
-from aerl.hardware import Hardware, is_out_of_memory, seed_from, stream
-from aerl.objectives import policy_loss, reward
-from aerl.report.progress import progress
-from aerl.results import ResultLog
+from aerl.evaluation.evaluate import within_memory
+from aerl.runtime import ddp, signals
+from aerl.runtime.ddp import Share
+from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
+from aerl.runtime.progress import progress
+from aerl.tracking.results import ResultLog
+from aerl.training import checkpoint
+from aerl.training.objectives import policy_loss, reward
 from aerl.types import UserError, foreign_code
 
 log = logging.getLogger("aerl")
@@ -121,7 +122,7 @@ def train_step(
     if share is not None:
         act = partial(_act_on_share, act, share)
     if adversary is not None:
-        with interrupt.at_once() if share is None else nullcontext():
+        with signals.stop_immediately() if share is None else nullcontext():
             x_adv = adversary.attack(
                 bare_model or model, x, y, generator=_noise(noise or generator, x, share)
             )
@@ -185,7 +186,7 @@ def fit(
     """Train `model` in place, from `folder`/last.pt on if there is one; leave last.pt and best.pt.
 
     Every epoch's random streams follow from (seed, epoch) alone, and one that is left in its midst by
-    `interrupt.Stopped` keeps their states, so a resumed run continues bit for bit.
+    `signals.Stopped` keeps their states, so a resumed run continues bit for bit.
     Where there are several processes, each takes its share of every batch: the batch, the draws and hence the
     training stay the same, but for dropout, which each draws for itself, and BatchNorm on the CPU, which sees
     the share alone.
@@ -193,7 +194,7 @@ def fit(
     was finite no longer is (losses, gradients, weights, buffers, scores), or when the memory does not suffice: the
     best weights of the epochs before are in best.pt then.
     """
-    device, processes = hardware.device, distributed.world()
+    device, processes = hardware.device, ddp.world_size()
     batch_size = min(recipe.batch_size, len(data.train))
     if recipe.batch_size > batch_size:
         log.info(
@@ -218,8 +219,8 @@ def fit(
     first_epoch, first_step = saved.get("epoch", 0), saved.get("step", 0)
     results.restore(saved.get("results"))
     saved_at = time.monotonic()
-    share = distributed.share(batch_size)
-    rank = [distributed.rank()] if distributed.rank() else []
+    share = ddp.share(batch_size)
+    rank = [ddp.rank()] if ddp.rank() else []
     foreign = [
         getattr(model, "net", model),
         recipe.act,
@@ -229,7 +230,7 @@ def fit(
 
     def save(epoch: int, **within: Any) -> None:
         """Of a state after `epoch` whole epochs and, `within` the next one, some steps."""
-        if not distributed.is_main():
+        if not ddp.is_main():
             return
         best.write()
         state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -290,13 +291,13 @@ def fit(
                                 adversary=adversary, noise=noise, bare_model=model,
                                 probability_floor=recipe.probability_floor, share=share,
                             )  # fmt: skip
-                    except interrupt.Stopped:  # in the adversary: this step is done again
+                    except signals.Stopped:  # in the adversary: this step is done again
                         if processes == 1:
                             save(epoch, step=step, processes=[before | {"history": history[:step].clone()}])
                         raise
                     optimizer.zero_grad()
                     outcome.loss.backward()  # type: ignore[no-untyped-call]
-                    distributed.average([p.grad for p in model.parameters() if p.grad is not None])
+                    ddp.average([p.grad for p in model.parameters() if p.grad is not None])
                     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
                     with foreign_code("trainer.optimizer", optimizer):
                         optimizer.step()
@@ -310,16 +311,16 @@ def fit(
                     loss=outcome.loss.detach(),
                     epoch=f"{epoch + 1}/{recipe.epochs}",
                 )
-                distributed.heed()
-                if interrupt.asked():
-                    states = distributed.gather(_state(history[: step + 1], model, generator, augmentation))
+                ddp.sync_stop_request()
+                if signals.stop_requested():
+                    states = ddp.gather(_state(history[: step + 1], model, generator, augmentation))
                     with guarded(place, history[: step + 1]):
                         _check_finite(history[: step + 1], model, finite)
                     save(epoch, step=step + 1, processes=states)
-                    interrupt.check()
+                    signals.raise_if_stopped()
             seconds = time.monotonic() - began
-            states = distributed.gather(_state(history, model, generator, augmentation))
-            distributed.average([history])
+            states = ddp.gather(_state(history, model, generator, augmentation))
+            ddp.average([history])
             loss, reward, accuracy, adversarial_loss, grad_norm = history.mean(0).tolist()
             metrics = {
                 "loss": loss,
@@ -334,13 +335,13 @@ def fit(
                 metrics["adversarial_loss"] = adversarial_loss
             # Where BatchNorm has seen shares, all go on with the mean of what it has seen.
             buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-            distributed.average(buffers, differing=True)
+            ddp.average(buffers, differing=True)
             with guarded(place, history):
                 _check_finite(history, model, finite)
                 try:
-                    with interrupt.at_once(), foreign_code("model.net", *foreign):
+                    with signals.stop_immediately(), foreign_code("model.net", *foreign):
                         scores = validate(model, val, hardware, adversary, seed)
-                except interrupt.Stopped:  # all steps of the epoch are done, the validation is done again
+                except signals.Stopped:  # all steps of the epoch are done, the validation is done again
                     save(epoch, step=len(train), processes=states)
                     raise
                 _check_finite(history, model, finite, scores)
@@ -348,10 +349,10 @@ def fit(
             results.log(scores, n=len(data.val), split="val", step=epoch + 1)
             best.consider(model, epoch + 1, _score(recipe.select, scores, epoch))
             due = time.monotonic() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS
-            if due or epoch + 1 == recipe.epochs or interrupt.asked():
+            if due or epoch + 1 == recipe.epochs or signals.stop_requested():
                 save(epoch + 1)
                 saved_at = time.monotonic()
-            interrupt.check()
+            signals.raise_if_stopped()
     return best.epoch
 
 
@@ -376,7 +377,7 @@ class _Best:
 
     def keep(self) -> str:
         """Write what there is, where training has failed; returns what that is."""
-        if distributed.is_main():
+        if ddp.is_main():
             self.write()
         if self.epoch == 0:
             return "there are no weights to keep yet"
@@ -385,9 +386,9 @@ class _Best:
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load last.pt, and return what it says beside the weights: how far training came; {} at the beginning."""
-    if not distributed.from_main(path.exists):
+    if not ddp.broadcast_from_main(path.exists):
         return {}
-    state: dict[str, Any] = distributed.from_main(lambda: checkpoint.load(path))
+    state: dict[str, Any] = ddp.broadcast_from_main(lambda: checkpoint.load(path))
     model.load_state_dict(state.pop("model"))
     optimizer.load_state_dict(state.pop("optimizer"))
     step = f" and step {state['step']} of the next" if state.get("step") else ""
@@ -412,7 +413,7 @@ def _state(
 ) -> dict[str, Any]:
     """What a process needs to go on within an epoch, beside what all have in common."""
     state = _random(actions, augmentation, history.device) | {"history": history.cpu().clone()}
-    if distributed.world() > 1:  # on the CPU BatchNorm sees the share alone
+    if ddp.world_size() > 1:  # on the CPU BatchNorm sees the share alone
         state["buffers"] = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     return state
 
@@ -425,14 +426,14 @@ def _restore(
     device: torch.device,
 ) -> Tensor:
     """Go on from what `_state` was in each process; returns the history so far."""
-    state = states[min(distributed.rank(), len(states) - 1)]
+    state = states[min(ddp.rank(), len(states) - 1)]
     actions.set_state(state["actions"])
     augmentation.set_state(state["augmentation"])
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
     if (
-        len(states) != distributed.world()
+        len(states) != ddp.world_size()
     ):  # those who go on are others: with the mean, and the first one's buffers
         return torch.stack([one["history"] for one in states]).mean(0)
     for name, buffer in model.named_buffers():
@@ -504,7 +505,7 @@ def validate(
     with evaluating(model):
         for batch, (images, y) in enumerate(val.epoch(None)):
             limit = within_memory(partial(work, batch, images, y), torch.arange(len(y)), limit)
-    totals = distributed.total(torch.stack([value.double() for value in sums.values()]))
+    totals = ddp.total(torch.stack([value.double() for value in sums.values()]))
     return dict(zip(sums, (totals / val.size).tolist(), strict=True))
 
 

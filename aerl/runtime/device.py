@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import aerl
-from aerl.distributed import local_rank, world
+from aerl.runtime.ddp import local_rank, world_size
 from aerl.types import UserError, foreign_code
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -140,7 +140,7 @@ def describe(hardware: Hardware) -> dict[str, str]:
     told = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cpu": _cpu(),
-        "processes": str(world()) if world() > 1 else "",
+        "processes": str(world_size()) if world_size() > 1 else "",
         "precision": hardware.precision,
         "aerl": aerl.__version__,
         "commit": _commit(),

@@ -1,8 +1,7 @@
 """Two models on the same samples: the difference of their accuracies, its interval, and a test."""
 
 import math
-
-from aerl.results import wilson
+from statistics import NormalDist
 
 
 def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
@@ -48,3 +47,36 @@ def paired_difference(
     low = (b - c) / n - reach(first - low_first, high_second - second)
     high = (b - c) / n + reach(high_first - first, second - low_second)
     return max(low, -1.0), min(high, 1.0)
+
+
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) for a proportion, within [0, 1]; (0, 1) where nothing was measured.
+
+    Unlike value +- z * standard error it has a width at 0 and at `n` successes, where a robust accuracy
+    often lies. Raises ValueError unless 0 <= successes <= n and 0 < confidence < 1.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} samples")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # The two ends that are known exactly are said exactly, whatever the rounding.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+def proportion(successes: float, n: int) -> dict[str, float]:
+    """How summary.json states an accuracy: `value`, its 95 % interval `low` to `high`, and `n`.
+
+    `successes` may be a sum of rewards in [0, 1]: the interval is then too wide if anything, since no
+    variable in [0, 1] has a larger variance than the one that is only 0 or 1.
+    """
+    low, high = wilson(successes, n)
+    return {"value": successes / n if n else math.nan, "low": low, "high": high, "n": n}

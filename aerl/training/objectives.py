@@ -73,5 +73,5 @@ class EpsilonGreedy:
         if self.expected:
             return behaviour
         # An exponential race: what torch.multinomial draws, to the bit, without its check for NaN. That waits for
-        # the GPU at every step, and dies of logits that are not finite; `aerl.train` reports those.
+        # the GPU at every step, and dies of logits that are not finite; `aerl.training.loop` reports those.
         return (behaviour / torch.empty_like(behaviour).exponential_(generator=generator)).argmax(1)

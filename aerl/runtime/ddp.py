@@ -16,8 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aerl import interrupt
-from aerl.interrupt import Stopped
+from aerl.runtime import signals
+from aerl.runtime.signals import Stopped
 from aerl.types import UserError
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def rank() -> int:
     return int(os.environ["RANK"]) if _started_by_torchrun() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are; 1 without torchrun, and while this one works alone."""
     return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() and not _alone else 1
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def main_process_only() -> Iterator[None]:
     """Work that only the first process does: nothing in it asks the others, who wait for the end of the run."""
     global _alone
     _alone = True
@@ -86,7 +86,7 @@ def _started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def meet(device: str) -> None:
+def init_process_group(device: str) -> None:
     """Let the processes of torchrun find each other, once for all runs of a multirun.
 
     `device` is the one of the configuration: on GPUs they talk by NCCL, else by gloo. Raises UserError where
@@ -111,17 +111,17 @@ def meet(device: str) -> None:
 
 def share(whole: int) -> Share | None:
     """This process's samples of a batch of `whole`; None where it has them all."""
-    number, count = rank(), world()
+    number, count = rank(), world_size()
     return None if count == 1 else Share(number * whole // count, (number + 1) * whole // count, whole)
 
 
 def gather(value: T) -> list[T]:
     """What each process has, in the order of their ranks; all of them must call it."""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
     from torch import distributed
 
-    values: list[Any] = [None] * world()
+    values: list[Any] = [None] * world_size()
     with _waiting():
         distributed.all_gather_object(values, value)
     return values
@@ -129,7 +129,7 @@ def gather(value: T) -> list[T]:
 
 def total(values: "Tensor") -> "Tensor":
     """The sum over the processes, in place; all of them must call it."""
-    if world() > 1:
+    if world_size() > 1:
         from torch import distributed
 
         with _waiting():
@@ -143,8 +143,8 @@ def _waiting() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        if interrupt.heard():
-            raise Stopped(signal.Signals(interrupt.heard())) from None
+        if signals.received():
+            raise Stopped(signal.Signals(signals.received())) from None
         raise
 
 
@@ -156,12 +156,12 @@ def average(tensors: Sequence["Tensor"], *, differing: bool = False) -> None:
     Without torch's DistributedDataParallel: a model stays one that an attack can differentiate, any of its
     parameters may be unused, and all gradients go in one message, short beside the step that made them.
     """
-    if world() == 1 or not tensors:
+    if world_size() == 1 or not tensors:
         return
     import torch
 
     values = torch.cat([tensor.flatten() for tensor in tensors])
-    means = total(values.clone()).div_(world())
+    means = total(values.clone()).div_(world_size())
     if differing:
         from torch import distributed
 
@@ -174,9 +174,9 @@ def average(tensors: Sequence["Tensor"], *, differing: bool = False) -> None:
         tensor.copy_(mean.view(tensor.shape))
 
 
-def from_main(make: Callable[[], T]) -> T:
+def broadcast_from_main(make: Callable[[], T]) -> T:
     """What `make` returns in the first process, or the UserError or Stopped it raises, in all of them."""
-    if world() == 1:
+    if world_size() == 1:
         return make()
     from torch import distributed
 
@@ -196,25 +196,25 @@ def from_main(make: Callable[[], T]) -> T:
 def main_first(make: Callable[[], T]) -> T:
     """What `make` returns, in each process its own; the first leaves its files to the others."""
     made: list[T] = []
-    from_main(lambda: made.append(make()))
+    broadcast_from_main(lambda: made.append(make()))
     return made[0] if made else make()
 
 
 def broadcast_weights(model: "Module") -> None:
     """Give `model` the parameters and buffers that it has in the first process."""
-    if world() > 1:
+    if world_size() > 1:
         from torch import distributed
 
         for tensor in (*model.parameters(), *model.buffers()):
             distributed.broadcast(tensor.detach(), 0)
 
 
-def speaks() -> bool:
+def prints_errors() -> bool:
     """Whether an error that all processes have is for this one to tell; until they have met, each tells it."""
     return is_main() or _store is None
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """To be called last: the others end after the first, because torchrun ends all as soon as one has failed."""
     if _store is None:
         return
@@ -238,7 +238,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def end_together() -> Iterator[None]:
     """Let a run end alike in all processes: what made one of them fail, or stop, is the end of it for all.
 
     A process that fails while others wait for it in the midst of the run ends at once, and torchrun them.
@@ -257,15 +257,15 @@ def _agree(error: BaseException | None) -> None:
     if _store is None:
         return
     _jobs += 1
-    keys = [f"end/{_jobs}/{number}" for number in range(world())]
+    keys = [f"end/{_jobs}/{number}" for number in range(world_size())]
     _store.set(keys[rank()], "" if error is None else f"{type(error).__name__}: {error}")
     seconds = _SECONDS_TO_STOP if isinstance(error, Stopped) else _SECONDS_TO_AGREE
     try:
         _store.wait(keys, _PATIENCE if error is None else timedelta(seconds=seconds))
     except RuntimeError:  # the others wait in the midst of the run, and cannot be reached
         if isinstance(error, Stopped):
-            os._exit(interrupt.REQUEUE)
-        print(f"error: process {rank()} of {world()}: {error}", file=sys.stderr, flush=True)
+            os._exit(signals.REQUEUE)
+        print(f"error: process {rank()} of {world_size()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     ends = [_store.get(key).decode() for key in keys]
     if error is None and (number := next((n for n, end in enumerate(ends) if end), None)) is not None:
@@ -273,14 +273,14 @@ def _agree(error: BaseException | None) -> None:
         if kind == Stopped.__name__:
             raise Stopped(signal.SIGTERM)
         raise UserError(
-            f"process {number} of {world()}: {told if kind == UserError.__name__ else ends[number]}"
+            f"process {number} of {world_size()}: {told if kind == UserError.__name__ else ends[number]}"
         )
 
 
-def heed() -> None:
+def sync_stop_request() -> None:
     """Stop here, all of us, if one of us was told to; all of them must call it, at the same point."""
-    heard = interrupt.heard()
-    if world() > 1:
+    heard = signals.received()
+    if world_size() > 1:
         import torch
         from torch import distributed
 
@@ -288,4 +288,4 @@ def heed() -> None:
         with _waiting():
             distributed.all_reduce(most, distributed.ReduceOp.MAX)
         heard = int(most)
-    interrupt.heed(heard)
+    signals.request_stop(heard)

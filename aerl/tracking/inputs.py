@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aerl.config import Config
-from aerl.files import sha256
-from aerl.fingerprint import fingerprint
+from aerl.config.schema import Config
 from aerl.remote import local
+from aerl.runtime.files import sha256
+from aerl.tracking.fingerprint import fingerprint
 from aerl.types import UserError
 
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})

@@ -51,7 +51,7 @@ class Stopped(SystemExit):
         return Stopped, (self.by, self.code)
 
 
-def begin() -> None:
+def install_handlers() -> None:
     """At the start of the process, before anything slow is imported: end it on the spot at a signal, in one line
     and with code `REQUEUE`, until `listening` begins. One that torchrun has started ends with torchrun."""
     global _immediate
@@ -92,7 +92,7 @@ def _end_with_parent(number: signal.Signals) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Note the signals instead of dying of them, until `check` or, in between, `at_once`."""
+    """Note the signals instead of dying of them, until `raise_if_stopped` or, in between, `stop_immediately`."""
     global _heard, _asked, _immediate, _in_run
     ours = []
     if threading.current_thread() is threading.main_thread():  # None: a library's, beyond Python's reach
@@ -115,7 +115,7 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def stop_immediately() -> Iterator[None]:
     """Around work that may be lost, because it is repeated to the same end: a signal raises Stopped right there.
 
     Where a launcher listens to it, it is noted as ever.
@@ -154,7 +154,7 @@ def is_worker() -> bool:
     return multiprocessing.current_process().name.startswith("Loky")
 
 
-def work() -> None:
+def defer_in_worker() -> None:
     """In a worker process of a multirun: note the signals from now on, also between its jobs.
 
     One that found nothing to save and killed the worker would make joblib kill the others too. The end of the
@@ -166,7 +166,7 @@ def work() -> None:
     _end_with_parent(signal.SIGTERM)
 
 
-def hand_on() -> None:
+def forward_to_workers() -> None:
     """In the process that waits for such workers: tell them of a signal, and go on waiting."""
     global _immediate
     _immediate = False
@@ -182,24 +182,24 @@ def _hand_on(number: int, frame: FrameType | None) -> None:
             os.kill(worker.pid, number)
 
 
-def heard() -> int:
+def received() -> int:
     """The signal that has come, or 0."""
     return _heard or 0
 
 
-def heed(heard: int) -> None:
-    """If a signal was `heard`, the run shall save and end. Between two calls `asked` does not change."""
+def request_stop(heard: int) -> None:
+    """If a signal was `received`, the run shall save and end. Between two calls `stop_requested` does not change."""
     global _asked
     if heard:
         _asked = signal.Signals(heard)
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether the run shall save."""
     return _asked is not None
 
 
-def check() -> None:
+def raise_if_stopped() -> None:
     """To be called where everything is saved: raises Stopped if the run shall end."""
     global _heard, _asked
     if _asked is None:

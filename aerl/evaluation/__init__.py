@@ -1,0 +1,1 @@
+"""Evaluation: predict, attack, and count, one outcome for each sample."""

@@ -1,0 +1,1 @@
+"""The machine: device, processes, signals, files, terminal."""
