@@ -108,7 +108,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(tmp_path):
     script = """
 import resource, signal, sys, torch
 from pathlib import Path
-from aerl import checkpoint
+from aerl.training import checkpoint
 from aerl.types import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])

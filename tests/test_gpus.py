@@ -19,7 +19,7 @@ WORDS = ("analysis=none", "logger=none", "attack=none", "evaluation.samples=40")
 # Takes a GPU, writes down from when to when, and waits if told so until it is killed.
 HOLDER = """
 import logging, os, sys, time
-from aerl import gpus
+from aerl.runtime import gpus
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 gpus._SECONDS_BETWEEN_TRIES = 0.01
 gpus.claim()

@@ -16,7 +16,7 @@ from tests.test_faults import begin
 
 SCRIPT = """
 import hashlib, sys, time
-from aerl import interrupt
+from aerl.runtime import signals
 signals.install_handlers()
 """
 
