@@ -82,20 +82,15 @@ def build(config: Config) -> Parts:
     if config.norm == "L2" and config.eps > (diagonal := math.sqrt(math.prod(data.image_shape))):
         log.warning("eps=%g: an L2 ball above %.3g holds every image of this size", config.eps, diagonal)
     if (config.evaluation.samples or 0) > len(data.test):
-        raise UserError(
-            f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images"
-        )
-    model = build_model(
-        config, data, machine, 0 if recipe is None else min(recipe.batch_size, len(data.train))
-    )
+        raise UserError(f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images")
+    model = build_model(config, data, machine, 0 if recipe is None else min(recipe.batch_size, len(data.train)))
     elsewhere = {
         "load": partial(load_models, config=config, data=data, hardware=machine),
         "store": Path(config.data_dir).expanduser() / "crafted",
     }
     attacks = {name: attack(spec, f"attack.{name}", given=elsewhere) for name, spec in config.attack.items()}
     analyses = {
-        name: _built(spec, f"analysis.{name}", "context", given=elsewhere)
-        for name, spec in config.analysis.items()
+        name: _built(spec, f"analysis.{name}", "context", given=elsewhere) for name, spec in config.analysis.items()
     }
     nothing = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
     for name, call in attacks.items():
@@ -149,9 +144,7 @@ def _built(
         inspect.signature(made).bind(*call, **keywords)
     except (TypeError, ValueError) as error:
         arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
-        raise UserError(
-            f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}"
-        ) from error
+        raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
     return made
 
 
@@ -163,9 +156,7 @@ def named(key: str) -> Iterator[None]:
     except UserError as error:
         if str(error).startswith(key):
             raise
-        raise UserError(
-            f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}"
-        ) from error
+        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
 
 
 def build_recipe(config: Config) -> Recipe | None:
@@ -175,9 +166,7 @@ def build_recipe(config: Config) -> Recipe | None:
     adversary = trainer.adversary
     if trainer.select == "val_adversarial_accuracy":
         if adversary is None:
-            raise UserError(
-                f"trainer.select={trainer.select}: needs a trainer.adversary; val_accuracy does not"
-            )
+            raise UserError(f"trainer.select={trainer.select}: needs a trainer.adversary; val_accuracy does not")
         if adversary.start_epoch >= trainer.epochs:
             raise UserError(
                 f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
@@ -249,9 +238,7 @@ def _net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
     with foreign_code(f"model.net: {_call(make)}"):
         net = make()
     if not isinstance(net, nn.Module):
-        raise UserError(
-            f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module"
-        )
+        raise UserError(f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module")
     if any(map(is_lazy, net.parameters())):  # they get their shapes and values from a first batch
         with foreign_code("model.net"), evaluating(net), torch.no_grad():
             net(torch.zeros(2, *data.image_shape))
@@ -289,9 +276,7 @@ def load_model(
     theirs, ours = other.dataset, config.dataset
     same_classes = theirs.name == ours.name or theirs.source == ours.source
     if not same_classes or (theirs.size, theirs.channels) != (ours.size, ours.channels):
-        told = [
-            f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)
-        ]
+        told = [f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)]
         raise UserError(
             f"{key}={source}: was trained on {told[0]}, this run is on {told[1]}; "
             "classes and image shape must be the same"
@@ -353,9 +338,7 @@ def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch
         with attacking(model), torch.no_grad():
             with foreign_code(key, remedy=remedy):
                 classes = model(images).shape[1]
-            with foreign_code(
-                key, remedy="given a single image, as attacks end on one; squeeze() drops its dimension"
-            ):
+            with foreign_code(key, remedy="given a single image, as attacks end on one; squeeze() drops its dimension"):
                 model(images[:1])
         if classes != data.num_classes:
             raise UserError(f"{key}: gives {classes} logits for {data.num_classes} classes")
@@ -370,7 +353,5 @@ def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch
                 logits = model(images[:each])
             learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
             if not (learning and logits.requires_grad):
-                raise UserError(
-                    f"{key}: its logits do not depend on a parameter that learns: it cannot be trained"
-                )
+                raise UserError(f"{key}: its logits do not depend on a parameter that learns: it cannot be trained")
             torch.autograd.grad(logits.sum(), learning, allow_unused=True)

@@ -143,9 +143,7 @@ def _result(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _body(
-    summary: Mapping[str, Any], config: Mapping[str, Any], made_by: Sequence[str] | None
-) -> Iterator[str]:
+def _body(summary: Mapping[str, Any], config: Mapping[str, Any], made_by: Sequence[str] | None) -> Iterator[str]:
     """The paragraphs of the card."""
     trained, software = summary["origin"] or summary, summary["environment"]
     yield (
@@ -168,9 +166,7 @@ def _body(
             told += [f"Mechanism: {masking['mechanism']}.", f"To trust: {masking['trust']}."]
         yield " ".join(told)
     warnings = [f"model: {doubt}" for doubt in summary["doubts"]]
-    warnings += [
-        f"{name}: {said}" for name, attack in summary["attacks"].items() for said in attack["warnings"]
-    ]
+    warnings += [f"{name}: {said}" for name, attack in summary["attacks"].items() for said in attack["warnings"]]
     if warnings:
         yield "Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings)
     yield "## Load it, judge it again"
@@ -223,14 +219,10 @@ def main(words: Sequence[str] | None = None) -> int:
     exporting.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
     exporting.add_argument("--license", metavar="NAME", help="what the card says, such as mit")
     exporting.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    exporting.add_argument(
-        "--private", action="store_true", help="if --push makes the repository: not public"
-    )
+    exporting.add_argument("--private", action="store_true", help="if --push makes the repository: not public")
     given = parser.parse_args(words)
     folder = export(local(str(given.run), "RUN"), given.out and local(str(given.out), "--out"), given.license)
-    print(
-        f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}"
-    )
+    print(f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}")
     if given.push:
         address = push(folder, given.push, private=given.private)
         print(f"uploaded to {address}; judge it: python launch.py trainer=none checkpoint=hf://{given.push}")

@@ -49,14 +49,9 @@ def _fetch(name: str, key: str) -> Path:
             raise
         except Exception:  # no network, HF_HUB_OFFLINE, a server in trouble
             reached = False
-        paths = [
-            Path(hf_hub_download(repo, file, revision=revision, local_files_only=not reached))
-            for file in FILES
-        ]
+        paths = [Path(hf_hub_download(repo, file, revision=revision, local_files_only=not reached)) for file in FILES]
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{key}={name}: the hub cannot be reached, and the model is not in its cache"
-        ) from error
+        raise UserError(f"{key}={name}: the hub cannot be reached, and the model is not in its cache") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{key}={name}: no such model on the hub; a private one needs HF_TOKEN or `hf auth login`"
@@ -64,9 +59,7 @@ def _fetch(name: str, key: str) -> Path:
     except RevisionNotFoundError as error:
         raise UserError(f"{key}={name}: the model has no such revision") from error
     except EntryNotFoundError as error:
-        raise UserError(
-            f"{key}={name}: is no model that aerl exported; that has {', '.join(FILES)}"
-        ) from error
+        raise UserError(f"{key}={name}: is no model that aerl exported; that has {', '.join(FILES)}") from error
     except Exception as error:  # whatever a server can make the client raise
         raise UserError(f"{key}={name}: cannot be downloaded ({first_line(error)})") from error
     folders = {path.parent for path in paths}

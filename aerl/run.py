@@ -85,9 +85,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
     with signals.listening(), ddp.scratch(folder) as place, _alone_in(place):
         earlier = ddp.broadcast_from_main(lambda: _found(folder, config))
         if difference := inputs.changed(earlier.get("inputs") or {}, read):
-            raise UserError(
-                f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
-            )
+            raise UserError(f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again")
         if earlier.get("status") == "finished":  # by another process meanwhile
             return _show_again(folder, earlier)
         with (
@@ -156,9 +154,7 @@ def _same_inputs(folder: Path, config: Config, summary: Mapping[str, Any]) -> bo
     recorded = summary.get("inputs") or {}
     found = ddp.broadcast_from_main(lambda: inputs.now(recorded, config))
     if difference := inputs.changed(recorded, found):
-        raise UserError(
-            f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again"
-        )
+        raise UserError(f"run folder {folder}: {difference}; name=NAME keeps both, overwrite=true begins again")
     for key in sorted(key for key, digest in found.items() if digest == "missing"):
         log.warning("%s is not there any more: these numbers are of what it was", key)
     data = found[inputs.DATA_KEY]
@@ -201,9 +197,7 @@ def _choices(*groups: str) -> dict[str, str]:
     options = HydraConfig.get().runtime.choices
     for group in groups:
         if group not in options:  # several were, and merged
-            raise UserError(
-                f"{group}: takes one option, not a list; -m {group}=A,B runs each of several, one by one"
-            )
+            raise UserError(f"{group}: takes one option, not a list; -m {group}=A,B runs each of several, one by one")
     return {group: str(options[group]) for group in groups}
 
 
@@ -286,9 +280,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
         _show_wandb(record.tracker, record.summary)
 
 
-def _made(
-    name: str, analysis: Callable[..., Any], context: "AnalysisContext", record: Record
-) -> dict[str, Any]:
+def _made(name: str, analysis: Callable[..., Any], context: "AnalysisContext", record: Record) -> dict[str, Any]:
     """Run one analysis, with smaller batches where the memory does not suffice; how that ended.
 
     Whatever it raises is its own end and not that of the run, whose numbers are complete without it.
@@ -311,9 +303,7 @@ def _made(
                 context = replace(context, batch_size=context.batch_size // 2)
                 log.warning("%s: out of memory: goes on with %d images at a time", name, context.batch_size)
                 continue
-            reason = (
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-            )
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
             log.warning("%s: failed: %s; the same command tries it again", name, reason)
             if not isinstance(error, UserError):
                 log.debug("%s", name, exc_info=error)
@@ -334,6 +324,4 @@ def _show_wandb(tracker: Tracker, summary: Mapping[str, Any]) -> None:
         row = [name, *(told.get(key) for key in ("norm", "eps", "seconds"))]
         rows.append(row + [accuracy[key] for key in ("value", "low", "high", "n")])
         tracker.summary({f"accuracy/{name.replace(' ', '_')}": accuracy["value"]})
-    tracker.table(
-        "tables/attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows
-    )
+    tracker.table("tables/attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows)

@@ -25,18 +25,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that everything runs")
     parser.add_argument("--rounds", type=int, default=5, help="how often the candidates take turns")
     parser.add_argument("--cifar10", type=Path, help="a local copy of CIFAR-10; without it digits at 3x32x32")
-    parser.add_argument(
-        "--imagenet100", type=Path, help="a local copy of ImageNet-100, for memory at 224x224"
-    )
+    parser.add_argument("--imagenet100", type=Path, help="a local copy of ImageNet-100, for memory at 224x224")
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--net", choices=training.NETS, action="append", help="of training; may be repeated")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of aerl's training")
-    parser.add_argument(
-        "--tf32", action="store_true", help="in aerl's training; PyTorch's default is a half of it"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile aerl's training and the bare step"
-    )
+    parser.add_argument("--tf32", action="store_true", help="in aerl's training; PyTorch's default is a half of it")
+    parser.add_argument("--compile", action="store_true", help="torch.compile aerl's training and the bare step")
     parser.add_argument("--out", type=Path, help="append the table to this file, as Markdown")
     args = parser.parse_args()
 
@@ -58,9 +52,7 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
     if "startup" in parts:
         rows += startup.measure(rounds, scratch / "startup", smoke)
     if "training" in parts:
-        rows += training.measure(
-            tuple(args.net or training.NETS), machine, rounds, scratch / "training", smoke
-        )
+        rows += training.measure(tuple(args.net or training.NETS), machine, rounds, scratch / "training", smoke)
     if {"attacks", "autoattack", "analyses"} & set(parts):
         data = images_32(args.cifar10, scratch)
         images = {"undefended": 64, "pgd_at": 64} if smoke else {"undefended": 8_000, "pgd_at": 4_000}

@@ -106,9 +106,7 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     chosen: Split = subset(data.train, samples)
     clean = evaluate.predict(model, chosen, hardware, 128)
     attack = partial(pgd, norm="L2", eps=1.0)
-    found = evaluate.run_attack(attack, model, chosen, clean, hardware, name="pgd", seed=0, batch_size=128)[
-        "pgd"
-    ]
+    found = evaluate.run_attack(attack, model, chosen, clean, hardware, name="pgd", seed=0, batch_size=128)["pgd"]
     outcomes = {"label": chosen.labels.numpy()}
     outcomes |= {f"clean_{key}": getattr(clean, key) for key in ("pred", "p", "confidence", "entropy")}
     outcomes |= {f"pgd_{key}": getattr(found, key) for key in PER_SAMPLE}

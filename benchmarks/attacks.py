@@ -33,11 +33,7 @@ def bare_loop(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, eps: float, 
             if norm == "Linf":
                 delta = (x_adv.detach() - x + eps / 10 * gradient.sign()).clamp(-eps, eps)
             else:
-                delta = (
-                    x_adv.detach()
-                    - x
-                    + eps / 10 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-                )
+                delta = x_adv.detach() - x + eps / 10 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
                 delta = delta * (eps / delta.flatten(1).norm(dim=1).clamp(min=eps)).view(-1, 1, 1, 1)
             x_adv = (x + delta).clamp(0, 1)
         model(x_adv)  # every attack looks once at where it ended

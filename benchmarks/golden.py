@@ -88,17 +88,13 @@ def recorded(folder: Path) -> dict[str, Any]:
     for line in (folder / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
         if "seconds" not in result["metric"] and "per_second" not in result["metric"]:
-            key = " ".join(
-                str(result[part]) for part in ("split", "attack", "source", "metric", "eps", "step", "n")
-            )
+            key = " ".join(str(result[part]) for part in ("split", "attack", "source", "metric", "eps", "step", "n"))
             found[f"results.jsonl {key}"] = result["value"]
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="where to record")
     parser.add_argument("--against", type=Path, help="an earlier record to compare with")
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))

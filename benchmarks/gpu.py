@@ -75,12 +75,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the outputs are kept")
-    parser.add_argument(
-        "--cifar10", type=Path, help="a local copy; without it torchvision's, and digits to attack"
-    )
-    parser.add_argument(
-        "--imagenet100", type=Path, help="a local copy of ImageNet-100, for memory at 224x224"
-    )
+    parser.add_argument("--cifar10", type=Path, help="a local copy; without it torchvision's, and digits to attack")
+    parser.add_argument("--imagenet100", type=Path, help="a local copy of ImageNet-100, for memory at 224x224")
     parser.add_argument("--minutes", type=float, help="stop after so many, and say what is left")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="print what is left, and do none of it")
@@ -90,9 +86,7 @@ def main() -> None:
             setattr(args, key, getattr(args, key).resolve())
     until = time.monotonic() + 60 * args.minutes if args.minutes else None
     args.folder.mkdir(parents=True, exist_ok=True)
-    todo = {
-        name: command for name, command in steps(args).items() if not (args.folder / f"{name}.txt").exists()
-    }
+    todo = {name: command for name, command in steps(args).items() if not (args.folder / f"{name}.txt").exists()}
     left = list(todo)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

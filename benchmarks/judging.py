@@ -57,9 +57,7 @@ def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> li
         (ours, left), (theirs, theirs_left) = zip(*suite[eps], strict=True), zip(*plain[eps], strict=True)
         what = f"attack=suite, {samples} samples, trainer=sl, eps {eps:g}: AutoAttack standard's time over it"
         accuracies = f"robust: {left[-1]:.1%} against {theirs_left[-1]:.1%}"
-        rows.append(
-            (what, f"{ratio(list(theirs), list(ours)):.1f} ({accuracies})", ">= 3, no higher accuracy")
-        )
+        rows.append((what, f"{ratio(list(theirs), list(ours)):.1f} ({accuracies})", ">= 3, no higher accuracy"))
     for trainer, seconds in audits.items():
         what = f"analysis=masking, {samples} samples, trainer={trainer}: time over AutoAttack's on the PGD-trained net"
         rows.append((what, f"{ratio(seconds, robust):.2f}", "<= 1"))

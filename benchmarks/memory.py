@@ -56,9 +56,7 @@ def attack(device: str, name: str, work: Work, samples: int) -> float:
         model, split = classifier(work, hardware), random_split(samples, work.size)
         clean = evaluate.predict(model, split, hardware, work.batch_size)
         split = Split(split.images, torch.from_numpy(clean.pred))
-        evaluate.run_attack(
-            ATTACKS[name], model, split, clean, hardware, name=name, seed=0, batch_size=work.batch_size
-        )
+        evaluate.run_attack(ATTACKS[name], model, split, clean, hardware, name=name, seed=0, batch_size=work.batch_size)
     return peak[0]
 
 

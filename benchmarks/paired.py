@@ -56,9 +56,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 @contextmanager
-def in_its_own_process(
-    make: Callable[..., Callable[..., Any]], *args: object
-) -> Iterator[Callable[..., Any]]:
+def in_its_own_process(make: Callable[..., Callable[..., Any]], *args: object) -> Iterator[Callable[..., Any]]:
     """`make(*args)` lives in a process of its own; what is yielded calls there what it returned.
 
     For a candidate that must not profit from what another one does to the whole process. Everything that goes

@@ -176,15 +176,9 @@ def write(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--cifar10", type=Path, help="a local copy of CIFAR-10; without it torchvision's download"
-    )
-    parser.add_argument(
-        "--paper", action="store_true", help="the 6-layer CNN at the paper's settings: for a GPU"
-    )
-    parser.add_argument(
-        "--eps", type=float, help="L2; 0.5 at 16x16, with --paper 1.0 at 32x32: equal per pixel"
-    )
+    parser.add_argument("--cifar10", type=Path, help="a local copy of CIFAR-10; without it torchvision's download")
+    parser.add_argument("--paper", action="store_true", help="the 6-layer CNN at the paper's settings: for a GPU")
+    parser.add_argument("--eps", type=float, help="L2; 0.5 at 16x16, with --paper 1.0 at 32x32: equal per pixel")
     parser.add_argument(
         "--train", nargs="+", default=[], metavar="KEY=VALUE",
         help="overrides of every training, such as model=cnn model.net.width=0.25",

@@ -102,11 +102,7 @@ def measure(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -> list
         )
     )
     runs = [1, 2] if smoke else [1, 2, 4]
-    rows.append(
-        growth(
-            "a multirun of digits: runs", partial(_multirun, scratch / "sweep"), runs, 1, warm_up=not smoke
-        )
-    )
+    rows.append(growth("a multirun of digits: runs", partial(_multirun, scratch / "sweep"), runs, 1, warm_up=not smoke))
     return [*rows, *headline_rows(hardware, rounds, scratch, smoke)]
 
 

@@ -67,10 +67,7 @@ def works(net: str, hardware: Hardware, smoke: bool) -> list[Work]:
         sizes = dict.fromkeys(TRAINERS, 2)
     elif net == "resnet18" and hardware.device.type == "cpu":
         sizes = dict.fromkeys(TRAINERS, 16)  # 256 such images take a CPU minutes a step
-    return [
-        Work(net, trainer, sizes[trainer], size, 0.1 if smoke and net == "cnn" else 1.0)
-        for trainer in TRAINERS
-    ]
+    return [Work(net, trainer, sizes[trainer], size, 0.1 if smoke and net == "cnn" else 1.0) for trainer in TRAINERS]
 
 
 def network(work: Work, *, padded_by_pytorch: bool = False) -> nn.Module:

@@ -50,9 +50,7 @@ def trained(
         train=Split(data.train.images[:images], data.train.labels[:images]),
         val=Split(data.val.images[: images // 8], data.val.labels[: images // 8]),
     )
-    attack = partial(
-        pgd, norm="L2", eps=0.5, steps=5, step_size=0.15, loss="ce", drop_fooled=False, keep="last"
-    )
+    attack = partial(pgd, norm="L2", eps=0.5, steps=5, step_size=0.15, loss="ce", drop_fooled=False, keep="last")
     adversary = Adversary(attack, weight=1.0, start_epoch=0, objective="alone")
     recipe = Recipe(
         epochs=3,

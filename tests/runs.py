@@ -68,7 +68,5 @@ def forge(path, change):
         path.write_text(yaml.safe_dump(content))
     summary.pop("seal", None)
     if "files" in summary:
-        summary["files"] = {
-            name: sha256(folder / name) for name in summary["files"] if (folder / name).is_file()
-        }
+        summary["files"] = {name: sha256(folder / name) for name in summary["files"] if (folder / name).is_file()}
     write_summary(folder, summary)

@@ -25,9 +25,7 @@ from aerl.tracking.results import ResultLog, read_results
 
 def net(seed=0, kinks=True):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.ReLU() if kinks else nn.Tanh(), nn.Flatten(), nn.Linear(96, 4)
-    ).eval()
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU() if kinks else nn.Tanh(), nn.Flatten(), nn.Linear(96, 4)).eval()
 
 
 @pytest.fixture
@@ -115,9 +113,7 @@ def test_a_gradient_that_is_zero_is_counted_and_left_out_of_every_mean(images):
     assert (found.cosine[1:].isnan() == dark).all()
     curves = found.curves()
     assert np.isfinite(curves["norm"]).all()
-    np.testing.assert_allclose(
-        curves["direction_variance"][0], 0, atol=1e-6
-    )  # all that are alive point one way
+    np.testing.assert_allclose(curves["direction_variance"][0], 0, atol=1e-6)  # all that are alive point one way
 
 
 def test_the_intervals_of_the_curves_hold_the_truth_about_as_often_as_they_say():
@@ -215,9 +211,7 @@ def test_interpolation_stays_within_its_tolerance_and_memory_within_tiles(monkey
 
 def test_landscape_of_two_runs_has_one_plane_for_each_image_and_model(context):
     given, saved, folder = context
-    analysis = Landscape(
-        runs=["there"], load=lambda runs, key: {"rl_seed0": net(1)}, samples=2, resolution=20
-    )
+    analysis = Landscape(runs=["there"], load=lambda runs, key: {"rl_seed0": net(1)}, samples=2, resolution=20)
     analysis(given)
     with np.load(folder / "figures/landscape.npz") as file:
         assert {key for key in file.files if key.endswith("_loss")} == {
@@ -300,9 +294,7 @@ def test_entropy_confusion_and_norms_counted_by_hand(context):
     assert float(table["pgd", "right"]["entropy_sd"]) == pytest.approx(bits[2:].std(ddof=1))
     assert math.isnan(float(table["clean", "wrong"]["confidence_mean"]))
     confusion(given)
-    counts = {
-        (row["images"], row["true"], row["predicted"]): int(row["n"]) for row in rows_of(folder, "confusion")
-    }
+    counts = {(row["images"], row["true"], row["predicted"]): int(row["n"]) for row in rows_of(folder, "confusion")}
     assert sum(c for (images, _, _), c in counts.items() if images == "clean") == n
     first = "abcd"[label[0]], "abcd"[(label[0] + 1) % 4]
     assert counts["under attack", *first] >= 1
@@ -338,9 +330,7 @@ def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_suc
 
 def test_norms_of_an_attack_on_survivors_are_of_those_it_fooled_itself(context):
     given, _, folder = context
-    later = {
-        key.replace("pgd", "square"): value.copy() for key, value in given.outcomes.items() if "pgd" in key
-    }
+    later = {key.replace("pgd", "square"): value.copy() for key, value in given.outcomes.items() if "pgd" in key}
     later["square_pred"][2] = (later["square_pred"][2] + 1) % 4
     attacks = {**given.attacks, "square": {"norm": "L2", "eps": 1.0, "alone": False}}
     norms(replace(given, outcomes={**given.outcomes, **later}, attacks=attacks))

@@ -669,9 +669,7 @@ def test_a_model_that_is_not_finite_within_the_ball_is_fooled_there(call, beyond
     assert found.isfinite().all() and (sizes(found - x, "L2") <= 0.4 + 1e-6).all()
     with torch.no_grad():
         found = judged(model(found))
-    assert (found == -1).any() and (
-        (found != y).all() or call.func is AutoAttack
-    )  # which does not look everywhere
+    assert (found == -1).any() and ((found != y).all() or call.func is AutoAttack)  # which does not look everywhere
     assert any("NaN or infinity" in message for message in messages)
 
 
@@ -743,9 +741,7 @@ def test_batch_generator():
     x = images().to(memory_format=torch.channels_last)
     a, b = (BatchGenerator(torch.Generator().manual_seed(3), len(x)) for _ in range(2))
     assert a.seed == 3
-    assert torch.equal(a.normal(x), b.normal(x)) and torch.equal(
-        a.uniform(x), b[x[:, 0, 0, 0] > 0].uniform(x)
-    )
+    assert torch.equal(a.normal(x), b.normal(x)) and torch.equal(a.uniform(x), b[x[:, 0, 0, 0] > 0].uniform(x))
     assert not torch.equal(a.normal(x), a.normal(x))
     index, again = torch.tensor([2, 0]), torch.tensor([False, True])  # the numbers of a sample are its own
     one, two, whole = (BatchGenerator(torch.Generator().manual_seed(3), len(x)) for _ in range(3))

@@ -23,9 +23,7 @@ def one_by_one(images: Tensor, seed: int, hflip: float, vflip: float, translate:
     height, width = images.shape[2:]
     draws = torch.rand(4, len(images), 1, generator=seeded(seed))[..., 0].tolist()
     changed = []
-    for image, down, up_down, right, left_right in zip(
-        images, draws[1], draws[0], draws[3], draws[2], strict=True
-    ):
+    for image, down, up_down, right, left_right in zip(images, draws[1], draws[0], draws[3], draws[2], strict=True):
         image = tv.vflip(image) if up_down < vflip else image
         image = tv.hflip(image) if left_right < hflip else image
         shift = [round((2 * right - 1) * translate * width), round((2 * down - 1) * translate * height)]
@@ -51,9 +49,7 @@ def test_shifts_are_distributed_as_torchvision_draws_them() -> None:
     moved = augment(images, seeded(0), hflip=0, vflip=0, translate=0.1)
     _, _, rows, columns = moved.nonzero(as_tuple=True)
     torch.manual_seed(0)
-    drawn = [
-        RandomAffine.get_params([0.0, 0.0], [0.1, 0.1], None, None, [20, 32])[1] for _ in range(len(images))
-    ]
+    drawn = [RandomAffine.get_params([0.0, 0.0], [0.1, 0.1], None, None, [20, 32])[1] for _ in range(len(images))]
     for ours, theirs in ((columns - 10, [x for x, _ in drawn]), (rows - 16, [y for _, y in drawn])):
         assert sorted(set(ours.tolist())) == sorted(set(theirs))
         for shift in set(theirs):

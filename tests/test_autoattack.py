@@ -216,9 +216,7 @@ def test_part_of_a_version_keeps_its_settings(digits, monkeypatch):
 
     def look(library, x, y, **_):
         seen.append((library.attacks_to_run, library.apgd.n_restarts, library.apgd.eot_iter))
-        seen.append(
-            (library.fab.n_restarts, library.square.n_queries, library.apgd_targeted.n_target_classes)
-        )
+        seen.append((library.fab.n_restarts, library.square.n_queries, library.apgd_targeted.n_target_classes))
         return x, y
 
     monkeypatch.setattr(Library, "run_standard_evaluation", look)
@@ -233,9 +231,7 @@ def test_part_of_a_version_keeps_its_settings(digits, monkeypatch):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "forward", [lambda z: z.detach(), lambda z: z.detach() + torch.zeros(1).requires_grad_()]
-)
+@pytest.mark.parametrize("forward", [lambda z: z.detach(), lambda z: z.detach() + torch.zeros(1).requires_grad_()])
 def test_square_alone_attacks_a_model_without_gradients(digits, short, forward):
     model, x, y = Through(digits[0], forward), digits[1][:20], digits[2][:20]
     for component in ("apgd-ce", "apgd-t", "fab", "fab-t"):

@@ -77,9 +77,7 @@ def test_another_number_of_classes_and_another_architecture(tmp_path):
     with pytest.raises(UserError, match=r"net\.fc2\.weight is \(100, 16\), in the model \(10, 16\)") as error:
         checkpoint.load_weights(classifier(), tmp_path / "best.pt")
     assert "dataset=" in one_line(error)
-    checkpoint.save(
-        {"model": {"net.other": torch.zeros(1), "normalize.mean": torch.zeros(1)}}, tmp_path / "best.pt"
-    )
+    checkpoint.save({"model": {"net.other": torch.zeros(1), "normalize.mean": torch.zeros(1)}}, tmp_path / "best.pt")
     with pytest.raises(UserError, match="is of another architecture") as error:
         checkpoint.load_weights(classifier(), tmp_path / "best.pt")
     one_line(error)
@@ -121,9 +119,7 @@ except UserError as error:
 """
     assert resource.RLIMIT_FSIZE is not None
     path = tmp_path / "last.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1
     assert f"cannot write {path}: File too large" in done.stdout
     assert checkpoint.load(path)["model"]["w"].shape == (10,)

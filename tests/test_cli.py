@@ -152,10 +152,7 @@ WRONG_LINES = [
 @pytest.mark.parametrize(
     ("words", "line"),
     # A process for each: by default for every third of them.
-    [
-        pytest.param(*case, marks=[pytest.mark.slow] if number % 3 else [])
-        for number, case in enumerate(WRONG_LINES)
-    ],
+    [pytest.param(*case, marks=[pytest.mark.slow] if number % 3 else []) for number, case in enumerate(WRONG_LINES)],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_a_wrong_command_line_is_told_in_one_line_and_leaves_nothing_behind(launch, tmp_path, words, line):
@@ -236,13 +233,9 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
 
 
 def test_recipes_are_named_after_options_that_exist():
-    datasets, trainers = (
-        {path.stem for path in (CONF / group).glob("*.yaml")} for group in ("dataset", "trainer")
-    )
+    datasets, trainers = ({path.stem for path in (CONF / group).glob("*.yaml")} for group in ("dataset", "trainer"))
     for path in (CONF / "recipe").glob("*.yaml"):
-        assert any(path.stem == f"{dataset}_{trainer}" for dataset in datasets for trainer in trainers), (
-            path.name
-        )
+        assert any(path.stem == f"{dataset}_{trainer}" for dataset in datasets for trainer in trainers), path.name
 
 
 def test_every_job_of_every_sweep_composes(launch, tmp_path):
@@ -255,9 +248,7 @@ def test_every_job_of_every_sweep_composes(launch, tmp_path):
 
     for path in sorted((ROOT / "multirun_sweeps").glob("*.yaml")):
         grid = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
-        overrides = OverridesParser.create().parse_overrides(
-            [f"{key}={value}" for key, value in grid.items()]
-        )
+        overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in grid.items()])
         (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         assert len(jobs) > 1
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -310,9 +301,7 @@ def wrong_words(count, seed):
 
     def leaves(section, prefix=""):
         for name, field in section.model_fields.items():
-            parts = (
-                get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
-            )
+            parts = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
             inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
             if inner:
                 yield from leaves(inner[0], f"{prefix}{name}.")
@@ -325,9 +314,7 @@ def wrong_words(count, seed):
         key, section, name = draw.choice(keys)
         value = draw.choice(WRONG)
         if draw.random() < 0.2:
-            words.append(
-                [f"{draw.choice(['', '+', '++', '~'])}{key}{draw.choice(['x', '.x', '-', '@x'])}={value}"]
-            )
+            words.append([f"{draw.choice(['', '+', '++', '~'])}{key}{draw.choice(['x', '.x', '-', '@x'])}={value}"])
             continue
         field = section.model_fields[name]
         try:  # what the key may well be, such as a name of 5,000 letters where any text is right

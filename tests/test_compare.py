@@ -99,18 +99,14 @@ def outcomes(**pred: list[int]) -> dict[str, np.ndarray]:
     return arrays | {f"{name}_pred": np.array(values) for name, values in pred.items()}
 
 
-def run_folder(
-    path, arrays, *, status="finished", dataset="digits", attacks=None, settings=None, policy="argmax"
-):
+def run_folder(path, arrays, *, status="finished", dataset="digits", attacks=None, settings=None, policy="argmax"):
     """A run's folder as a run leaves it, as far as a comparison reads it."""
     path.mkdir()
     if attacks is None:
         attacks = {name.removesuffix("_pred"): {**THREAT, "of": name.removesuffix("_pred")} for name in arrays
                    if name.endswith("_pred") and name != "clean_pred"}  # fmt: skip
     write_summary(path, {"status": status, "dataset": dataset, "attacks": attacks})
-    (path / "config.yaml").write_text(
-        yaml.safe_dump({"attack": settings or {}, "evaluation": {"policy": policy}})
-    )
+    (path / "config.yaml").write_text(yaml.safe_dump({"attack": settings or {}, "evaluation": {"policy": policy}}))
     np.savez(path / "outcomes.npz", **arrays)
     return attacks
 
@@ -181,9 +177,7 @@ def test_with_itself_a_run_has_no_difference(against, tmp_path):
 
 
 def test_the_worst_case_is_of_shared_attacks_that_count(against, tmp_path):
-    ours = outcomes(
-        big=[1, 1, 1, 1, 0, 0], pgd=[0, 1, 2, 0, 1, 0], fgsm=[0, 1, 2, 0, 0, 0], dead=[0] * 6, late=[0] * 6
-    )
+    ours = outcomes(big=[1, 1, 1, 1, 0, 0], pgd=[0, 1, 2, 0, 1, 0], fgsm=[0, 1, 2, 0, 0, 0], dead=[0] * 6, late=[0] * 6)
     theirs = ours | outcomes(fgsm=[0, 0, 0, 0, 0, 0])
     here = {name: {**THREAT, "of": name, "counts": True} for name in ("big", "pgd", "fgsm", "dead", "late")}
     here["big"] |= {"eps": 9.0, "counts": False}

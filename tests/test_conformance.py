@@ -50,9 +50,7 @@ def cleverhans(model, x, y, eta, norm, eps, step_size, steps):
         return t.pow(2).sum((1, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()
 
     def clip_eta(eta):
-        return (
-            eta.clamp(-eps, eps) if norm == "Linf" else eta * torch.minimum(torch.ones(()), eps / size(eta))
-        )
+        return eta.clamp(-eps, eps) if norm == "Linf" else eta * torch.minimum(torch.ones(()), eps / size(eta))
 
     adv_x = x + clip_eta(eta)
     for _ in range(steps):

@@ -33,9 +33,7 @@ def runs(tmp_path_factory, data_dir):
     env = environment(AERL_DATA=str(data_dir), HOME=str(home), MPLCONFIGDIR=str(data_dir / "matplotlib"))
     for words in (TRAIN, JUDGE):
         command = [sys.executable, str(ROOT / "launch.py"), *words]
-        done = subprocess.run(
-            command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert "W&B" not in done.stderr
     return home / "runs/trained", home / "runs/judged"
@@ -124,9 +122,7 @@ def workspace(*words, home, before="pass", **extra):
     code = f"import sys; {before}; from aerl.report.workspace import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--entity", "me", *words]
     env = environment(HOME=str(home), PYTHONPATH=str(ROOT), **extra)
-    return subprocess.run(
-        command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 def test_a_workspace_that_cannot_be_saved_is_told_in_one_line(tmp_path):
@@ -174,9 +170,7 @@ def test_a_job_of_the_wandb_sweep_runs_under_its_agent_and_logs_the_metric(tmp_p
         command += given[word[2:-1]] if word.startswith("${") else [word]
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump({"wandb_version": 1}))
     extra = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1", "WANDB_MODE": "offline", "HOME": str(tmp_path)}
-    env = environment(
-        AERL_DATA=str(data_dir), WANDB_SWEEP_PARAM_PATH=str(tmp_path / "parameters.yaml"), **extra
-    )
+    env = environment(AERL_DATA=str(data_dir), WANDB_SWEEP_PARAM_PATH=str(tmp_path / "parameters.yaml"), **extra)
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "runs").rglob("*.wandb")

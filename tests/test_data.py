@@ -80,9 +80,7 @@ def in_memory(images: Any, labels: Any, test: Any = None, classes: int = 2) -> C
 
 
 def rows(split: Split) -> set[tuple[bytes, int]]:
-    return {
-        (image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)
-    }
+    return {(image.numpy().tobytes(), int(label)) for image, label in zip(split.images, split.labels, strict=True)}
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG") -> bytes:
@@ -245,16 +243,12 @@ PLAIN = pictures(20, 4, 4, 3)
         (lambda: Path("nowhere").read_text(), "dataset=set: cannot be read ([Errno 2]"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_refused(
-    tmp_path: Path, source: Callable[[], Source], words: str
-) -> None:
+def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path, source: Callable[[], Source], words: str) -> None:
     refusal(lambda: ready(tmp_path, source), words)
     assert prepared_folders(tmp_path) == []
 
 
-def test_settings_that_make_no_sense_are_refused_or_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_settings_that_make_no_sense_are_refused_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     refusal(lambda: ready(tmp_path, sources.digits, split_seed=5 * 10**9), "dataset.split_seed=5000000000")
     data = ready(tmp_path, sources.digits)
     refusal(lambda: limit_training(data, 1294), "dataset.train_samples=1294", "1293")
@@ -459,9 +453,7 @@ def test_a_file_rewritten_with_the_same_size_and_time_is_read_anew(tmp_path: Pat
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",), (), ("train1", "train2", "test")])
 def test_save_to_disk_folders_are_read(tmp_path: Path, splits: tuple[str, ...]) -> None:
     other = ["cat", "ant", "bee"]  # the order in which the test split numbers its classes
-    tables = {
-        split: table(60, n, names=other if split == "test" else NAMES) for n, split in enumerate(splits)
-    }
+    tables = {split: table(60, n, names=other if split == "test" else NAMES) for n, split in enumerate(splits)}
     (datasets.DatasetDict(tables) if splits else table(60)).save_to_disk(tmp_path / "saved")
     data = ready(tmp_path, read(tmp_path / "saved"))
     assert data.class_names == tuple(NAMES)
@@ -748,9 +740,7 @@ def test_a_hub_that_does_not_answer_is_left_soon(dead_server: str, monkeypatch: 
         assert time.monotonic() - started < 5
 
 
-def test_the_hub_is_asked_for_a_name_and_its_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_for_a_name_and_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
     asked: list[Any] = []
     monkeypatch.setattr(sources, "_knock", lambda path: None)
@@ -833,9 +823,7 @@ def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple
     data = ready(tmp_path, source, size=32, channels=3, val_fraction=0.25)
     archive.unlink()  # nothing is downloaded again
     assert data.class_names == tuple(CLASSES[classes])
-    assert len(data.test) == 2 * classes and len(data.train) + len(data.val) == 4 * classes * len(
-        kind.train_list
-    )
+    assert len(data.test) == 2 * classes and len(data.train) + len(data.val) == 4 * classes * len(kind.train_list)
     assert np.array_equal(data.test.images.numpy().reshape(-1, 3072), pictures(2 * classes, 3072, seed=99))
     assert sorted(path.name for path in root.iterdir()) == sorted([kind.base_folder, kind.filename])
 
@@ -911,9 +899,7 @@ def test_the_second_start_does_not_open_the_source(tmp_path: Path) -> None:
     assert len(calls) == 6
 
 
-def test_the_key_does_not_depend_on_how_a_path_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_does_not_depend_on_how_a_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_npz(tmp_path / "a.npz")
     monkeypatch.chdir(tmp_path)
     for path in ("a.npz", str(tmp_path / "a.npz"), f"../{tmp_path.name}/a.npz"):
@@ -990,9 +976,7 @@ def test_whatever_stands_in_the_place_of_prepared_data_is_replaced(tmp_path: Pat
     assert folder.is_symlink() == (damage == "a moved folder")
 
 
-def test_files_that_nobody_has_touched_are_not_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_nobody_has_touched_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ready(tmp_path, sources.digits)
     (labels,) = (tmp_path / "prepared").glob("set-*/test_labels.npy")
     now, digest, read = time.time_ns(), hashlib.file_digest, []
@@ -1053,9 +1037,7 @@ def test_large_sets_are_mapped_and_equal_to_those_in_memory(tmp_path: Path) -> N
     assert equal(held, ready(tmp_path, sources.digits))
 
 
-def test_many_blocks_and_threads_give_the_same_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_blocks_and_threads_give_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ready(tmp_path / "a", sources.digits, size=100)  # large enough for threads
     monkeypatch.setattr("aerl.data.prepare.BLOCK", 70_000)  # seven images
     assert equal(ready(tmp_path / "b", sources.digits, size=100), whole)
@@ -1132,9 +1114,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, smal
 
 def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refusal(
-        lambda: ready(tmp_path / "file", sources.digits), f"data_dir={tmp_path / 'file'}: ", "a directory"
-    )
+    refusal(lambda: ready(tmp_path / "file", sources.digits), f"data_dir={tmp_path / 'file'}: ", "a directory")
 
 
 # --- Batches ---------------------------------------------------------------------------------------------
@@ -1190,9 +1170,7 @@ def test_the_order_is_drawn_when_the_epoch_is_asked_for(held_and_mapped: tuple[S
         generator = seeded(0)
         batches = Batches(split, 1000).epoch(generator)
         torch.rand(1, generator=generator)  # what is drawn in between changes nothing
-        assert torch.equal(
-            next(iter(batches))[1], split.labels[torch.randperm(len(split), generator=seeded(0))[:1000]]
-        )
+        assert torch.equal(next(iter(batches))[1], split.labels[torch.randperm(len(split), generator=seeded(0))[:1000]])
 
 
 @pytest.mark.parametrize(
@@ -1258,9 +1236,7 @@ def test_to_unit_is_exactly_a_division_by_255(memory_format: torch.memory_format
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu(held_and_mapped: tuple[Split, Split]) -> None:
     for split in held_and_mapped:
-        pairs = zip(
-            Batches(split, 100).epoch(seeded(0)), Batches(split, 100, "cuda").epoch(seeded(0)), strict=True
-        )
+        pairs = zip(Batches(split, 100).epoch(seeded(0)), Batches(split, 100, "cuda").epoch(seeded(0)), strict=True)
         for (images, labels), (on_gpu, labels_on_gpu) in pairs:
             assert on_gpu.device.type == labels_on_gpu.device.type == "cuda"
             assert torch.equal(images, on_gpu.cpu()) and torch.equal(labels, labels_on_gpu.cpu())
@@ -1339,16 +1315,12 @@ print(data.train.mapped, peak() - before)
     ("name", "size", "limit", "mapped", "megabytes"),
     [("cifar10", 32, 2 << 30, "False", 700), ("imagenet100-tiny", 224, 1 << 30, "True", 500)],
 )
-def test_memory_stays_bounded(
-    tmp_path: Path, name: str, size: int, limit: int, mapped: str, megabytes: float
-) -> None:
+def test_memory_stays_bounded(tmp_path: Path, name: str, size: int, limit: int, mapped: str, megabytes: float) -> None:
     """Above an interpreter with torch imported, in MB: CIFAR-10 is 184 of them, the other set 2,258."""
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(REAL / name), str(size), str(limit)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "unpacked")}
     for _ in range(2):  # prepared, then read from the cache
-        output = subprocess.run(
-            command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment
-        )
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
         was_mapped, used = output.stdout.split()
         assert was_mapped == mapped
         assert float(used) < megabytes

@@ -35,9 +35,7 @@ def net(num_classes: int, channels: int, size: tuple[int, int]) -> torch.nn.Modu
     convolution = nn.Conv2d(channels, 8, 3, padding=1)
     if os.environ.get("RANK") == "1":
         nn.init.zeros_(convolution.weight)
-    return nn.Sequential(
-        convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes)
-    )
+    return nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(features, num_classes))
 
 
 class OnlyTheSecondFails(torch.nn.Linear):
@@ -47,9 +45,7 @@ class OnlyTheSecondFails(torch.nn.Linear):
         super().__init__(channels * size[0] * size[1], num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (
-            self.training and len(x) > 2 and os.environ.get("RANK") == "1"
-        ):  # not yet when it is tried at the start
+        if self.training and len(x) > 2 and os.environ.get("RANK") == "1":  # not yet when it is tried at the start
             raise ValueError("a fault of this process alone")
         return super().forward(x.flatten(1))
 
@@ -72,9 +68,7 @@ def start(place: Path, data_dir: Path):  # type: ignore[no-untyped-def]
         ]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
         env |= {"AERL_DATA": str(data_dir), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-        return subprocess.Popen(
-            command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return popen
 
@@ -140,10 +134,7 @@ def test_a_multirun_goes_on_after_a_job_that_fails(start, place):
     done = ended(start(TORCHRUN, *words))
     assert done.returncode == 1
     assert (
-        done.stderr.count(
-            "trainer.batch_size=33: batches of 33 images cannot be shared evenly by the 2 processes"
-        )
-        == 1
+        done.stderr.count("trainer.batch_size=33: batches of 33 images cannot be shared evenly by the 2 processes") == 1
     )
     finished = [json.loads(path.read_text())["status"] for path in place.glob("swept/digits/**/summary.json")]
     assert sorted(finished) == ["failed", "finished", "finished"]

@@ -27,9 +27,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def split(model, hardware) -> Split:
     """Random images; two thirds carry the model's own prediction as their label."""
-    images = torch.randint(
-        0, 256, (45, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    images = torch.randint(0, 256, (45, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     unlabelled = Split(images, torch.zeros(45, dtype=torch.int64))
     labels = torch.from_numpy(evaluate.predict(model, unlabelled, hardware, 45).pred)
     labels[::3] = (labels[::3] + 1) % 3
@@ -38,9 +36,7 @@ def split(model, hardware) -> Split:
 
 def attacked(attack, model, split, hardware, batch_size=45, **options):
     clean = evaluate.predict(model, split, hardware, batch_size)
-    return run_attack(
-        attack, model, split, clean, hardware, name="a", seed=0, batch_size=batch_size, **options
-    )
+    return run_attack(attack, model, split, clean, hardware, name="a", seed=0, batch_size=batch_size, **options)
 
 
 weak_pgd = partial(pgd, norm="L2", eps=0.3, steps=3)
@@ -78,9 +74,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "attack", [weak_pgd, autoattack(attacks=["apgd-ce", "square"])], ids=["pgd", "autoattack"]
-)
+@pytest.mark.parametrize("attack", [weak_pgd, autoattack(attacks=["apgd-ce", "square"])], ids=["pgd", "autoattack"])
 def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, split, hardware, attack):
     whole = attacked(attack, model, split, hardware, batch_size=8)["a"]
     assert 0 < (whole.pred == split.labels.numpy()).sum() < 30  # some fall, some do not
@@ -94,9 +88,7 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, spli
                 raise Interrupted
 
         try:
-            again = attacked(
-                attack, model, split, hardware, batch_size=8, resume=state, keep=stop_at_the_second
-            )
+            again = attacked(attack, model, split, hardware, batch_size=8, resume=state, keep=stop_at_the_second)
             break
         except Interrupted:
             state, batches = kept[0], batches + 1  # what the second batch did is lost
@@ -126,11 +118,7 @@ def test_stages_hand_on_survivors_only(model, split, hardware):
 def test_a_model_without_a_gradient_is_left_to_black_box_attacks(split, hardware):
     class Broken(nn.Module):
         def forward(self, x):
-            return (
-                torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), x[:, 0, 0, 0]], 1)
-                .detach()
-                .round(decimals=2)
-            )
+            return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), x[:, 0, 0, 0]], 1).detach().round(decimals=2)
 
     labels = torch.from_numpy(evaluate.predict(Broken(), split, hardware, 45).pred)
     right = Split(split.images, labels)
@@ -164,9 +152,7 @@ def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardw
 def test_survivors_are_what_every_counted_attack_has_left():
     outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
     zeros = np.zeros(4, np.float32)
-    clean = Attacked(
-        outcomes["clean_pred"], *(zeros for _ in evaluate.PER_SAMPLE[1:]), np.zeros((0, 1, 2, 2))
-    )
+    clean = Attacked(outcomes["clean_pred"], *(zeros for _ in evaluate.PER_SAMPLE[1:]), np.zeros((0, 1, 2, 2)))
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
         outcomes |= {
             f"{name}_pred": np.array(pred),
@@ -277,9 +263,7 @@ def test_the_ball_is_measured_from_the_datas_own_images(model, split, hardware, 
 
 
 def test_what_an_attack_changes_after_the_fact_does_not_count(model, split, hardware):
-    found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)[
-        "a"
-    ]
+    found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)["a"]
     clean = evaluate.predict(model, split, hardware, 45)
     for key in evaluate.PER_SAMPLE:
         np.testing.assert_allclose(getattr(found, key), getattr(clean, key), atol=1e-6)
@@ -425,9 +409,7 @@ def test_a_model_that_is_not_finite_on_adversarial_images_is_fooled_there(model,
     assert (found.pred[right] == -1).all() and (found.pred[~right] >= 0).all()
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("x"), NotImplementedError(), AssertionError("a\nb"), SystemExit(0)]
-)
+@pytest.mark.parametrize("error", [KeyError("x"), NotImplementedError(), AssertionError("a\nb"), SystemExit(0)])
 def test_what_other_peoples_code_raises_is_one_line(model, split, hardware, error):
     def raises(*args, **kwargs):
         raise error
@@ -463,9 +445,7 @@ class Narrow(torch.nn.Module):
         return self.model(x)
 
 
-def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_said_once(
-    model, split, hardware
-):
+def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_said_once(model, split, hardware):
     whole = attacked(weak_pgd, model, split, hardware, 45)["a"]
     with collect_warnings() as warnings:
         found = attacked(weak_pgd, Narrow(model, 6), split, hardware, 45)["a"]
@@ -494,9 +474,7 @@ def test_every_librarys_lack_of_memory_is_one(model, split, hardware):
     whole = evaluate.predict(model, split, hardware, 45)
     for error in real_errors():
         assert is_out_of_memory(error), error
-        assert np.array_equal(
-            evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, whole.pred
-        )
+        assert np.array_equal(evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, whole.pred)
     for text in (
         "mat1 and mat2 shapes cannot be multiplied",
         "could not create a primitive descriptor for a matmul",

@@ -72,9 +72,7 @@ def test_what_only_a_library_can_judge_is_left_to_it():
     spec = {"_target_": "torchvision.models.resnet18", "weights": "IMAGENET1K_V1"}
     assert bind(spec, "model.net", given=SIZES).keywords["weights"] == "IMAGENET1K_V1"
     wrong = {"_target_": "torchvision.models.resnet18", "progress": "perhaps"}
-    assert refusal(bind, wrong, "model.net").startswith(
-        "model.net.progress=perhaps: should be a valid boolean"
-    )
+    assert refusal(bind, wrong, "model.net").startswith("model.net.progress=perhaps: should be a valid boolean")
 
 
 def test_a_target_that_fails_is_told_in_one_line(data_dir):
@@ -124,9 +122,7 @@ def lazy(num_classes: int) -> nn.Module:
 
 def foreign(data_dir, fault: str, *words: str):
     target = "model.net._target_=tests.test_foreign.Net", f"+model.net.fault={fault}"
-    return composed(
-        "model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}", *target, *words
-    )
+    return composed("model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}", *target, *words)
 
 
 JUDGED = ("trainer=none", "checkpoint=own")
@@ -356,9 +352,7 @@ def head_at_zero() -> nn.Module:
 
 
 def test_a_model_as_it_should_be_is_not_remarked_upon(x):
-    regular = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(288, 5)
-    )
+    regular = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(288, 5))
     for model in (Then(), classifier(), regular, Then(lambda z: F.log_softmax(z, 1)), head_at_zero()):
         assert probe(model, x) == []
 
@@ -444,9 +438,7 @@ def test_a_doubt_is_in_the_log_the_summary_and_the_table(launch, tmp_path):
         "attack=fgsm", "analysis=none", "name=soft", PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (doubt,) = json.loads((tmp_path / "runs/soft/summary.json").read_text())[
-        "doubts"
-    ]  # none about its weights
+    (doubt,) = json.loads((tmp_path / "runs/soft/summary.json").read_text())["doubts"]  # none about its weights
     assert doubt.startswith("its outputs are probabilities")
     assert f"warning    model: {doubt}" in done.stdout
     assert done.stderr.count(doubt) == 1

@@ -109,18 +109,14 @@ def test_a_grid_file_may_choose_the_launcher_and_each_worker_has_its_gpu(launch,
     assert sorted(re.findall(r"^job \d: on GPU (\d)$", done.stderr, re.MULTILINE)) == ["5", "6"]
     assert re.search(r"^job 2: training: 1,280 images", done.stderr, re.MULTILINE)
     assert re.search(r"^sl\s+3\s+[\d.]+ ± ", done.stdout, re.MULTILINE)
-    assert (
-        len(re.findall(r"^failed: job \d .*: dataset.train_samples=9999: ", done.stdout, re.MULTILINE)) == 3
-    )
+    assert len(re.findall(r"^failed: job \d .*: dataset.train_samples=9999: ", done.stdout, re.MULTILINE)) == 3
     assert "Traceback" not in done.stderr
     folders = {path.parent for path in (tmp_path / "out").glob("*/*/*/*/*/summary.json")}
     assert {folder.name for folder in folders} == {"seed0", "seed1", "seed2"}
     assert all(summary_of(folder)["status"] == "finished" for folder in folders)
 
 
-@pytest.mark.parametrize(
-    "whom", ["the process that waits", pytest.param("the whole group", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("whom", ["the process that waits", pytest.param("the whole group", marks=pytest.mark.slow)])
 def test_asked_to_end_the_workers_save_and_no_further_job_begins(tmp_path, data_dir, whom):
     words = (
         "-m",
@@ -143,9 +139,7 @@ def test_asked_to_end_the_workers_save_and_no_further_job_begins(tmp_path, data_
     folders = [path.parent for path in tmp_path.glob(begun)]
     assert [summary_of(folder)["status"] for folder in folders] == ["stopped", "stopped"]
     assert all((folder / "checkpoints/last.pt").exists() for folder in folders)
-    assert (
-        len(re.findall(r"^failed: job .*: stopped by SIGTERM; the same command", output, re.MULTILINE)) == 3
-    )
+    assert len(re.findall(r"^failed: job .*: stopped by SIGTERM; the same command", output, re.MULTILINE)) == 3
 
 
 @pytest.mark.slow
@@ -160,16 +154,12 @@ def test_a_job_that_submitit_preempts_saves_goes_on_and_ends_as_if_undisturbed(t
     )  # fmt: skip
     wait_for((tmp_path / "runs/cut/results.jsonl").exists, process)
     (controller,) = (path.parent.name for path in tmp_path.glob("runs/.submitit/*/*_log.out"))
-    (job,) = subprocess.run(
-        ["pgrep", "-P", controller], capture_output=True, text=True, check=True
-    ).stdout.split()
+    (job,) = subprocess.run(["pgrep", "-P", controller], capture_output=True, text=True, check=True).stdout.split()
     os.kill(int(job), signal.SIGUSR2)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(
-        r"going on after epoch \d( and step \d+ of the next)?, from ", log_of(tmp_path / "runs/cut")
-    )
+    assert re.search(r"going on after epoch \d( and step \d+ of the next)?, from ", log_of(tmp_path / "runs/cut"))
     assert launch(*words, "seed=0", "name=whole").returncode == 0
     same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
 
@@ -184,8 +174,5 @@ def test_without_its_extra_a_launcher_says_what_to_install(launch, tmp_path, opt
     )
     done = launch("-m", "seed=0,1", f"hydra/launcher={option}", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"error: hydra/launcher={option}: needs the extra {extra}: pip install -e '.[{extra}]'\n"
-    )
+    assert done.stderr == f"error: hydra/launcher={option}: needs the extra {extra}: pip install -e '.[{extra}]'\n"
     assert launch("seed=1", "--cfg", "job", PYTHONPATH=str(tmp_path)).stdout.startswith("seed: 1\n")

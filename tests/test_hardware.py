@@ -29,9 +29,7 @@ def settings():
     [
         {"threads": 3},
         {"tf32": True},
-        pytest.param(
-            {"deterministic": True}, marks=pytest.mark.slow
-        ),  # imports the compiler, which takes seconds
+        pytest.param({"deterministic": True}, marks=pytest.mark.slow),  # imports the compiler, which takes seconds
     ],
 )
 def test_a_setting_of_one_job_is_not_the_next_ones(change):
@@ -45,9 +43,7 @@ def test_a_setting_of_one_job_is_not_the_next_ones(change):
 
 @pytest.mark.slow
 def test_without_a_compiler_compile_ends_in_one_line_before_the_run(launch, tmp_path):
-    done = launch(
-        "hardware.compile=true", "trainer.epochs=1", "attack=none", "analysis=none", CXX="/no/such/compiler"
-    )
+    done = launch("hardware.compile=true", "trainer.epochs=1", "attack=none", "analysis=none", CXX="/no/such/compiler")
     (line,) = done.stderr.splitlines()[-1:]
     assert done.returncode == 1 and line.startswith("error: hardware.compile=true: ")
     assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()

@@ -65,9 +65,7 @@ def test_the_weights_are_the_same_bits_and_so_are_the_outcomes(trained, exported
     kept = checkpoint.tensors(trained / "checkpoints/best.pt")
     handed = checkpoint.tensors(exported / "model.safetensors")
     assert kept.keys() == handed.keys() and len(kept) > 10
-    assert all(
-        torch.equal(kept[name], handed[name]) and kept[name].dtype == handed[name].dtype for name in kept
-    )
+    assert all(torch.equal(kept[name], handed[name]) and kept[name].dtype == handed[name].dtype for name in kept)
     done = launch("trainer=none", "checkpoint=model", *JUDGING, *QUIET, "name=again")
     assert done.returncode == 0, done.stderr
     there, here = outcomes(trained), outcomes(tmp_path / "runs/again")
@@ -77,9 +75,7 @@ def test_the_weights_are_the_same_bits_and_so_are_the_outcomes(trained, exported
     assert told["origin"]["trainer"] == "rl"
 
     # The judged run hands on the same model, with its own verdict.
-    assert (
-        main(["export", str(tmp_path / "runs/again")]) == 1
-    )  # from elsewhere its checkpoint=model is unknown
+    assert main(["export", str(tmp_path / "runs/again")]) == 1  # from elsewhere its checkpoint=model is unknown
     again = launch_hub(tmp_path, "export", "runs/again")
     assert again.returncode == 0, again.stderr
     copy = tmp_path / "runs/again/export"
@@ -106,21 +102,14 @@ def test_the_card_is_one_that_the_hub_reads(trained, exported):
     }
     text = card.text
     digest = hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
-    assert (
-        digest in text and json.loads((exported / "summary.json").read_text())["weights"]["sha256"] == digest
-    )
+    assert digest in text and json.loads((exported / "summary.json").read_text())["weights"]["sha256"] == digest
     assert "python launch.py trainer.epochs=1 trainer=rl attack=fgsm norm=Linf eps=8/255" in text
     assert "python launch.py trainer=none checkpoint=FOLDER attack=fgsm norm=Linf eps=8/255" in text
     accuracy = told["worst_case_accuracy"]
-    assert (
-        f"{100 * accuracy['value']:.1f} % ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f} %)"
-        in text
-    )
+    assert f"{100 * accuracy['value']:.1f} % ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f} %)" in text
     for path in exported.iterdir():  # nothing of this machine is handed on
         assert str(trained.parents[1]).encode() not in path.read_bytes()
-    assert not {"runs_dir", "data_dir", "logger"} & set(
-        yaml.safe_load((exported / "config.yaml").read_text())
-    )
+    assert not {"runs_dir", "data_dir", "logger"} & set(yaml.safe_load((exported / "config.yaml").read_text()))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "not one", "other architecture"])
@@ -201,9 +190,7 @@ def test_a_judgement_does_not_go_on_with_other_weights(trained, tmp_path, launch
     altered(tmp_path / "mine.pth")
     done = launch(*judging)
     assert done.returncode == 1
-    assert re.search(
-        r"^error: run folder runs/judged: checkpoint=mine.pth has changed", done.stderr, re.MULTILINE
-    )
+    assert re.search(r"^error: run folder runs/judged: checkpoint=mine.pth has changed", done.stderr, re.MULTILINE)
 
 
 def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
@@ -215,9 +202,7 @@ def test_what_cannot_be_exported_is_told(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "copy")
     forge(copy / "summary.json", lambda summary: summary.update(status="running"))
     assert "is running; only a finished run" in line(copy)
-    forge(
-        copy / "summary.json", lambda summary: summary.update(status="finished", trainer="none", origin=None)
-    )
+    forge(copy / "summary.json", lambda summary: summary.update(status="finished", trainer="none", origin=None))
     forge(copy / "config.yaml", lambda config: config.update(checkpoint="own"))
     assert "checkpoint=own" in line(copy)
     another = {"run_id": "another", "folder": str(trained)}
@@ -355,7 +340,5 @@ def test_up_to_a_hub_and_judged_from_there_and_then_without_it(exported, trained
 
 
 def test_a_name_that_is_none_is_refused_without_asking_anybody():
-    with pytest.raises(
-        UserError, match=r"checkpoint=hf://model: must be hf://OWNER/NAME or hf://OWNER/NAME@R"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint=hf://model: must be hf://OWNER/NAME or hf://OWNER/NAME@R"):
         checkpoint.find("hf://model")

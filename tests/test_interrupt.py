@@ -111,9 +111,7 @@ def test_a_signal_in_imports_and_preparations_leaves_nothing_half_done(tmp_path,
     code, lines = ended(process)
     assert code == signals.REQUEUE, lines
     assert sum("SIGTERM" in line for line in lines) == 1
-    left = [
-        path for path in tmp_path.rglob("*") if ".lock" not in path.name and "matplotlib" not in path.parts
-    ]
+    left = [path for path in tmp_path.rglob("*") if ".lock" not in path.name and "matplotlib" not in path.parts]
     complete = {path.parent for path in left if path.name == "meta.json"}
     assert all(path.parent in complete for path in left if path.suffix == ".npy")
 

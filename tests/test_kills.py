@@ -112,9 +112,7 @@ def without_times(value):
 
 def end(place):
     """All that the runs in a folder have left, but for times."""
-    return {
-        path.parent.name: end_of_run(path.parent) for path in sorted((place / "runs").rglob("summary.json"))
-    }
+    return {path.parent.name: end_of_run(path.parent) for path in sorted((place / "runs").rglob("summary.json"))}
 
 
 def end_of_run(folder):

@@ -192,14 +192,10 @@ def test_quantised_images_are_an_operation_without_gradient(plain, audit, detach
     before = (lambda x: quantised(x).detach()) if detached else quantised  # zero, or no graph at all
     told, checks = audit(Apply(plain, before=before))
     assert told["verdict"] == "masked"
-    assert told["mechanism"].startswith(
-        "an operation without gradient: the gradient of every loss is exactly zero"
-    )
+    assert told["mechanism"].startswith("an operation without gradient: the gradient of every loss is exactly zero")
     assert told["trust"].startswith("Square")
     assert checks["zero_gradient"]["value"] == 1
-    assert (
-        checks["slope"]["value"] is None and "every gradient of the margin is zero" in checks["slope"]["says"]
-    )
+    assert checks["slope"]["value"] is None and "every gradient of the margin is zero" in checks["slope"]["says"]
 
 
 def test_winners_take_all_shatters_gradients(trained, audit):
@@ -258,9 +254,7 @@ def test_it_leaves_model_and_random_state_as_they_were(plain, audit, digits):
         assert [module.training for module in plain.modules()] == flags
         for name, value in plain.state_dict().items():
             assert value.dtype == torch.float32 and torch.equal(value, before[name])
-        assert [name for name, parameter in plain.named_parameters() if not parameter.requires_grad] == [
-            "0.bias"
-        ]
+        assert [name for name, parameter in plain.named_parameters() if not parameter.requires_grad] == ["0.bias"]
         assert all(parameter.grad is None for parameter in plain.parameters())
     finally:
         plain[0].bias.requires_grad_(True)
@@ -355,9 +349,7 @@ def test_what_cannot_be_measured_is_said_and_crashes_nothing(model, eps, says, c
     assert masking(given, **QUICK) == []
     told = summary["masking"]
     assert told["verdict"] == "not measured" and says in told["mechanism"]
-    assert all(
-        check["value"] is None and check["says"].startswith("not measured: ") for check in told["checks"]
-    )
+    assert all(check["value"] is None and check["says"].startswith("not measured: ") for check in told["checks"])
 
 
 class Failing(Apply):
@@ -420,9 +412,7 @@ def test_numbers_go_to_the_results_and_the_tracker(plain, context, tmp_path):
     told = summary["masking"]
     measured = {check["name"]: check["value"] for check in told["checks"] if check["value"] is not None}
     assert {result.metric: result.value for result in results} == measured
-    assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {
-        ("masking", "L2", 0.5, "test", told["n"])
-    }
+    assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {("masking", "L2", 0.5, "test", told["n"])}
     assert tracker.tables["tables/masking"] == told["checks"]
     assert tracker.values["masking/verdict"] == told["verdict"]
     for check in told["checks"]:

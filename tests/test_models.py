@@ -20,9 +20,7 @@ def test_parameter_counts_are_the_papers(network, classes, parameters):
 def test_layers_carry_the_papers_names():
     names = {name.partition(".")[0] for name in CNN(num_classes=10, channels=3, size=(32, 32)).state_dict()}
     assert names == {f"conv{i}" for i in range(1, 7)} | {f"bn{i}" for i in range(1, 8)} | {"fc1", "fc2"}
-    names = {
-        name.partition(".")[0] for name in AliCNN(num_classes=10, channels=3, size=(32, 32)).state_dict()
-    }
+    names = {name.partition(".")[0] for name in AliCNN(num_classes=10, channels=3, size=(32, 32)).state_dict()}
     assert names == {"conv1", "conv2", "conv3", "conv4", "fc1", "fc2"}
 
 

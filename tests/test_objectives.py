@@ -29,9 +29,7 @@ def test_mean_policy_gradient_is_that_of_the_closed_form(batch, exploration):
     act, generator = EpsilonGreedy(exploration), stream(3, "actions")
     draws = 40_000
     rewarded = sum(
-        (act(logits.detach().repeat(100, 1), labels.repeat(100), generator) == labels.repeat(100))
-        .view(100, -1)
-        .sum(0)
+        (act(logits.detach().repeat(100, 1), labels.repeat(100), generator) == labels.repeat(100)).view(100, -1).sum(0)
         for _ in range(draws // 100)
     )
     # One CE gradient per sample, weighted by how often it was rewarded: what the loop sums up, drawn often.
@@ -41,9 +39,7 @@ def test_mean_policy_gradient_is_that_of_the_closed_form(batch, exploration):
         retain_graph=True,
     )
     pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    closed = (1 - exploration) * (1 - pi_y) + exploration / 5 * F.cross_entropy(
-        logits, labels, reduction="none"
-    )
+    closed = (1 - exploration) * (1 - pi_y) + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
     (expected,) = torch.autograd.grad(closed.sum(), logits)
     # The standard error of a rate over 40,000 draws is at most 0.0025, and |dCE/dlogit| <= 1.
     torch.testing.assert_close(sampled, expected, rtol=0, atol=0.012)
@@ -92,8 +88,7 @@ def test_coin_per_sample_explores_within_a_batch_and_per_batch_does_not():
     explored = (EpsilonGreedy(0.5)(logits, labels, generator) != 0).float().mean()
     assert abs(explored - 0.5 * 3 / 4) < 0.05
     shares = {
-        round((EpsilonGreedy(0.5, "batch")(logits, labels, generator) != 0).float().mean().item(), 1)
-        for _ in range(20)
+        round((EpsilonGreedy(0.5, "batch")(logits, labels, generator) != 0).float().mean().item(), 1) for _ in range(20)
     }
     assert shares <= {0.0, 0.7, 0.8}
     assert len(shares) > 1

@@ -152,9 +152,7 @@ def test_odd_data_through_suite_and_audit(tmp_path, hardware, classes, shape, n,
     assert ("square failed" in verdict) == (cannot and "not measured" not in verdict), case.saved["masking"]
     said = [message for message in case.warnings if "instead of" in message]
     assert len(said) == (classes < 4 or cannot)
-    assert sum("wrong classes, since there are no more" in message for message in case.warnings) == (
-        classes < 4
-    )
+    assert sum("wrong classes, since there are no more" in message for message in case.warnings) == (classes < 4)
 
 
 @pytest.mark.slow
@@ -211,9 +209,7 @@ def test_a_model_that_is_nan_beside_the_images_is_not_robust(tmp_path, hardware)
     case = Case(tmp_path, hardware, classes=3, shape=(1, 6, 6), n=8, far=not_finite_nearby)
     context, refused = run(case, ["entropy", "confusion", "curve", "landscape"])
     outcomes = context.outcomes
-    assert (
-        evaluate.accuracy(outcomes)["value"] == 7 / 8 and evaluate.accuracy(outcomes, ["pgd"])["value"] == 0
-    )
+    assert evaluate.accuracy(outcomes)["value"] == 7 / 8 and evaluate.accuracy(outcomes, ["pgd"])["value"] == 0
     assert (outcomes["pgd_pred"][:7] == -1).all() and refused == {}
     assert any("NaN or infinity" in warning for warning in case.warnings)
     assert case.saved["masking"]["verdict"] == "not measured"
@@ -252,9 +248,7 @@ def test_every_analysis_is_made_again_with_smaller_batches_when_memory_runs_out(
         except torch.OutOfMemoryError:
             assert case.saved == {} and not (tmp_path / "results.jsonl").exists()
             return made(analysis, size // 2)
-        return {result.metric + result.attack + str(result.eps): result.value for result in results}, set(
-            case.saved
-        )
+        return {result.metric + result.attack + str(result.eps): result.value for result in results}, set(case.saved)
 
     for name, analysis in {"masking": partial(masking, samples=20, steps=5, queries=5), **OTHERS}.items():
         Memory.limit = 10**9

@@ -29,22 +29,16 @@ def test_the_attack_it_shows_works_as_one_file_and_one_yaml(tmp_path, data_dir):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"uniform\s+Linf\s+0\.1\s", done.stdout)
-    wrong = subprocess.run(
-        [*command, "attack.uniform.eps=-1"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
+    wrong = subprocess.run([*command, "attack.uniform.eps=-1"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert wrong.stderr.strip() == "error: attack.uniform.eps=-1: should be greater than or equal to 0"
 
 
 def test_its_table_of_groups_names_every_option():
     for group in ("dataset", "model", "trainer", "attack", "analysis", "hardware", "logger", "experiment"):
         (row,) = re.findall(rf"^\| `{group}`.*? \| (.*?) \|", TEXT, re.MULTILINE)
-        assert set(re.findall(r"`(\w+)`", row)) == {
-            path.stem for path in (ROOT / "conf" / group).glob("*.yaml")
-        }
+        assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
     (row,) = re.findall(r"^\| `multirun_sweeps` \| (.*?) \|", TEXT, re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", row)) == {
-        path.stem for path in (ROOT / "multirun_sweeps").glob("*.yaml")
-    }
+    assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "multirun_sweeps").glob("*.yaml")}
 
 
 def test_what_it_links_to_is_there():

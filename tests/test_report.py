@@ -109,9 +109,7 @@ def test_warnings_and_where_wandb_has_it() -> None:
     assert ["warning", "pgd: zero gradients on 12 % of the samples"] in found
     assert ["W&B", "https://example.org/runs/x"] in found
     assert "wandb sync" not in shown({**SUMMARY, "wandb": online})
-    assert "incomplete; to upload: wandb sync" in shown(
-        {**SUMMARY, "wandb": {**online, "mode": "interrupted"}}
-    )
+    assert "incomplete; to upload: wandb sync" in shown({**SUMMARY, "wandb": {**online, "mode": "interrupted"}})
 
 
 def test_masked_gradients_are_told_with_the_reason_and_whom_to_trust() -> None:
@@ -153,9 +151,7 @@ def test_a_finished_run_is_shown_again_in_no_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("variables", "colour"), [({"TERM": "xterm"}, True), ({"NO_COLOR": "1"}, False)])
-def test_colours_are_for_terminals_that_want_them(
-    tmp_path: Path, variables: dict[str, str], colour: bool
-) -> None:
+def test_colours_are_for_terminals_that_want_them(tmp_path: Path, variables: dict[str, str], colour: bool) -> None:
     write_summary(tmp_path, SUMMARY)
     screen = on_a_terminal(SHOW, str(tmp_path), **variables)
     assert ("\x1b[32mfinished" in screen) is colour
@@ -215,9 +211,7 @@ def test_plain_lines_are_few_and_the_last_is_always_there(
     assert out == "" and "\x1b" not in err
     assert 3 <= len(lines) <= 4
     assert lines[0] == "train: 33 %  3,333 images/s  epoch 34/100  loss 0.0294  acc 33.0 %"
-    assert (
-        lines[-1] == "train: 100,000 images in 30.0 s  3,333 images/s  epoch 100/100  loss 0.01  acc 99.0 %"
-    )
+    assert lines[-1] == "train: 100,000 images in 30.0 s  3,333 images/s  epoch 100/100  loss 0.01  acc 99.0 %"
 
 
 def test_a_short_attack_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,9 +285,7 @@ def test_a_terminal_has_one_live_bar_that_becomes_one_line() -> None:
     assert re.search(r"train.*━.*images/s.*epoch 3/4.*acc 97\.1 %", screen)
     assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1  # the cursor is given back
     last = [line for line in plain(screen) if line]
-    assert re.fullmatch(
-        r"train: 4,000 images in \d\.\d s  [\d,]+ images/s  epoch 4/4  .*acc 97\.1 %", last[-2]
-    )
+    assert re.fullmatch(r"train: 4,000 images in \d\.\d s  [\d,]+ images/s  epoch 4/4  .*acc 97\.1 %", last[-2])
     assert last[-1] == "[WARNING] after"
     assert "[WARNING] something is odd" in last  # on a line of its own, above the bar
     assert "to stdout" in last
@@ -413,15 +405,11 @@ def test_the_analysis_files_name_what_there_is() -> None:
     assert text.startswith("# @package analysis.pictures\n")
     options = yaml.safe_load(text)
     assert options.pop("_target_") == f"{pictures.__module__}.{pictures.__name__}"
-    assert options == {
-        name: p.default for name, p in signature(pictures).parameters.items() if name in options
-    }
+    assert options == {name: p.default for name, p in signature(pictures).parameters.items() if name in options}
     assert yaml.safe_load((CONF / "analysis" / "none.yaml").read_text()) == {}
 
 
 def test_the_logger_files_have_the_same_keys_and_fit_open_tracker() -> None:
-    wandb, none = (
-        yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text()) for name in ("wandb", "none")
-    )
+    wandb, none = (yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text()) for name in ("wandb", "none"))
     assert wandb.keys() == none.keys() <= signature(open_tracker).parameters.keys() | {"artifacts"}
     assert (wandb["mode"], none["mode"]) == ("auto", "disabled")

@@ -42,9 +42,7 @@ def swept(tmp_path_factory, data_dir):
     in_the_way = (home / "out" / names.run_name(config_of(*third), third)).parent
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
-    done = subprocess.run(
-        command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return home, done
 
 
@@ -132,9 +130,7 @@ def test_it_imports_nothing_slow_and_says_what_is_wrong(swept, tmp_path):
         "sys.exit(code)"
     )
     command = [sys.executable, "-c", code, str(home / "out"), str(tmp_path / "none"), "--out", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
     assert done.stderr.splitlines() == [f"{tmp_path / 'none'}: no such folder (no summary.json)"]
@@ -194,9 +190,7 @@ def test_a_judged_run_stands_under_the_trainer_and_the_seed_of_its_origin(tmp_pa
         for epochs in (20, 30):
             name = f"sl{seed}-{epochs}"
             config = {"trainer": {"epochs": epochs}, "attack": {}}
-            origins[name] = make(
-                tmp_path / "trained" / name, seed=seed, config=config, worst_case_accuracy=None
-            )
+            origins[name] = make(tmp_path / "trained" / name, seed=seed, config=config, worst_case_accuracy=None)
             make(
                 tmp_path / "judged" / name, right=seed * 10, trainer="none", run_id=f"judged-{name}",
                 origin={"folder": str(origins[name]), "run_id": name, "trainer": "sl", "seed": seed},
@@ -256,10 +250,7 @@ def test_what_is_not_a_finished_run_is_told_and_in_no_mean(tmp_path, capsys, mon
         text = (tmp_path / "a" / name).read_text()
         assert "in epoch 3" in text and "running; its own command" in text and "damaged" in text
     with (tmp_path / "a/table.csv").open() as file:
-        means = {
-            (row["dataset"], row["norm"], row["attack"]): row["worst_case_mean"]
-            for row in csv.DictReader(file)
-        }
+        means = {(row["dataset"], row["norm"], row["attack"]): row["worst_case_mean"] for row in csv.DictReader(file)}
     assert float(means["digits", "L2", "pgd"]) == pytest.approx(65)  # of 90 and 40, and of nothing else
 
 
@@ -390,9 +381,7 @@ def test_a_real_browser_shows_pages_on_a_phone_and_in_the_dark(swept, illustrate
         assert told["inner"] == width and told["scroll"] <= width, path
         assert told["broken"] == 0 and told["images"] == (path.parent == illustrated)
         assert told["bare"] == 0 and told["headings"][0] == 1
-        assert all(
-            after <= before + 1 for before, after in zip(told["headings"], told["headings"][1:], strict=False)
-        )
+        assert all(after <= before + 1 for before, after in zip(told["headings"], told["headings"][1:], strict=False))
         assert contrast(told["paper"], told["ink"]) > 7
         papers.append(told["paper"])
     assert papers[0] == "rgb(255, 255, 255)" != papers[1] == papers[2]

@@ -44,9 +44,7 @@ def names(folder: Path) -> list[str]:
 def test_what_is_logged_is_read_back(tmp_path: Path) -> None:
     log = ResultLog(tmp_path, IDENTITY)
     written = log.log({"loss": 0.5, "accuracy": 1}, n=10, split="train", step=0)
-    written += log.log(
-        {"robust_accuracy": 0.25}, n=8, split="test", attack="pgd", norm="L2", eps=1, source="x"
-    )
+    written += log.log({"robust_accuracy": 0.25}, n=8, split="test", attack="pgd", norm="L2", eps=1, source="x")
     assert read_results(log.path) == written
     assert written[0] == Result("loss", 0.5, 10, "train", **IDENTITY, step=0)
     last = written[-1]
@@ -181,9 +179,7 @@ def test_atomic_write_replaces(tmp_path: Path, content: object) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -291,10 +287,7 @@ def test_write_json_is_text_a_person_can_read(tmp_path: Path) -> None:
 
 def test_importing_it_is_light() -> None:
     heavy = {"torch", "numpy", "wandb", "hydra", "rich"}
-    assert (
-        python(f"import sys, aerl.tracking.results; print({heavy} & set(sys.modules))").stdout.strip()
-        == "set()"
-    )
+    assert python(f"import sys, aerl.tracking.results; print({heavy} & set(sys.modules))").stdout.strip() == "set()"
 
 
 # ----------------------------------------------------------------------------------------- the numbers
@@ -335,9 +328,7 @@ def test_wilson_of_nothing_says_nothing() -> None:
     assert proportion(1, 2)["value"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("successes", "n", "confidence"), [(-1, 2, 0.95), (3, 2, 0.95), (1, 2, 1.0), (1, 2, 0.0)]
-)
+@pytest.mark.parametrize(("successes", "n", "confidence"), [(-1, 2, 0.95), (3, 2, 0.95), (1, 2, 1.0), (1, 2, 0.0)])
 def test_wilson_refuses_nonsense(successes: int, n: int, confidence: float) -> None:
     with pytest.raises(ValueError):
         wilson(successes, n, confidence)

@@ -38,9 +38,7 @@ def finished(tmp_path_factory, data_dir):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     env |= {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
     command = [sys.executable, str(ROOT / "launch.py"), *SMALL]
-    done = subprocess.run(
-        command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return only_run(home), done
 
@@ -49,9 +47,7 @@ def test_the_run_folder_holds_all_it_should(finished):
     folder, _ = finished
     assert folder.parts[-5:-2] == ("digits", "alicnn", "sl") and folder.name == "seed0"
     files = {
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file() and "wandb" not in path.parts
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts
     }
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert files == {
@@ -102,9 +98,7 @@ def test_outcomes_summary_and_results_tell_the_same_story(finished):
     assert results["robust_accuracy", "pgd"].value == summary["robust_accuracy"]["pgd"]
     assert (results["robust_accuracy", "pgd"].norm, results["robust_accuracy", "pgd"].eps) == ("L2", 1.0)
     assert results["worst_case_accuracy", "none"].value == worst.mean()
-    history = [
-        r for r in read_results(folder / "results.jsonl") if r.split == "train" and r.metric == "reward"
-    ]
+    history = [r for r in read_results(folder / "results.jsonl") if r.split == "train" and r.metric == "reward"]
     assert [r.step for r in history] == [1, 2]
 
 
@@ -192,9 +186,7 @@ def test_the_suite_hands_survivors_on_and_an_attack_outside_the_threat_model_doe
     fooled_first = (outcomes["clean_pred"] == outcomes["label"]) & (outcomes["pgd_pred"] != outcomes["label"])
     assert fooled_first.any()
     for key in ("pred", "p", "l2", "linf"):  # whom PGD fooled, nobody attacks again
-        assert np.array_equal(
-            outcomes[f"pgd_{key}"][fooled_first], outcomes[f"autoattack_{key}"][fooled_first]
-        )
+        assert np.array_equal(outcomes[f"pgd_{key}"][fooled_first], outcomes[f"autoattack_{key}"][fooled_first])
 
 
 def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
@@ -271,9 +263,7 @@ def test_judging_a_run_takes_its_dataset_and_model_from_its_folder(launch, tmp_p
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"] is None
     wrong = launch("trainer=none", "checkpoint=runs/trained", "model=alicnn", "attack=none", "logger=none")
     assert wrong.returncode == 1
-    assert wrong.stderr.splitlines()[-1].startswith(
-        "error: checkpoint=runs/trained/checkpoints/best.pt: is of another"
-    )
+    assert wrong.stderr.splitlines()[-1].startswith("error: checkpoint=runs/trained/checkpoints/best.pt: is of another")
 
 
 def test_a_foreign_run_folder_cannot_name_what_to_import(launch, tmp_path):
@@ -302,9 +292,7 @@ def test_a_bare_state_dict_wants_its_normalisation_stated(launch, tmp_path):
     assert launch(*words, "model.mean=[0.3]", "model.std=[0.4]").returncode == 0
 
 
-def test_a_multirun_is_four_folders_in_two_groups_and_a_failing_job_does_not_stop_the_others(
-    launch, tmp_path
-):
+def test_a_multirun_is_four_folders_in_two_groups_and_a_failing_job_does_not_stop_the_others(launch, tmp_path):
     words = ("-m", "trainer=sl,rl", "seed=0,1", "trainer.epochs=1", "attack=none", "analysis=none")
     done = launch(*words)
     assert done.returncode == 0, done.stderr
@@ -335,9 +323,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(tmp_path, data_di
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(last) == 1 and re.search(
-        r"cannot write runs/full/checkpoints/\w+\.pt: File too large", last[0]
-    )
+    assert len(last) == 1 and re.search(r"cannot write runs/full/checkpoints/\w+\.pt: File too large", last[0])
     assert summary_of(tmp_path / "runs/full")["status"] == "failed"
     assert "File too large" in summary_of(tmp_path / "runs/full")["error"]
     assert "File too large" in (tmp_path / "runs/full/report.html").read_text()
@@ -420,9 +406,7 @@ def test_asked_to_end_it_saves_says_requeue_and_goes_on(tmp_path, data_dir, laun
     ends = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in ("cut", "whole")]
     assert ends[0].keys() == ends[1].keys()
     assert all(np.array_equal(ends[0][key], ends[1][key]) for key in ends[0])
-    weights = [
-        torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")
-    ]
+    weights = [torch.load(tmp_path / f"runs/{name}/checkpoints/last.pt")["model"] for name in ("cut", "whole")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 

@@ -253,9 +253,7 @@ def test_runs_files_and_code_count_by_their_content(run, tmp_path, monkeypatch):
         assert str(inputs.changed(read, inputs.now(read, config))).startswith(f"{key} has changed"), key
         path.write_bytes(content)
     now = inputs.now({**read, "package torchvision": "0.1"}, config)
-    assert str(inputs.changed({"package torchvision": "0.1"}, now)).startswith(
-        "package torchvision has changed"
-    )
+    assert str(inputs.changed({"package torchvision": "0.1"}, now)).startswith("package torchvision has changed")
 
 
 # ----------------------------------------------------------------------------------------- overwrite=true
@@ -308,9 +306,7 @@ def test_a_multirun_overwrites_each_of_its_runs_once(launch, tmp_path):
         "overwrite=true",
     )
     (tmp_path / "runs/digits/alicnn/sl").mkdir(parents=True)
-    blocked = next(
-        iter([tmp_path / f"runs/{names.run_name(config_of(*words[2:-1], 'seed=1'), words[2:-1])}"])
-    )
+    blocked = next(iter([tmp_path / f"runs/{names.run_name(config_of(*words[2:-1], 'seed=1'), words[2:-1])}"]))
     blocked.parent.mkdir(parents=True, exist_ok=True)
     blocked.write_text("in the way")
     first = launch(*words)
@@ -412,10 +408,7 @@ def test_an_analysis_that_fails_is_repeated_alone_and_fails_nothing_else(launch,
     (tmp_path / "mended").touch()
     again = launch(*words, PYTHONPATH=str(tmp_path))
     assert again.returncode == 0, again.stderr
-    assert (
-        "fgsm: " not in again.stderr.replace("fgsm: was done", "")
-        and "entropy: was made before" in again.stderr
-    )
+    assert "fgsm: " not in again.stderr.replace("fgsm: was done", "") and "entropy: was made before" in again.stderr
     summary = summary_of(tmp_path / "runs/r")
     assert summary["analyses"]["broken"]["status"] == "made" and summary["not_made"] == {}
     results = read_results(tmp_path / "runs/r/results.jsonl")

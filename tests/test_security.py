@@ -25,9 +25,7 @@ def trained(tmp_path_factory, data_dir):
     home = tmp_path_factory.mktemp("trained")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     command = [sys.executable, str(ROOT / "launch.py"), *WORDS]
-    done = subprocess.run(
-        command, cwd=home, env=env | {"AERL_DATA": str(data_dir)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=home, env=env | {"AERL_DATA": str(data_dir)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return home / "runs/r"
 
@@ -104,9 +102,7 @@ def tag(run, bait, canary):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_malicious_file_is_refused_and_not_executed(
-    trained, launch, tmp_path, monkeypatch, make, words, line
-):
+def test_a_malicious_file_is_refused_and_not_executed(trained, launch, tmp_path, monkeypatch, make, words, line):
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     shutil.copytree(trained, tmp_path / "runs/r")

@@ -68,9 +68,7 @@ def waits(job: str) -> bool:
 @pytest.mark.parametrize("exported", ["ALL", "NONE"])
 def test_a_grid_is_an_array_and_ends_with_its_table(launch, tmp_path, exported):
     """Also where the cluster hands no environment on, and from another folder than the repository."""
-    done = launch(
-        *ON_SLURM, "seed=0,1,-1", "trainer.epochs=1", "runs_dir=out", *WORDS, SBATCH_EXPORT=exported
-    )
+    done = launch(*ON_SLURM, "seed=0,1,-1", "trainer.epochs=1", "runs_dir=out", *WORDS, SBATCH_EXPORT=exported)
     assert done.returncode == 1
     assert re.search(r"^sl\s+2\s+[\d.]+ ± ", done.stdout, re.MULTILINE), done.stdout
     assert "failed: job 2 (seed=-1): seed=-1: should be" in done.stdout
@@ -83,32 +81,24 @@ def test_a_grid_is_an_array_and_ends_with_its_table(launch, tmp_path, exported):
 @pytest.mark.parametrize(("event", "epochs"), [("requeue", 40), ("time limit", 100)])
 def test_a_job_disturbed_in_mid_training_ends_as_if_undisturbed(launch, background, tmp_path, event, epochs):
     words = ("trainer=rl", f"trainer.epochs={epochs}", *WORDS)
-    limit = (
-        ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50") if event == "time limit" else ()
-    )
+    limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50") if event == "time limit" else ()
     process = background(*ON_SLURM, *limit, "seed=0", "name=cut", *words)
     wait_for((tmp_path / "runs/cut/results.jsonl").exists, process)
     ((job,),) = ([path.parent.name] for path in tmp_path.glob("runs/slurm/*/*_log.out"))
     if event == "requeue":
         told("scontrol", "requeue", job)
     wait_for(lambda: waits(job), process)
-    wait_for(
-        lambda: not waits(job) and summary_of(tmp_path / "runs/cut")["status"] == "finished", process, 600
-    )
+    wait_for(lambda: not waits(job) and summary_of(tmp_path / "runs/cut")["status"] == "finished", process, 600)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(
-        r"going on after epoch \d+ and step \d+ of the next, from ", log_of(tmp_path / "runs/cut")
-    )
+    assert re.search(r"going on after epoch \d+ and step \d+ of the next, from ", log_of(tmp_path / "runs/cut"))
     assert launch(*words, "seed=0", "name=whole").returncode == 0
     same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
 
 
 def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, tmp_path, data_dir):
-    (script,) = re.findall(
-        r"^```bash\n(.*?)^```", (ROOT / "docs/clusters.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+    (script,) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs/clusters.md").read_text(), re.MULTILINE | re.DOTALL)
     words = ("trainer=rl", "trainer.epochs=40", *WORDS)
     changes = {
         "--array=0-4": "--array=0-1",

@@ -51,9 +51,7 @@ def test_of_twelve_jobs_three_fail_and_the_same_command_does_these_three(launch,
     assert (first.stdout + first.stderr).count("dataset.path=d.npz: no such file") == 6
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/npz/**/summary.json")}
     assert len(finished) == 9
-    assert (
-        "dataset.path" in first.stdout and "dataset.source.path" not in first.stdout
-    )  # one column is enough
+    assert "dataset.path" in first.stdout and "dataset.source.path" not in first.stdout  # one column is enough
     code, told = status("runs", tmp_path)
     assert code == 1 and "12 jobs: 9 done, 3 failed, 0 left" in told
     for job, seed in ((9, 0), (10, 1), (11, 2)):
@@ -87,9 +85,7 @@ def test_what_was_never_begun_is_left_and_other_jobs_are_another_multirun(launch
     (folder,) = (tmp_path / "runs/multirun").iterdir()
     code, told = status(folder, tmp_path)
     assert code == 1 and "4 jobs: 0 done, 0 failed, 1 unfinished, 3 left" in told
-    assert re.search(
-        r"unfinished: job 0 \(seed=0\), runs/digits/.*: running, or killed; last wrote .* ago", told
-    )
+    assert re.search(r"unfinished: job 0 \(seed=0\), runs/digits/.*: running, or killed; last wrote .* ago", told)
     assert [f"left: job {n} (seed={n})" in told for n in (0, 1, 2, 3)] == [False, True, True, True]
     assert json.loads((folder / "jobs/plan.json").read_text())["jobs"][3][0] == "seed=3"
     assert launch("-m", "seed=0,1", *QUICK).returncode == 0  # others of the same trainer

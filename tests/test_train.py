@@ -24,9 +24,7 @@ from aerl.training.loop import Adversary, Recipe, check_recipe, fit, learning_ra
 from aerl.training.objectives import EpsilonGreedy, Labels
 from aerl.types import UserError
 
-FGSM = partial(
-    pgd, norm="Linf", eps=0.05, steps=1, step_size=0.05, random_start=False, drop_fooled=False, keep="last"
-)
+FGSM = partial(pgd, norm="Linf", eps=0.05, steps=1, step_size=0.05, random_start=False, drop_fooled=False, keep="last")
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +78,7 @@ def fitted(model, folder, data, recipe, hardware, seed=0):
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_a_supervised_step_is_cross_entropy_and_an_adversary_adds_its_weighted_loss():
@@ -168,17 +164,14 @@ def test_reward_is_the_share_of_right_actions(tmp_path, data, hardware):
 def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(tmp_path, data, hardware):
     settings = recipe(act=EpsilonGreedy(0.1))
     first, again, other = (
-        trained(tmp_path / name, data, hardware, settings, seed)[0]
-        for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+        trained(tmp_path / name, data, hardware, settings, seed)[0] for name, seed in [("a", 0), ("b", 0), ("c", 1)]
     )
     assert equal(first, again)
     assert not equal(first, other)
 
 
 @pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1.0, 1)])
-def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(
-    tmp_path, data, hardware, adversary, monkeypatch
-):
+def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(tmp_path, data, hardware, adversary, monkeypatch):
     monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     settings = recipe(act=EpsilonGreedy(0.1), adversary=adversary, epochs=4)
     whole, best = trained(tmp_path / "whole", data, hardware, settings)
@@ -286,9 +279,7 @@ def test_a_signal_never_saves_weights_that_are_not_finite(tmp_path, data, hardwa
     ("in_training", "said"), [(True, "at step 1;"), (False, "the validation's adversarial_accuracy is nan")]
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_adversary_whose_images_are_not_finite_stops_training(
-    tmp_path, data, hardware, bad, in_training, said
-):
+def test_an_adversary_whose_images_are_not_finite_stops_training(tmp_path, data, hardware, bad, in_training, said):
     def attack(model, x, y, *, generator):
         return x * bad if model.training == in_training else x
 
@@ -357,9 +348,7 @@ def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data, hardware)
     hardware = replace(hardware, precision="bf16")
     trained(tmp_path, data, hardware, recipe(epochs=6))
     accuracies = [
-        r.value
-        for r in read_results(tmp_path / "results.jsonl")
-        if (r.split, r.metric) == ("val", "accuracy")
+        r.value for r in read_results(tmp_path / "results.jsonl") if (r.split, r.metric) == ("val", "accuracy")
     ]
     assert accuracies[-1] > 0.9
     with hardware.autocast():
@@ -367,9 +356,7 @@ def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data, hardware)
 
 
 @pytest.mark.parametrize("stops", [[3], [1, 2, 9]])
-def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
-    tmp_path, data, hardware, monkeypatch, stops
-):
+def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(tmp_path, data, hardware, monkeypatch, stops):
     """The signal arrives after so many steps of each start, dropout and random actions in the loop."""
     settings = recipe(act=EpsilonGreedy(0.3), epochs=3)
     whole, best = trained(tmp_path / "whole", data, hardware, settings)
@@ -402,9 +389,7 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("call", [1, 3, 11])
-def test_stopped_by_a_signal_in_the_adversary_it_goes_on_to_the_same_end(
-    tmp_path, data, hardware, mode, call
-):
+def test_stopped_by_a_signal_in_the_adversary_it_goes_on_to_the_same_end(tmp_path, data, hardware, mode, call):
     """In that of a training step, and in that of the validation after it: on the spot, with nothing lost."""
     attack = partial(pgd, norm="L2", eps=0.5, steps=1, drop_fooled=True)
     settings = recipe(act=EpsilonGreedy(0.3), epochs=3, adversary=Adversary(attack, 1.0, 1))
@@ -464,16 +449,12 @@ class Full:
         "torch.Tensor.backward",
     ],
 )
-def test_out_of_memory_names_the_batch_size_that_halves_it(
-    tmp_path, data, hardware, monkeypatch, where, error
-):
+def test_out_of_memory_names_the_batch_size_that_halves_it(tmp_path, data, hardware, monkeypatch, where, error):
     """In the second epoch: the best weights so far are kept."""
     monkeypatch.setattr(where, full := Full(pkgutil.resolve_name(where), at=8, error=error))
     if where.endswith(("step", "backward")) and "torch" in where:
         monkeypatch.setattr(where, lambda self, *args: full(self, *args))
-    with pytest.raises(
-        UserError, match=r"epoch 2 of 4, step 2 of 6: trainer.batch_size=32: .*=16 takes"
-    ) as told:
+    with pytest.raises(UserError, match=r"epoch 2 of 4, step 2 of 6: trainer.batch_size=32: .*=16 takes") as told:
         trained(tmp_path, data, hardware, recipe())
     assert "of epoch 1, are kept" in str(told.value) and "\n" not in str(told.value)
     assert checkpoint.load(tmp_path / "checkpoints/best.pt")["epoch"] == 1

@@ -35,9 +35,7 @@ class Counting(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)
-        )
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
         self.seen = 0
 
     def forward(self, x):
@@ -77,9 +75,7 @@ def test_examples_go_on_beyond_the_boundary(tmp_path):
     def confidence(logits):
         return logits.softmax(1).gather(1, y[:, None]).squeeze(1).neg().add(1)
 
-    assert (confidence(far) >= confidence(near) - 1e-6).all() and confidence(far).mean() > confidence(
-        near
-    ).mean()
+    assert (confidence(far) >= confidence(near) - 1e-6).all() and confidence(far).mean() > confidence(near).mean()
 
 
 def test_nothing_is_crafted_twice_whatever_the_batches(tmp_path):
@@ -237,9 +233,7 @@ def test_a_model_without_a_gradient_is_still_attacked_by_transfer(tmp_path):
             return super().forward(x.mul(8).round().div(8)).detach()
 
     target, (x, y) = Rounding(seed=1), images()
-    attack = Transfer(
-        sources=["s"], eps=0.5, steps=5, load=lambda runs, key: {"s": Counting()}, store=tmp_path
-    )
+    attack = Transfer(sources=["s"], eps=0.5, steps=5, load=lambda runs, key: {"s": Counting()}, store=tmp_path)
     with collect_warnings() as warnings:
         found = attack(target, x, y, generator=SampleGenerator.for_images(x, 0))
     assert torch.equal(found["s"], found["s_refined"]) and not torch.equal(found["s"], x)
@@ -377,9 +371,7 @@ def test_sources_that_will_not_do_are_told_in_one_line_each_and_nothing_is_left(
     three = AliCNN(num_classes=3, channels=1, size=(8, 8)).state_dict()
     weights = {f"net.{name}": tensor for name, tensor in three.items()}
     weights |= {f"normalize.{name}": torch.ones(1, 1, 1, 1) for name in ("mean", "std")}
-    altered(
-        home, "classes", weights=weights, summary=lambda s: s.pop("weights")
-    )  # whose hash would be told first
+    altered(home, "classes", weights=weights, summary=lambda s: s.pop("weights"))  # whose hash would be told first
     (home / "alone").mkdir()
     shutil.copy(home / "a/checkpoints/best.pt", home / "alone/best.pt")
     (home / "empty").mkdir()

@@ -359,9 +359,7 @@ finish(second)
 """
 
 
-@pytest.mark.skipif(
-    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc"
-)
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc")
 def test_a_killed_service_costs_one_warning_and_not_the_next_run(tmp_path: Path) -> None:
     output = run(KILLED, tmp_path)
     assert "killed" in output
@@ -436,9 +434,7 @@ def _until_end(terminal: int, process: subprocess.Popen[bytes]) -> str:
 # ---------------------------------------------------------------------------------------- the choice
 
 
-@pytest.mark.parametrize(
-    ("mode", "variable"), [("disabled", ""), ("auto", "disabled"), ("disabled", "online")]
-)
+@pytest.mark.parametrize(("mode", "variable"), [("disabled", ""), ("auto", "disabled"), ("disabled", "online")])
 def test_switched_off_it_is_not_even_imported(tmp_path: Path, mode: str, variable: str) -> None:
     code = "print(start(root / 'a'), 'wandb' in sys.modules)"
     assert "None False" in run(code, tmp_path, mode, **({"WANDB_MODE": variable} if variable else {}))

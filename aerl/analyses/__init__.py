@@ -65,9 +65,7 @@ class AnalysisContext:
 
     def attacked(self, attack: str) -> npt.NDArray[np.bool_]:
         """bool (n,): the samples that `attack` worked on, those right before it: clean, or after earlier attacks."""
-        before = (
-            [] if self.attacks[attack].get("alone", True) else takewhile(lambda a: a != attack, self.attacks)
-        )
+        before = [] if self.attacks[attack].get("alone", True) else takewhile(lambda a: a != attack, self.attacks)
         return right(self.outcomes, [name for name in before if self.attacks[name].get("counts", True)])
 
     def draw(self, name: str, figure: Any, caption: str) -> None:
@@ -115,9 +113,7 @@ class Beside:
     @cached_property
     def _others(self) -> list[Subject]:
         models = self.load(self.runs, key="runs")
-        trainers = [
-            str((read_summary(Path(run).expanduser()) or {}).get("trainer", "none")) for run in self.runs
-        ]
+        trainers = [str((read_summary(Path(run).expanduser()) or {}).get("trainer", "none")) for run in self.runs]
         named = zip(models.items(), trainers, strict=True)
         return [Subject(name, trainer, model) for (name, model), trainer in named]
 

@@ -30,15 +30,11 @@ def _finished(run: str) -> str:
     if summary is None:
         raise ValueError("must be a run folder; it has no summary.json")
     if summary.get("status") != "finished":
-        raise ValueError(
-            f"must be finished; it is {summary.get('status')}, and its own command goes on with it"
-        )
+        raise ValueError(f"must be finished; it is {summary.get('status')}, and its own command goes on with it")
     if not (folder / "outcomes.npz").is_file():
         raise ValueError("must have an outcomes.npz, which a run that attacks writes")
     if changed_files(folder, summary, ["outcomes.npz"]):
-        raise ValueError(
-            "must have its own outcomes.npz; that was changed since the run finished, or is damaged"
-        )
+        raise ValueError("must have its own outcomes.npz; that was changed since the run finished, or is damaged")
     return run
 
 
@@ -111,9 +107,7 @@ def _check_same_samples(
         )
     for name, what in (("label", "labels"), ("index", "places in the test set")):
         if name in ours and name in theirs and not np.array_equal(ours[name], theirs[name]):
-            raise UserError(
-                f"{key}: has other samples than this run (their {what} differ), so they are no pairs"
-            )
+            raise UserError(f"{key}: has other samples than this run (their {what} differ), so they are no pairs")
 
 
 def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
@@ -124,9 +118,7 @@ def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
     words = f"{told['norm']} eps {eps_text(told['eps'])}"
     if told.get("alone", True):
         return words
-    earlier = [
-        other for other in takewhile(lambda other: other != name, attacks) if attacks[other].get("counts")
-    ]
+    earlier = [other for other in takewhile(lambda other: other != name, attacks) if attacks[other].get("counts")]
     return " ".join([words, "on the survivors of", *(earlier or ["none"])])
 
 

@@ -55,9 +55,7 @@ def curvature(
     zero = float(1 - alive.mean())
     found = {name: values[alive] for name, values in found.items()}
     quartiles = {name: [float(q) for q in _quartiles(values)] for name, values in found.items()}
-    context.table(
-        "curvature", _COLUMNS, [[name, len(images), zero, *told] for name, told in quartiles.items()]
-    )
+    context.table("curvature", _COLUMNS, [[name, len(images), zero, *told] for name, told in quartiles.items()])
     context.draw(
         "curvature",
         _draw(found, loss, zero, trainer_colour(context.trainer)),

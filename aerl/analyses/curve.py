@@ -21,9 +21,7 @@ from aerl.types import Count, eps_text
 Points = list[dict[str, float]]
 
 
-def curve(
-    context: AnalysisContext, *, samples: Count = 200, steps: Count = 30, restarts: Count = 1
-) -> list[Result]:
+def curve(context: AnalysisContext, *, samples: Count = 200, steps: Count = 30, restarts: Count = 1) -> list[Result]:
     """Robust accuracy under PGD (log-odds loss): against eps, and against the steps at the run's own eps.
 
     On a fixed subset of `samples` test images. eps is the run's eighth, doubling until nothing is left. A sample
@@ -52,9 +50,7 @@ def curve(
     return results
 
 
-def _against_eps(
-    context: AnalysisContext, chosen: Split, clean: Attacked, steps: int, restarts: int
-) -> Points:
+def _against_eps(context: AnalysisContext, chosen: Split, clean: Attacked, steps: int, restarts: int) -> Points:
     state, labels = clean, chosen.labels.numpy()
     shape = context.images.shape[1:]
     widest = 1.0 if context.norm == "Linf" else math.sqrt(math.prod(shape))  # the box's own diameter

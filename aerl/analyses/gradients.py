@@ -212,9 +212,7 @@ def _draw(subjects: list[Subject], curves: list[dict[str, np.ndarray]], zero: li
             colour, (mean, low, high) = trainer_colour(subject.trainer), curve[name]
             step = np.arange(len(mean))
             axis.fill_between(step, low, high, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(
-                step, mean, lines[number % 4], color=colour, label=f"{subject.name}, {zero[number]:.1%} zero"
-            )
+            axis.plot(step, mean, lines[number % 4], color=colour, label=f"{subject.name}, {zero[number]:.1%} zero")
         axis.set(xlabel="step of PGD", ylabel=label)
         axis.grid(alpha=0.3)
         if name == "norm":

@@ -66,9 +66,7 @@ def survey(
     asked = total = 0
     for top in range(0, max(n - 1, 1), width):
         for left in range(0, max(n - 1, 1), width):
-            corner = axis[0] + spacing * torch.tensor(
-                [left, top]
-            )  # (a, b); a tile may reach beyond the plane
+            corner = axis[0] + spacing * torch.tensor([left, top])  # (a, b); a tile may reach beyond the plane
             values, count = _tile(logits, y, corner, spacing, width, tolerance)
             asked, total = asked + count, total + (width + 1) ** 2
             rows, columns = (slice(first, min(first + width + 1, n)) for first in (top, left))
@@ -176,9 +174,7 @@ def plane(
         loss, classes, evaluated = survey(logits, label, axis, tolerance)
         direct = logits(torch.tensor([[0.0, 0.0], [length / eps, 0.0]]))
     losses, said = _loss(direct, label).tolist(), _classes(direct).tolist()
-    return Plane(
-        axis.numpy(), loss.numpy(), classes.numpy(), evaluated, length / eps, tuple(losses), tuple(said)
-    )
+    return Plane(axis.numpy(), loss.numpy(), classes.numpy(), evaluated, length / eps, tuple(losses), tuple(said))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,9 +281,7 @@ def _draw(
         for column, (one, label) in enumerate(zip(row, labels, strict=True)):
             upper, lower = axes[:, column] if alone else axes[number, 2 * column : 2 * column + 2]
             extent = (one.axis[0], one.axis[-1], one.axis[0], one.axis[-1])
-            image = upper.imshow(
-                one.loss, origin="lower", extent=extent, cmap="cividis", norm=scale, rasterized=True
-            )
+            image = upper.imshow(one.loss, origin="lower", extent=extent, cmap="cividis", norm=scale, rasterized=True)
             lower.imshow(colours[one.classes], origin="lower", extent=extent, rasterized=True)
             own = one.classes == label
             if own.any() and not own.all():

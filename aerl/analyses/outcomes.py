@@ -49,16 +49,12 @@ def entropy(context: AnalysisContext) -> list[Result]:
         for group, values in groups.items()
     ]
     context.table("entropy", _COLUMNS, rows)
-    context.draw(
-        "entropy", _draw_entropy(groups), "and confidence of the predictions, right and wrong answers"
-    )
+    context.draw("entropy", _draw_entropy(groups), "and confidence of the predictions, right and wrong answers")
     results = []
     for (images, answer), values in groups.items():
         if n := len(values["entropy"]):
             means = {f"{key}_{answer}": _mean(value) for key, value in values.items()}
-            results += context.log.log(
-                means, n=n, split="test", attack="none" if images == "clean" else images
-            )
+            results += context.log.log(means, n=n, split="test", attack="none" if images == "clean" else images)
     return results
 
 
@@ -169,9 +165,7 @@ def norms(context: AnalysisContext) -> list[Result]:
     for name in context.attacks:
         fooled = context.attacked(name) & (context.outcomes[f"{name}_pred"] != context.outcomes["label"])
         if fooled.any():
-            sizes[name] = {
-                key: context.outcomes[f"{name}_{key}"][fooled].astype(float) for key in ("l2", "linf")
-            }
+            sizes[name] = {key: context.outcomes[f"{name}_{key}"][fooled].astype(float) for key in ("l2", "linf")}
     if not sizes:
         raise NotMade("no attack fooled a sample")
     rows = [
@@ -180,9 +174,7 @@ def norms(context: AnalysisContext) -> list[Result]:
         for key, values in both.items()
     ]
     context.table("norms", ("attack", "norm", "n", "quartile_1", "median", "quartile_3"), rows)
-    context.draw(
-        "norms", _draw_norms(sizes, context.norm, context.eps), "sizes of the adversarial perturbations"
-    )
+    context.draw("norms", _draw_norms(sizes, context.norm, context.eps), "sizes of the adversarial perturbations")
     results = []
     for name, both in sizes.items():
         medians = {f"median_{key}": float(np.median(values)) for key, values in both.items()}

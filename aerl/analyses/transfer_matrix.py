@@ -116,8 +116,7 @@ def _measured(
                     counts[target] += _right(model, x_adv, y)
             bar.update(len(index))
     accuracy = {
-        source: {target: proportion(count, n) for target, count in counts.items()}
-        for source, counts in right.items()
+        source: {target: proportion(count, n) for target, count in counts.items()} for source, counts in right.items()
     }
     return accuracy.pop(None), {str(source): row for source, row in accuracy.items()}
 

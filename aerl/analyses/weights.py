@@ -79,9 +79,7 @@ def _draw(axis: np.ndarray, loss: np.ndarray, title: str) -> Any:
     drawn = np.maximum(drawn, 1e-6)  # a logarithm knows no zero
     scale = LogNorm(drawn.min(), max(drawn.max(), drawn.min() * 1.01))
     extent = (axis[0], axis[-1], axis[0], axis[-1])
-    image = axes.imshow(
-        drawn, origin="lower", extent=extent, cmap="cividis", norm=scale, interpolation="nearest"
-    )
+    image = axes.imshow(drawn, origin="lower", extent=extent, cmap="cividis", norm=scale, interpolation="nearest")
     if min(drawn.shape) > 1:
         levels = np.geomspace(drawn.min(), drawn.max(), 12)[1:-1]
         axes.contour(axis, axis, drawn, levels, colors="white", linewidths=0.5)

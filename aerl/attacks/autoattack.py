@@ -62,9 +62,7 @@ class AutoAttack:
     def __post_init__(self) -> None:
         known = ", ".join(get_args(Component))
         if self.attacks == [] or (self.version == "custom" and self.attacks is None):
-            raise UserError(
-                f"attacks={self.attacks} with version={self.version}: name one or more of {known}"
-            )
+            raise UserError(f"attacks={self.attacks} with version={self.version}: name one or more of {known}")
         for name in self.attacks or []:
             if name not in get_args(Component):
                 raise UserError(f"attacks={self.attacks}: {name!r} is none of {known}")

@@ -50,8 +50,7 @@ class SampleGenerator:
             images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
         prefix = f"{seed}\0{salt}\0".encode()
         keys = (
-            blake2b(prefix + image.tobytes(), digest_size=8).digest()
-            for image in images.contiguous().cpu().numpy()
+            blake2b(prefix + image.tobytes(), digest_size=8).digest() for image in images.contiguous().cpu().numpy()
         )
         streams = [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
         return cls(streams, seed)

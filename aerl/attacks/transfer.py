@@ -222,9 +222,7 @@ class Transfer:
 
     def _refined(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor, generator: Noise) -> Tensor:
         try:
-            return pgd(
-                model, x, y, generator=generator, start=start, drop_fooled=self.drop_fooled, **self._pgd
-            )
+            return pgd(model, x, y, generator=generator, start=start, drop_fooled=self.drop_fooled, **self._pgd)
         except NoGradient as error:  # what was transferred needs none
             warn(f"not refined: {error}")
             return start

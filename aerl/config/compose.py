@@ -26,9 +26,7 @@ def read(cfg: DictConfig) -> Config:
         raise UserError(omegaconf_line(error)) from error
     for key, text in _texts(container):
         if UNPRINTABLE.search(text):
-            raise UserError(
-                f"{key}={short(text)}: has a control character, or a byte that is no text in this locale"
-            )
+            raise UserError(f"{key}={short(text)}: has a control character, or a byte that is no text in this locale")
     try:
         config = Config.model_validate(container)
     except ValidationError as error:
@@ -135,9 +133,7 @@ def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str
             # A key is plain names joined by dots: OmegaConf would also understand net[_target_].
             plain = re.fullmatch(r"[\w.-]+", key) and "${" not in str(value)
             if not plain or key.rpartition(".")[2] == "_target_":
-                raise UserError(
-                    f"its config.yaml says {path}={short(value)}, which is not taken from a run folder"
-                )
+                raise UserError(f"its config.yaml says {path}={short(value)}, which is not taken from a run folder")
             try:
                 OmegaConf.update(taken, path, value, force_add=False)
             except OmegaConfBaseException as error:
@@ -161,6 +157,4 @@ def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 def _check_radius(key: str, norm: Any, eps: Any) -> None:
     if norm == "Linf" and isinstance(eps, int | float) and eps > 1:
         right = f"{eps:g}/255?" if 1 < eps <= 255 else "8/255?"
-        raise UserError(
-            f"{key}={short(eps)}: pixels are in [0, 1], so an Linf ball above 1 holds every image; {right}"
-        )
+        raise UserError(f"{key}={short(eps)}: pixels are in [0, 1], so an Linf ball above 1 holds every image; {right}")

@@ -30,9 +30,7 @@ def check_overrides(cfg: DictConfig) -> None:
         key, _, value = word.lstrip("+~").partition("=")
         inside = re.sub(r"^hydra[./]", "", key)
         if inside != key and not inside.startswith(_HYDRA_KEYS):
-            raise UserError(
-                f"{key}={short(value)}: has no effect here; of Hydra's keys {', '.join(_HYDRA_KEYS)} have"
-            )
+            raise UserError(f"{key}={short(value)}: has no effect here; of Hydra's keys {', '.join(_HYDRA_KEYS)} have")
         if key == "recipe" and value != "null":
             options = GlobalHydra.instance().config_loader().get_group_options("recipe")
             for name in value.strip("[]").split(","):
@@ -57,9 +55,7 @@ def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
     except HydraException:  # which the sweeper is about to raise itself
         return None
     if not jobs:
-        raise UserError(
-            f"{' '.join(words + cfg.hydra.overrides.task)}: means no job at all; a list of values is empty"
-        )
+        raise UserError(f"{' '.join(words + cfg.hydra.overrides.task)}: means no job at all; a list of values is empty")
     return jobs
 
 

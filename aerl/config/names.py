@@ -66,9 +66,7 @@ def run_name(config: Config, overrides: Collection[str]) -> str:
     folder = Path(config.runs_dir).expanduser().absolute() / name
     if len(os.fsencode(folder)) > _LONGEST_PATH:
         key, value = ("runs_dir", config.runs_dir) if config.name is None else ("name", config.name)
-        raise UserError(
-            f"{key}={short(value)}: the run folder's path would be longer than {_LONGEST_PATH} bytes"
-        )
+        raise UserError(f"{key}={short(value)}: the run folder's path would be longer than {_LONGEST_PATH} bytes")
     return name
 
 

@@ -45,9 +45,7 @@ def _below(name: str) -> str:
         raise ValueError("must be the name of a folder below runs_dir")
     for part in path.parts:
         if part[0] in "-~" or part[-1] in ". ":
-            raise ValueError(
-                "must be the name of a folder; it begins with - or ~, or ends with a dot or a space"
-            )
+            raise ValueError("must be the name of a folder; it begins with - or ~, or ends with a dot or a space")
         if len(part.encode()) > _LONGEST_NAME:
             raise ValueError(f"must be the name of a folder, of at most {_LONGEST_NAME} bytes")
     return name
@@ -135,9 +133,7 @@ class Hardware(Section):
 
 class Logger(Section):
     mode: Literal["auto", "online", "offline", "disabled"]
-    project: Annotated[
-        str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$")
-    ]  # as W&B takes them
+    project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]*$")]  # as W&B takes them
     entity: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\s]*$")] | None
     group: str | None
     tags: list[str]

@@ -55,9 +55,7 @@ class Batches:
     def __len__(self) -> int:
         return -(-self.used // self.batch_size)
 
-    def epoch(
-        self, generator: torch.Generator | None = None, start: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, generator: torch.Generator | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass, shuffled by a CPU generator, which is drawn from at once; in order without one.
 
         `start` leaves out that many batches at the beginning.

@@ -100,9 +100,7 @@ def prepare(
                     _build(source, scratch, name, where, recipe)
                 splits = _load(folder, memory_limit)
     except OSError as error:  # a fault of the source has become a UserError before it gets here
-        raise UserError(
-            f"data_dir={data_dir}: cannot hold the prepared data of {name} ({one_line(error)})"
-        ) from error
+        raise UserError(f"data_dir={data_dir}: cannot hold the prepared data of {name} ({one_line(error)})") from error
     if splits is None:
         raise UserError(f"data_dir={data_dir}: {folder} is damaged and cannot be replaced; remove it")
     return splits
@@ -206,9 +204,7 @@ def _build(source: Callable[[], Source], folder: Path, name: str, where: str, re
     in_val = np.zeros(len(origin.train.labels), dtype=bool)
     in_val[taken] = True
     form = _form(origin.train, recipe, where)
-    sizes = (
-        f"{len(in_val) - len(taken):,} train, {len(taken):,} val and {len(origin.test.labels):,} test images"
-    )
+    sizes = f"{len(in_val) - len(taken):,} train, {len(taken):,} val and {len(origin.test.labels):,} test images"
     classes = f"{len(origin.class_names):,} classes ({few(origin.class_names)})"
     progress = _Progress(name, len(in_val) + len(origin.test.labels), f"{sizes} of {classes}")
     splits = (
@@ -229,9 +225,7 @@ def _build(source: Callable[[], Source], folder: Path, name: str, where: str, re
         if split == "train":
             mean, std = writers["train"].mean_and_std()
     names = list(origin.class_names)
-    digest = _sha256(
-        [names, [[name, arrays[name]["shape"], arrays[name]["sha256"]] for name in sorted(arrays)]]
-    )
+    digest = _sha256([names, [[name, arrays[name]["shape"], arrays[name]["sha256"]] for name in sorted(arrays)]])
     for name, entry in arrays.items():
         entry["checked"] = _settled(stamp(folder / f"{name}.npy"), time.time_ns())
     meta = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
@@ -258,9 +252,7 @@ def _open(source: Callable[[], Source], where: str) -> Source:
         outside = (labels < 0) | (labels >= classes)
         if outside.any():
             row = int(outside.argmax())
-            raise UserError(
-                f"{where}: the label of {split} image {row} is {labels[row]}; expected 0 to {classes - 1}"
-            )
+            raise UserError(f"{where}: the label of {split} image {row} is {labels[row]}; expected 0 to {classes - 1}")
         absent = sorted(set(range(classes)) - set(labels.tolist()))
         if split == "train" and len(absent) == classes - 1:
             raise UserError(f"{where}: all training images are of one class; expected at least two")
@@ -331,9 +323,7 @@ def _write_images(
     blocks = ahead(partial(_decode, table, form, where), spans, workers=form.threads)
     with ExitStack() as stack:
         writers = {
-            part: _Writer(
-                stack.enter_context(_durable(folder / f"{part}_images.npy")), int(mask.sum()), form.shape
-            )
+            part: _Writer(stack.enter_context(_durable(folder / f"{part}_images.npy")), int(mask.sum()), form.shape)
             for part, mask in parts.items()
         }
         for span, block in zip(spans, blocks, strict=True):

@@ -83,9 +83,7 @@ def digits(*, path: str | None = None) -> Source:
     return _hold_out(table, tuple(str(name) for name in bunch.target_names), "dataset=digits")
 
 
-def cifar(
-    *, variant: Literal["cifar10", "cifar100"], data_dir: str | Path, path: str | None = None
-) -> Source:
+def cifar(*, variant: Literal["cifar10", "cifar100"], data_dir: str | Path, path: str | None = None) -> Source:
     """CIFAR-10 or CIFAR-100: downloaded by torchvision into `data_dir` once, or read from a copy at `path`.
 
     `path` may be anything on disk that `huggingface` reads, or a folder that torchvision has filled before.
@@ -157,9 +155,7 @@ def stratified_split(labels: Labels, fraction: float, seed: int, where: str) -> 
     if seed >= 1 << 32:
         raise UserError(f"dataset.split_seed={seed}: expected at most {(1 << 32) - 1}")
     try:
-        stay, go = train_test_split(
-            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
-        )
+        stay, go = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed)
     except ValueError as error:
         classes, counts = np.unique(labels, return_counts=True)
         raise UserError(
@@ -222,9 +218,7 @@ class _Made:
         return self.make(self.items[index])
 
 
-def _assemble(
-    layout: _Layout, where: str, train_split: str | None = None, test_split: str | None = None
-) -> Source:
+def _assemble(layout: _Layout, where: str, train_split: str | None = None, test_split: str | None = None) -> Source:
     """Choose the two splits, number their labels, and hold out a test split where there is none."""
     groups = _grouped(layout.parts, where)
 
@@ -250,16 +244,12 @@ def _assemble(
             splits, test_parts = [*splits, split], parts
             break
     else:
-        others = [
-            name for name in groups if not _split_word(name) and not set(groups[name]) & set(train_parts)
-        ]
+        others = [name for name in groups if not _split_word(name) and not set(groups[name]) & set(train_parts)]
         if any(layout.read(groups[name]).labelled for name in others):
             raise UserError(_ask("test_split", None, where, others))
     for key, split, parts in zip(("train", "test"), splits, (train_parts, test_parts), strict=False):
         if len(split.labels) == 0:
-            raise UserError(
-                f"{where}: the {key} split is empty; expected images in class folders or parquet files"
-            )
+            raise UserError(f"{where}: the {key} split is empty; expected images in class folders or parquet files")
         if len(parts) > 1:
             log.info("%s: the %s split is %s together", where, key, few(parts))
     unused = [part for part in layout.parts if part not in (*train_parts, *test_parts)]
@@ -355,9 +345,7 @@ def _number(splits: Sequence[_Split], where: str) -> tuple[tuple[str, ...], list
         if own is not None and own != names:
             odd = {*own} ^ {*names} if split.names else {*own} - {*names}
             if odd:
-                raise UserError(
-                    f"{where}: training and test split have different classes: {few(sorted(odd))}"
-                )
+                raise UserError(f"{where}: training and test split have different classes: {few(sorted(odd))}")
             known = (labels >= 0) & (labels < len(own))  # any other is reported later, with its image
             labels[known] = np.array([numbers[name] for name in own])[labels[known]]
         tables.append(Table(split.images, labels))
@@ -580,9 +568,7 @@ def _class_folders(folders: Sequence[Path], place: Path, left_out: list[str]) ->
         with _reading(notes):
             lines = notes.read_text().splitlines() if flat and notes.is_file() else []
         noted = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-        left_out += [
-            str(c.relative_to(place)) for c in sorted(folder.iterdir()) if c not in (*classes, notes)
-        ]
+        left_out += [str(c.relative_to(place)) for c in sorted(folder.iterdir()) if c not in (*classes, notes)]
         for child in classes:
             if len({_split_word(inner.name) for inner in _subfolders(child)} - {None}) > 1:
                 raise UserError(
@@ -592,9 +578,7 @@ def _class_folders(folders: Sequence[Path], place: Path, left_out: list[str]) ->
             for entry in walk(child, (place, folder)):
                 file = Path(entry.path)
                 image = file.suffix.lower() in suffixes and not is_hidden(file.name)
-                if image and (
-                    entry.is_file() or entry.is_symlink()
-                ):  # a broken link is an image that is lost
+                if image and (entry.is_file() or entry.is_symlink()):  # a broken link is an image that is lost
                     files.append(file)
                     labels.append(noted.get(file.name) if flat else child.name)
                     nested |= {*file.relative_to(child).parts[:-1]}
@@ -643,9 +627,7 @@ def _load_parquet(place: Path, files: Sequence[Path]) -> Any:
             found = [datasets.Features.from_arrow_schema(read_schema(file)) for file in files]
             names = [{key: getattr(kind, "names", None) for key, kind in kinds.items()} for kinds in found]
             if any(other != names[0] for other in names):  # the library would take those of the first file
-                raise UserError(
-                    f"dataset.path={place}: the parts of a split differ in their columns or class names"
-                )
+                raise UserError(f"dataset.path={place}: the parts of a split differ in their columns or class names")
             # Without a name of its own, the library takes a file with the old time for the old file.
             return datasets.load_dataset(
                 "parquet",
@@ -694,9 +676,7 @@ def _knock(path: str) -> None:
         ) from error
 
 
-def _table_layout(
-    tables: Mapping[str, Any], path: str | Path, columns: _Columns, roots: Sequence[Path]
-) -> _Layout:
+def _table_layout(tables: Mapping[str, Any], path: str | Path, columns: _Columns, roots: Sequence[Path]) -> _Layout:
     import datasets
 
     def read(parts: Sequence[str]) -> _Split:
@@ -724,9 +704,7 @@ def _table_split(table: Any, where: str, columns: _Columns, roots: Sequence[Path
     return _Split(images, labels, names)
 
 
-def _pick(
-    key: str, chosen: str | None, kinds: Mapping[str, Any], kind: type, usual: Sequence[str], where: str
-) -> str:
+def _pick(key: str, chosen: str | None, kinds: Mapping[str, Any], kind: type, usual: Sequence[str], where: str) -> str:
     """The only column of this kind; among several, or where there is none, the one with a usual name."""
     if chosen is not None:
         if chosen not in kinds:

@@ -74,9 +74,7 @@ def limit_training(data: DataSplits, samples: int | None) -> DataSplits:
     limited = replace(data, train=subset(data.train, samples))
     present = int((torch.bincount(limited.train.labels) > 0).sum())
     if present < 2:
-        raise UserError(
-            f"dataset.train_samples={samples}: are all of one class; expected images of at least two"
-        )
+        raise UserError(f"dataset.train_samples={samples}: are all of one class; expected images of at least two")
     if present < data.num_classes:
         log.warning(
             "dataset.train_samples=%d: hold images of %d of the %d classes",

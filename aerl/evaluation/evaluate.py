@@ -68,9 +68,7 @@ class Stage:
     parts: dict[str, Attacked]
 
 
-def predict(
-    model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16
-) -> Attacked:
+def predict(model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16) -> Attacked:
     """All images as they are, unattacked; fp32, eval mode. Raises UserError for what other people's code raises."""
     first = to_unit(split.images[:examples]).numpy()
     n = len(split)
@@ -278,15 +276,11 @@ def _returned(found: Any, x: Tensor, key: str) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(found, dict):
         found = {"": found}
     if not found or not all(isinstance(part, str) and re.fullmatch(r"[\w.-]*", part) for part in found):
-        raise UserError(
-            f"{key}: returned parts {list(found)}: expected names of letters, digits and any of _.-"
-        )
+        raise UserError(f"{key}: returned parts {list(found)}: expected names of letters, digits and any of _.-")
     for part, images in found.items():
         where = f"{key}: returned " + (f"as {part} " if part else "")
         if not isinstance(images, Tensor):
-            raise UserError(
-                f"{where}a {type(images).__name__}: expected a tensor of images, or a dict of them"
-            )
+            raise UserError(f"{where}a {type(images).__name__}: expected a tensor of images, or a dict of them")
         if images.shape != x.shape:
             raise UserError(f"{where}images of shape {tuple(images.shape)}: expected {tuple(x.shape)}")
         if not images.is_floating_point():
@@ -314,9 +308,7 @@ def _layers(model: nn.Module) -> list[Any]:
     ]  # fmt: skip
 
 
-def _check_unaltered(
-    model: nn.Module, weights: dict[str, Tensor], layers: list[Any], x: Tensor, key: str
-) -> None:
+def _check_unaltered(model: nn.Module, weights: dict[str, Tensor], layers: list[Any], x: Tensor, key: str) -> None:
     """UserError if the model has other `weights` or `layers` than before the attack.
 
     Values are compared, not tensors' versions, which `.data` leaves as they are; that costs less than a pass. A
@@ -333,9 +325,7 @@ def _check_unaltered(
     if _layers(model) != layers:
         altered.append("layers, their modes or hooks")
     if altered:
-        raise UserError(
-            f"{key}: altered the model ({altered[0]}): expected to leave it as it is; nothing is counted"
-        )
+        raise UserError(f"{key}: altered the model ({altered[0]}): expected to leave it as it is; nothing is counted")
 
 
 def _differing(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
@@ -343,14 +333,10 @@ def _differing(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> l
 
     def same(one: Tensor, other: Tensor) -> bool:
         form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
-        return form[0] == form[1] and (
-            torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
-        )
+        return form[0] == form[1] and (torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num()))
 
     both = tensors.keys() & others.keys()
-    return [
-        name for name in {**tensors, **others} if name not in both or not same(tensors[name], others[name])
-    ]
+    return [name for name in {**tensors, **others} if name not in both or not same(tensors[name], others[name])]
 
 
 def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> None:
@@ -385,9 +371,7 @@ def accuracy(
     return proportion(float(rewards.sum()), len(rewards))
 
 
-def reward(
-    outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax"
-) -> np.ndarray:
+def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
     """float (N,): the least reward of each sample, clean and under every one of `attacks`.
 
     A model that deploys the class of its largest logit earns 1 where that is right under all of them. One

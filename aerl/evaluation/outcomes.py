@@ -42,9 +42,7 @@ def judge(parts: Parts, config: Config, record: Record) -> tuple[Outcomes, Split
     """
     split = subset(parts.data.test, config.evaluation.samples)
     policy = config.evaluation.policy
-    torch.backends.cudnn.benchmark = (
-        False  # batches shrink as samples are fooled: every size would be tuned anew
-    )
+    torch.backends.cudnn.benchmark = False  # batches shrink as samples are fooled: every size would be tuned anew
     with signals.stop_immediately():
         clean = ddp.broadcast_from_main(
             lambda: evaluate.predict(parts.model, split, parts.hardware, batch_size(parts, config))
@@ -108,9 +106,7 @@ def _earlier_outcomes(record: Record) -> Outcomes:
         missing = [name for name in ("clean", *done) if f"{name}_pred" not in outcomes]
         missing += [name for name in done if name not in examples]
         if missing:
-            raise UserError(
-                f"{record.folder}: outcomes.npz or examples.npz has nothing of {', '.join(missing)}"
-            )
+            raise UserError(f"{record.folder}: outcomes.npz or examples.npz has nothing of {', '.join(missing)}")
     except UserError as error:
         log.warning("%s; the attacks begin again", error)
         return {}
@@ -196,10 +192,7 @@ def _interrupted(folder: Path, name: str) -> tuple[Stage | None, list[str]]:
     if str(arrays.get("attack")) != name:
         return None, []
     names = dict.fromkeys(key.partition("/")[0] for key in arrays if "/" in key)
-    parts = {
-        part: Attacked(*(_scalar(arrays[f"{part}/{field.name}"]) for field in fields(Attacked)))
-        for part in names
-    }
+    parts = {part: Attacked(*(_scalar(arrays[f"{part}/{field.name}"]) for field in fields(Attacked))) for part in names}
     stage = Stage(int(arrays["number"]), arrays["todo"], arrays["done"], float(arrays["seconds"]), parts)
     return stage, [str(warning) for warning in arrays["warnings"]]
 
@@ -227,9 +220,7 @@ def _write_down(
         accuracy = evaluate.accuracy(outcomes, [part], policy)
         news[part] = {"of": name, **told, "robust_accuracy": accuracy, "seconds": found.seconds}
     # The first adversarial images of each attack are kept for figures.
-    examples = load_arrays(record.folder / "examples.npz") | {
-        part: found.examples for part, found in attacked.items()
-    }
+    examples = load_arrays(record.folder / "examples.npz") | {part: found.examples for part, found in attacked.items()}
     save_arrays(record.folder / "examples.npz", examples)
     save_arrays(record.folder / "outcomes.npz", outcomes)
     record.save(attacks=record.summary["attacks"] | news)

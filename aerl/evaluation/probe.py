@@ -59,9 +59,7 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
 
 def _doubts(model: nn.Module, x: Tensor) -> Iterator[str]:
     active = [
-        name
-        for name, module in model.named_modules()
-        if module.training and isinstance(module, _NormBase | _DropoutNd)
+        name for name, module in model.named_modules() if module.training and isinstance(module, _NormBase | _DropoutNd)
     ]
     if active:
         yield (

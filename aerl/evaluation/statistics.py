@@ -20,9 +20,7 @@ def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
     return tail / (1 << n) if one_sided else min(1.0, 2 * tail / (1 << n))
 
 
-def paired_difference(
-    both: int, b: int, c: int, neither: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def paired_difference(both: int, b: int, c: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval, within [-1, 1], of the difference of two proportions of the same samples, (b - c) / n.
 
     `both` samples are right in both, `b` in the first only, `c` in the second only, `neither` in none.

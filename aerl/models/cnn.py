@@ -25,9 +25,7 @@ class CNN(nn.Module):
     `width` scales the number of channels of every layer (1 is the paper's).
     """
 
-    def __init__(
-        self, *, num_classes: int, channels: int, size: tuple[int, int], width: Positive = 1.0
-    ) -> None:
+    def __init__(self, *, num_classes: int, channels: int, size: tuple[int, int], width: Positive = 1.0) -> None:
         super().__init__()
         height, breadth = _side(size, "cnn")
         wide = [max(1, round(width * n)) for n in (264, 128, 512, 128, 128, 128)]
@@ -61,9 +59,7 @@ class AliCNN(nn.Module):
     Input (B, channels, H, W), normalised; output logits (B, num_classes).
     """
 
-    def __init__(
-        self, *, num_classes: int, channels: int, size: tuple[int, int], hidden: Count = 1024
-    ) -> None:
+    def __init__(self, *, num_classes: int, channels: int, size: tuple[int, int], hidden: Count = 1024) -> None:
         super().__init__()
         height, breadth = _side(size, "alicnn")
         self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)

@@ -75,11 +75,7 @@ class Manifest:
             if jobs is not None and not known:
                 check_jobs(config, jobs)
             with writing(folder):
-                if (
-                    known
-                    and config.overwrite
-                    and all(job.state == "done" for job in status.jobs(folder.parent))
-                ):
+                if known and config.overwrite and all(job.state == "done" for job in status.jobs(folder.parent)):
                     known = False  # a new wish: all of them begin again
                 plan = {
                     "command": command,

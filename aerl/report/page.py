@@ -170,9 +170,7 @@ def _pictures(folder: Path) -> Iterator[Picture]:
     for path in sorted((folder / "figures").glob("*.png")):
         try:
             yield _picture(inside(folder, path))
-        except (
-            Exception
-        ) as error:  # PIL raises nearly everything for a damaged file, or one that is too large
+        except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
             log.warning("%s: is left out of the page: %s", runs.shown(path), first_line(error))
 
 
@@ -183,17 +181,13 @@ def _picture(path: Path) -> Picture:
         (width, height), caption = image.size, str(image.info.get("Description", ""))
     name = path.stem.replace("_", " ")
     content = base64.b64encode(path.read_bytes()).decode()
-    return Picture(
-        f"{name}: {caption}" if caption else name, f"data:image/png;base64,{content}", width, height
-    )
+    return Picture(f"{name}: {caption}" if caption else name, f"data:image/png;base64,{content}", width, height)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, str, str]]:
     """The files of a run folder that a reader may want: address, name and what is in it."""
     tables = {f"tables/{path.name}": "a table" for path in sorted(folder.glob("tables/*.csv"))}
-    figures = {
-        f"figures/{path.name}": "a figure, for papers" for path in sorted(folder.glob("figures/*.pdf"))
-    }
+    figures = {f"figures/{path.name}": "a figure, for papers" for path in sorted(folder.glob("figures/*.pdf"))}
     for name, told in {**_FILES, **tables, **figures}.items():
         if (folder / name).is_file():
             yield quote(name), name, told

@@ -131,9 +131,7 @@ def run_folders(folder: Path) -> list[Path]:
         if "summary.json" in files:
             found.append(Path(place))
     if not found:
-        raise UserError(
-            f"{folder}: {'holds no run' if folder.is_dir() else 'no such folder'} (no summary.json)"
-        )
+        raise UserError(f"{folder}: {'holds no run' if folder.is_dir() else 'no such folder'} (no summary.json)")
     return sorted(found)
 
 
@@ -261,17 +259,13 @@ def _section(kind: tuple[str, str, float, int], runs: Sequence[Run]) -> Section:
         texts = (names[key] if key in names else _text(key, run.settings.get(key, "")) for key in told)
         groups.setdefault(tuple(texts), []).append(run)
     attacks = list(dict.fromkeys(name for run in runs for name in run.attacks))
-    aside = [
-        name for name in attacks if any(not run.attacks.get(name, {}).get("counts", True) for run in runs)
-    ]
+    aside = [name for name in attacks if any(not run.attacks.get(name, {}).get("counts", True) for run in runs)]
     rows, notes = [], []
     for words, members in groups.items():
         of_seed: dict[int, Run] = {}
         for run in members:
             if (counted := of_seed.setdefault(run.seed, run)) is not run:
-                notes.append(
-                    f"not counted: {shown(run.folder)}: seed {run.seed} of its row is {shown(counted.folder)}"
-                )
+                notes.append(f"not counted: {shown(run.folder)}: seed {run.seed} of its row is {shown(counted.folder)}")
         seeds = [of_seed[seed] for seed in sorted(of_seed)]
         rows.append(_row(dict(zip(told, words, strict=True)), seeds, [CLEAN, *attacks, WORST]))
     if aside:
@@ -300,9 +294,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
         values: dict[str, set[str]] = {}
         for run in runs:
             if (owner := _owner(key, run)) is not None:
-                values.setdefault(owner, set()).add(
-                    json.dumps(run.settings.get(key), sort_keys=True, default=str)
-                )
+                values.setdefault(owner, set()).add(json.dumps(run.settings.get(key), sort_keys=True, default=str))
         if any(len(different) > 1 for different in values.values()):
             varied.append(key)
     return varied
@@ -460,7 +452,5 @@ def _tidy(overview: Overview) -> tuple[list[str], list[list[Any]]]:
                 sd = None if spread is None or spread.sd is None else 100 * spread.sd
                 numbers += [100 * spread.mean, sd, spread.n] if spread else [None, None, 0]
             place = [section.dataset, section.norm, section.eps, section.samples]
-            rows.append(
-                [*place, *(row.told.get(name) for name in told), len(row.runs), *numbers, row.masking]
-            )
+            rows.append([*place, *(row.told.get(name) for name in told), len(row.runs), *numbers, row.masking])
     return ["dataset", "norm", "eps", "samples", *told, "n", *kinds, "masking"], rows

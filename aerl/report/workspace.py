@@ -88,9 +88,7 @@ def serialised(workspace: Any) -> dict[str, Any]:
 def save(workspace: Any) -> str:
     """Save it in its project; returns its address. UserError where there is no key, or W&B refuses."""
     if not logged_in():
-        raise UserError(
-            "W&B has no key (WANDB_API_KEY, or run `wandb login`); --dry-run FILE.json needs none"
-        )
+        raise UserError("W&B has no key (WANDB_API_KEY, or run `wandb login`); --dry-run FILE.json needs none")
     try:
         return str(workspace.save().url)
     except Exception as error:  # whatever a server can make the client raise
@@ -103,9 +101,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m aerl.report.workspace", description=description)
     parser.add_argument("--entity", required=True, help="whose project it is: a user or a team")
     parser.add_argument("--project", default="aerl", help="the project (aerl)")
-    parser.add_argument(
-        "--dry-run", type=Path, metavar="FILE.json", help="write it there instead, without a key"
-    )
+    parser.add_argument("--dry-run", type=Path, metavar="FILE.json", help="write it there instead, without a key")
     given = parser.parse_args(words)
     workspace = build(given.entity, given.project)
     if given.dry_run is None:

@@ -272,9 +272,7 @@ def _agree(error: BaseException | None) -> None:
         kind, _, told = ends[number].partition(": ")
         if kind == Stopped.__name__:
             raise Stopped(signal.SIGTERM)
-        raise UserError(
-            f"process {number} of {world_size()}: {told if kind == UserError.__name__ else ends[number]}"
-        )
+        raise UserError(f"process {number} of {world_size()}: {told if kind == UserError.__name__ else ends[number]}")
 
 
 def sync_stop_request() -> None:

@@ -73,9 +73,7 @@ def set_up(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do"
-        )
+        raise UserError("hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do")
     if device == "cuda" and distributed:
         device = f"cuda:{local_rank()}"
         if local_rank() >= torch.cuda.device_count():
@@ -94,9 +92,7 @@ def set_up(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     elif _WORKSPACE is None:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    if (
-        deterministic != torch.are_deterministic_algorithms_enabled()
-    ):  # even to say no imports the whole compiler
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # even to say no imports the whole compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     return Hardware(torch.device(device), precision, channels_last, compile)

@@ -95,9 +95,7 @@ def inside(folder: Path, path: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: is a link that leads nowhere ({first_line(error)})") from error
     if not any(target.is_relative_to(place) for place in homes):
-        raise UserError(
-            f"{path}: is a link out of {folder}, to {target}; put a copy in its place if you trust it"
-        )
+        raise UserError(f"{path}: is a link out of {folder}, to {target}; put a copy in its place if you trust it")
     return path
 
 
@@ -108,9 +106,7 @@ def read_json(path: Path) -> Any:
         level = [value]
         for _ in range(_DEPTH):
             branches = [
-                node.values() if isinstance(node, dict) else node
-                for node in level
-                if isinstance(node, (dict, list))
+                node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))
             ]
             level = [child for branch in branches for child in branch]
         if level:
@@ -156,9 +152,7 @@ def _reading(path: Path) -> Iterator[None]:
     except RecursionError:
         raise UserError(f"cannot read {path}: it is nested too deep") from None
     except Exception as error:  # the YAML reader raises whatever a damaged date or number makes Python raise
-        reason = getattr(error, "problem", None) or first_line(
-            error
-        )  # YAML's first line is only "while parsing"
+        reason = getattr(error, "problem", None) or first_line(error)  # YAML's first line is only "while parsing"
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
@@ -193,9 +187,7 @@ def load_arrays(path: Path, *, sealed: bool = True) -> dict[str, Any]:
             arrays, comment = {name: file[name] for name in file.files}, archive.comment
     except FileNotFoundError:
         return {}
-    except (
-        Exception
-    ) as error:  # what a damaged file makes zipfile and NumPy raise depends on where it is damaged
+    except Exception as error:  # what a damaged file makes zipfile and NumPy raise depends on where it is damaged
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     if (sealed or comment) and comment != _seal(arrays):
         raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged")

@@ -131,9 +131,7 @@ def _above_the_bar(terminal: list[Any]) -> Iterator[None]:
         handler
         for logger in (logging.getLogger(), logging.getLogger("aerl"))
         for handler in logger.handlers
-        if isinstance(handler, logging.StreamHandler)
-        and handler.stream in terminal
-        and handler.stream.isatty()
+        if isinstance(handler, logging.StreamHandler) and handler.stream in terminal and handler.stream.isatty()
     ]
     streams = [handler.setStream(sys.stderr) for handler in handlers]
     try:

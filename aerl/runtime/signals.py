@@ -83,9 +83,7 @@ def _end_with_parent(number: signal.Signals) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
         by_torchrun = parent == 1 and "TORCHELASTIC_RUN_ID" in os.environ
-        adopted = (
-            by_torchrun and b"torch" not in Path("/proc/1/cmdline").read_bytes()
-        )  # which may be torchrun itself
+        adopted = by_torchrun and b"torch" not in Path("/proc/1/cmdline").read_bytes()  # which may be torchrun itself
         if adopted or os.getppid() != parent:  # it has ended meanwhile
             os.kill(os.getpid(), number)
 

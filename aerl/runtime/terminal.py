@@ -102,9 +102,7 @@ def print_error(text: str) -> None:
 def one_line(text: str) -> str:
     """`text` in one line that a terminal can show; what is too long is cut in its middle."""
     words = (_shortened(word, _LONGEST_WORD) for word in text.split())
-    line = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(words)
-    )
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(words))
     return _shortened(line, _LONGEST_LINE)
 
 

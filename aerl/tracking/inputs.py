@@ -77,9 +77,7 @@ def code(config: Config) -> dict[str, str]:
     Of an installed package its version; else the SHA-256 of each loaded file, by its path below the folder in which
     Python found it, of the modules that the configuration names and of what was imported from beside them.
     """
-    names = {
-        name.rpartition(".")[0] for name in _targets(config.model_dump(exclude={"trainer": {"optimizer"}}))
-    }
+    names = {name.rpartition(".")[0] for name in _targets(config.model_dump(exclude={"trainer": {"optimizer"}}))}
     found: dict[str, str] = {}
     folders: set[str] = set()
     for name in names:

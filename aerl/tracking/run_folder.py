@@ -87,9 +87,7 @@ def earlier_start(folder: Path, config: Config, wish: str | None = None) -> dict
     if summary is None or "config_hash" not in summary:
         if foreign := _foreign(folder, summary):
             others = ", ".join(foreign[:3])
-            raise UserError(
-                f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME"
-            )
+            raise UserError(f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME")
         if any((folder / name).exists() for name in _OWN) and not config.overwrite:
             raise UserError(
                 f"run folder {folder}: its summary.json is missing; restore it, or overwrite=true begins again"
@@ -118,11 +116,7 @@ def _foreign(folder: Path, summary: Mapping[str, Any] | None = None) -> list[str
     """The files and folders in `folder` that aerl does not write."""
     own = _OWN if summary is None else _OWN[1:]  # a summary.json of somebody else's
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [
-        name
-        for name in names
-        if name not in own and name != ".lock" and not name.startswith(".summary.json.")
-    ]
+    return [name for name in names if name not in own and name != ".lock" and not name.startswith(".summary.json.")]
 
 
 def whole(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +152,7 @@ def unattacked() -> dict[str, Any]:
 def _files(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of a run that somebody may read back."""
     paths = [folder / name for name in ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz")]
-    paths += [
-        path for name in ("checkpoints", "figures", "tables") for path in sorted((folder / name).glob("*"))
-    ]
+    paths += [path for name in ("checkpoints", "figures", "tables") for path in sorted((folder / name).glob("*"))]
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.is_file()}
 
 

@@ -109,9 +109,7 @@ class Tracker:
         """A table; its cells may be numbers, text and None."""
         data = [plain(list(row)) for row in rows]
         self._guard(
-            lambda run: run.log(
-                {name: self._wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)}
-            )
+            lambda run: run.log({name: self._wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
         )
 
     def pictures(self, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
@@ -241,9 +239,7 @@ def open_tracker(
             "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
         }
         with _kept_in(folder):
-            run, started = _bounded(
-                lambda: _start(wandb, settings, wanted, options), _SECONDS_OF_A_CALL + init_timeout
-            )
+            run, started = _bounded(lambda: _start(wandb, settings, wanted, options), _SECONDS_OF_A_CALL + init_timeout)
         return Tracker(wandb, run, folder, started, finish_timeout) if run is not None else None
     except Exception as error:
         if isinstance(error, TimeoutError):

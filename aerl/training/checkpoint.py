@@ -123,9 +123,7 @@ def digest(state: Any) -> str:
             tensor = node.detach().cpu()
             tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
             if not _is_plain(tensor):
-                raise ValueError(
-                    f"a tensor of {tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes"
-                )
+                raise ValueError(f"a tensor of {tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes")
             digest.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
@@ -249,9 +247,7 @@ def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
     carries_normalization = around != place.prefix and place.tensors.keys() >= set(normalization.values())
     if carries_normalization:
         taken |= normalization
-    weights = {
-        n: _converted(place.tensors[there], expected[n], f"{what}: {there}") for n, there in taken.items()
-    }
+    weights = {n: _converted(place.tensors[there], expected[n], f"{what}: {there}") for n, there in taken.items()}
     if carries_normalization and (weights["normalize.std"] <= 0).any():
         raise UserError(f"{what}: {taken['normalize.std']} is not greater than 0")
     kinds = {str(place.tensors[there].dtype).removeprefix("torch.") for n, there in taken.items()
@@ -276,9 +272,7 @@ def _converted(tensor: Tensor, expected: Tensor, what: str) -> Tensor:
     converted = tensor.to(expected.dtype)
     wrong = ~converted.isfinite()
     if wrong.any() and (wrong & expected.isfinite().cpu()).any():  # a mask may be made of infinities
-        raise UserError(
-            f"{what} has {int(wrong.sum())} values that are not finite; these weights are of no use"
-        )
+        raise UserError(f"{what} has {int(wrong.sum())} values that are not finite; these weights are of no use")
     return converted
 
 
@@ -315,9 +309,7 @@ def _chosen(places: list[_Place], what: str) -> _Place:
     for other in others:
         theirs = other.bare()
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-            raise UserError(
-                f"{what}: holds several sets of weights ({', '.join(map(str, usual))}); save one alone"
-            )
+            raise UserError(f"{what}: holds several sets of weights ({', '.join(map(str, usual))}); save one alone")
     if left := [str(place) for place in places if place not in usual]:
         log.warning("%s: the weights are taken from %s, not from %s", what, first, ", ".join(left))
     return first
@@ -347,9 +339,7 @@ def _fitting(places: list[_Place], net: Mapping[str, Tensor], what: str) -> _Pla
         )
     if unknown:
         faults.append(f"{len(unknown)} of the file's {len(nearest.tensors)} are unknown ({unknown[0]})")
-    raise UserError(
-        f"{what}: is of another architecture: {', '.join(faults)}; choose the model= it was trained with"
-    )
+    raise UserError(f"{what}: is of another architecture: {', '.join(faults)}; choose the model= it was trained with")
 
 
 def _starts(name: str) -> list[int]:
@@ -387,6 +377,4 @@ def _log_unfinished(path: Path, what: str) -> None:
     path = path.absolute()
     summary = _run(path.parents[1]) if path.parent.name == "checkpoints" else None
     if summary is not None and _unfinished(summary):
-        log.warning(
-            "%s: is of a run whose training is not finished (status: %s)", what, summary.get("status")
-        )
+        log.warning("%s: is of a run whose training is not finished (status: %s)", what, summary.get("status"))

@@ -123,9 +123,7 @@ def train_step(
         act = partial(_act_on_share, act, share)
     if adversary is not None:
         with signals.stop_immediately() if share is None else nullcontext():
-            x_adv = adversary.attack(
-                bare_model or model, x, y, generator=_noise(noise or generator, x, share)
-            )
+            x_adv = adversary.attack(bare_model or model, x, y, generator=_noise(noise or generator, x, share))
         if adversary.objective == "alone":
             x, adversary = x_adv, None
     logits = model(x)
@@ -197,9 +195,7 @@ def fit(
     device, processes = hardware.device, ddp.world_size()
     batch_size = min(recipe.batch_size, len(data.train))
     if recipe.batch_size > batch_size:
-        log.info(
-            "trainer.batch_size=%d: every batch is all %d training images", recipe.batch_size, batch_size
-        )
+        log.info("trainer.batch_size=%d: every batch is all %d training images", recipe.batch_size, batch_size)
     if batch_size % processes:
         raise UserError(
             f"trainer.batch_size={recipe.batch_size}: batches of {batch_size} images cannot be shared evenly by the "
@@ -432,9 +428,7 @@ def _restore(
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
-    if (
-        len(states) != ddp.world_size()
-    ):  # those who go on are others: with the mean, and the first one's buffers
+    if len(states) != ddp.world_size():  # those who go on are others: with the mean, and the first one's buffers
         return torch.stack([one["history"] for one in states]).mean(0)
     for name, buffer in model.named_buffers():
         if name in state.get("buffers", {}):

@@ -120,15 +120,11 @@ def masking(
     context.save(masking=saved)
     if context.log.tracker is not None:
         columns = ["name", "role", "value", "threshold", "flag", "says", "source", "seconds", "passes"]
-        context.log.tracker.table(
-            "tables/masking", columns, [[row[key] for key in columns] for row in checks]
-        )
+        context.log.tracker.table("tables/masking", columns, [[row[key] for key in columns] for row in checks])
         told = {f"masking/{key}": saved[key] for key in ("verdict", "mechanism", "trust")}
         context.log.tracker.summary(told)
     values = {check["name"]: check["value"] for check in checks if check["value"] is not None}
-    return context.log.log(
-        values, n=audit.n, split="test", attack="masking", norm=context.norm, eps=context.eps
-    )
+    return context.log.log(values, n=audit.n, split="test", attack="masking", norm=context.norm, eps=context.eps)
 
 
 # ---------------------------------------------------------------------------------------- the verdict
@@ -224,14 +220,10 @@ def _trust(verdict: str, found: Found, n: int) -> str:
     flagged = [name for name in _ALTERNATIVES if found[name]["flag"]]
     # What beats plain PGD on a randomised model may have had luck, not better gradients.
     if not flagged or mechanism == "randomised model":
-        return (
-            f"{_REMEDIES.get(mechanism, _BLACK_BOX)}, beside plain PGD on cross-entropy: take the worst case"
-        )
+        return f"{_REMEDIES.get(mechanism, _BLACK_BOX)}, beside plain PGD on cross-entropy: take the worst case"
     best, *others = sorted(flagged, key=lambda name: -found[name]["value"])
     told = (
         f"{_ALTERNATIVES[best]}, not plain PGD on cross-entropy, which misses {round(found[best]['value'] * n)} of "
         f"{n} samples that it fools"
     )
-    return (
-        f"{told}; next {_ALTERNATIVES[others[0]]}, {round(found[others[0]]['value'] * n)}" if others else told
-    )
+    return f"{told}; next {_ALTERNATIVES[others[0]]}, {round(found[others[0]]['value'] * n)}" if others else told

@@ -134,9 +134,7 @@ class Audit:
                     row["says"] = f"failed: {first_line(error)}"
                     self.failed.append(check.name)
                 passes = self.cost.passes / max(self.n, 1)
-                rows.append(
-                    row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes}
-                )
+                rows.append(row | {"source": check.source, "seconds": time.monotonic() - began, "passes": passes})
                 began, self.cost.passes = time.monotonic(), 0.0
                 bar.update(1)
         return rows
@@ -166,13 +164,9 @@ class Audit:
     def _noise(self, index: Tensor, salt: str) -> SampleGenerator:
         return SampleGenerator.for_images(self.x[index], self.context.seed, f"masking/{salt}")
 
-    def gradients(
-        self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None
-    ) -> Tensor:
+    def gradients(self, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, model: nn.Module | None = None) -> Tensor:
         """The gradient of a loss at images x (n, C, H, W), one for each sample."""
-        parts = [
-            _gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()
-        ]
+        parts = [_gradient(model or self.model, loss, x[index], self.y[index])[1] for index in self._batches()]
         return torch.cat(parts)
 
     @cached_property
@@ -222,9 +216,7 @@ class Audit:
     def missed(self) -> Tensor:
         """The samples that plain PGD leaves: at every iterate, or at the last of a randomised model."""
         if self.randomised.any():
-            return ~torch.cat(
-                [self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()]
-            )
+            return ~torch.cat([self.wrong(self.plain.last[index], self.y[index]) for index in self._batches()])
         return ~self.plain.wrong.any(1)
 
     @cached_property
@@ -276,9 +268,7 @@ class Audit:
     def _effect(self, count: int, says: str, chance: float, threshold: float) -> Finding:
         flag = count / self.n > threshold and chance < self.significance
         left = int(self.missed.sum())
-        return Finding(
-            count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}"
-        )
+        return Finding(count / self.n, flag, f"of the {left} of {self.n} samples that plain PGD misses {says}")
 
     # Effects: an honest attack fools what plain PGD leaves.
 
@@ -304,9 +294,7 @@ class Audit:
         affected = self.missed & self._numerics[1]
         if not affected.any():
             left = int(self.missed.sum())
-            return Finding(
-                0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses"
-            )
+            return Finding(0.0, False, f"float64 gives the same gradient on the {left} samples plain PGD misses")
         fooled = self.fooled("again", self.pgd(), among=affected, model=self._double, dtype=torch.float64)
         return self.beats(fooled, threshold, "PGD in float64")
 
@@ -339,12 +327,7 @@ class Audit:
         """What this run has transferred within its threat model, and not only to what others had left."""
         fooled, used = torch.zeros_like(self.missed), []
         for name, told in self.context.attacks.items():
-            if (
-                name.startswith("transfer")
-                and not name.endswith("_refined")
-                and told["counts"]
-                and told["alone"]
-            ):
+            if name.startswith("transfer") and not name.endswith("_refined") and told["counts"] and told["alone"]:
                 wrong = self.context.outcomes[f"{name}_pred"] != self.context.outcomes["label"]
                 fooled |= torch.from_numpy(wrong)[self.rows].to(fooled.device)
                 used.append(name)
@@ -385,8 +368,7 @@ class Audit:
             worst = max(worst, rise)
             flag |= rise > threshold and mcnemar(lost, won, one_sided=True) < self.significance
         shares = ", ".join(
-            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})"
-            for name, fooled in self.ladder.items()
+            f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})" for name, fooled in self.ladder.items()
         )
         return Finding(worst, flag, f"robust to plain PGD in growing balls: {shares}")
 
@@ -423,9 +405,7 @@ class Audit:
         for index in self._batches():
             x, noise = self.x[index], self._noise(index, "zero_gradient")
             for _ in range(4):
-                moved = self.model(
-                    clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps)
-                )
+                moved = self.model(clip(x, random_in_ball(x, self.norm, self.eps, noise), self.norm, self.eps))
                 changed[index] |= (moved != self.logits[index]).any(1)
         mask = _is_zero(self.margin_gradient) & changed
         return self.share(
@@ -505,9 +485,7 @@ class Audit:
                 random_in_ball(self.x[index], self.norm, self.eps / 2, self._noise(index, f"consistency/{draw}"))
                 for index in self._batches()
             ])  # fmt: skip
-            cosines.append(
-                _cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive]
-            )
+            cosines.append(_cosine(self.margin_gradient, self.gradients(losses.margin, self.x + noise))[alive])
         median = torch.stack(cosines).median().item()
         says = f"the median cosine between the margin's gradients at an image and beside it is {median:.2f}"
         return Finding(median, median < threshold, says)
@@ -520,10 +498,7 @@ class Audit:
         promised = 2 * (step * self.margin_gradient).sum(_PIXELS)
         ahead, behind = (
             torch.cat(
-                [
-                    losses.margin(self.model((self.x + sign * step)[index]), self.y[index])
-                    for index in self._batches()
-                ]
+                [losses.margin(self.model((self.x + sign * step)[index]), self.y[index]) for index in self._batches()]
             )
             for sign in (1, -1)
         )
