@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "resumed": ("trainer=rl", *_QUICK, *_ATTACKS, "trainer.epochs=12"),
     "foreign": (
         "model=foreign", "model.net._target_=torchvision.models.squeezenet1_1", "model.mean=[0.5]", "model.std=[0.25]",
-        "dataset.size=32", "trainer=sl", *_QUICK, *_ATTACKS, "trainer.epochs=1",
+        "dataset.size=32", "dataset.channels=3", "trainer=sl", *_QUICK, *_ATTACKS, "trainer.epochs=1",
     ),
 }  # fmt: skip
 
@@ -104,12 +104,11 @@ def main() -> None:
         for name in args.only:
             _run(name, Path(scratch))
             found[name] = recorded(Path(scratch) / name)
+            args.file.write_text(json.dumps(found, indent=1).replace(scratch, "") + "\n")
             print(f"{name}: {len(found[name])} values", flush=True)
-    text = json.dumps(found, indent=1).replace(str(Path(scratch)), "")
-    args.file.write_text(text + "\n")
     if args.against is None:
         return
-    before, after = json.loads(args.against.read_text()), json.loads(text)
+    before, after = json.loads(args.against.read_text()), json.loads(args.file.read_text())
     different = 0
     for name in args.only:
         keys = [key for key in before[name] | after[name] if before[name].get(key) != after[name].get(key)]
