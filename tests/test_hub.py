@@ -309,7 +309,7 @@ def hub(tmp_path):
 
 def fetched(folder, **environment):
     """Where `hf://me/model` came to lie, or the error; without the seconds that a whole run takes."""
-    code = "from aerl.remote import local; print(local('hf://me/model'))"
+    code = "from aerl.hub import local; print(local('hf://me/model'))"
     env = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
