@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from aerl.report.table import Grid, attack_grid, comparison_grid, duration, notes, shown, time_text, title
+from aerl.report.table import Grid, attack_grid, comparison_grid, duration, notes, places, shown, time_text, title
 from aerl.runtime.files import atomic_write, inside
 from aerl.tracking.results import read_summary
 from aerl.types import UserError, first_line
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # pandas takes half a second to import
 log = logging.getLogger("aerl")
 
 NAME = "report.html"
-_HEADLINE = ("masking", "mechanism", "trust")  # notes that stand at the top of the page
 _FILES = {
     "summary.json": "status, accuracies with intervals, every check of the audit",
     "config.yaml": "the resolved configuration",
@@ -34,14 +33,6 @@ _FILES = {
 
 
 @dataclass(frozen=True)
-class Figure:
-    caption: str
-    source: str  # a data: address
-    width: int  # in pixels
-    height: int
-
-
-@dataclass(frozen=True)
 class Section:
     """A part of a page; what is empty is not shown."""
 
@@ -50,7 +41,7 @@ class Section:
     grid: Grid | None = None
     lines: Sequence[str] = ()
     facts: Sequence[tuple[str, str, str]] = ()  # label, text and the address that the label links to, or ""
-    figures: Sequence[Figure] = ()
+    figures: Sequence[tuple[str, str]] = ()  # caption and data: address
     code: str = ""
 
 
@@ -110,19 +101,16 @@ def _write(folder: Path, **context: Any) -> Path:
 
 
 def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    masking = summary.get("masking") or {}
-    told = [f"{label}: {text}" for label, text in notes(summary) if label not in _HEADLINE]
-    sections = [Section("Accuracy under attack", grid=attack_grid(summary), lines=told)]
+    lines = [f"{label}: {text}" for label, text in notes(summary)]
+    sections = [Section("Accuracy under attack", grid=attack_grid(summary), lines=lines)]
     for run, comparison in (summary.get("comparisons") or {}).items():
         text = "On the same images. b: right here only, c: right there only; p: McNemar's exact test."
         sections.append(Section(f"Compared with {run}", text, comparison_grid(comparison)))
     if figures := list(_figures(folder)):
         sections.append(Section("Figures", figures=figures))
+    masking = summary.get("masking") or {}
     if masking.get("checks"):
-        text = (
-            "An effect is an honest alternative that fools images which plain PGD misses, a symptom may cause one; "
-            "the paper's formula has no part in the verdict."
-        )
+        text = "An effect is an honest alternative that fools images which plain PGD misses, a symptom may cause one."
         sections.append(Section("Masking audit", text, _checks(masking["checks"])))
     sections.append(Section("Seeds, time and environment", facts=list(_environment(summary))))
     if (path := folder / "config.yaml").is_file():
@@ -134,38 +122,26 @@ def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "status": str(summary.get("status", "unknown")),
         "error": summary.get("error"),
         "headline": [
-            ("Clean accuracy", *_headline(summary.get("clean_accuracy"))),
-            ("Worst case over all attacks", *_headline(summary.get("worst_case_accuracy"))),
-            ("Gradient masking", masking.get("verdict") or "-", _masking_text(masking)),
+            ("Clean accuracy", *_accuracy(summary.get("clean_accuracy"))),
+            ("Worst case over all attacks", *_accuracy(summary.get("worst_case_accuracy"))),
+            ("Gradient masking", masking.get("verdict") or "-", f"audit on {masking.get('n', 0)} images"),
         ],
         "sections": sections,
     }
 
 
-def _headline(accuracy: Mapping[str, Any] | None) -> tuple[str, str]:
+def _accuracy(accuracy: Mapping[str, Any] | None) -> tuple[str, str]:
     if not accuracy or accuracy["value"] is None:
         return "-", "not measured"
     value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
     return f"{value:.1f} %", f"{accuracy['n']} test images, 95 % interval {low:.1f} to {high:.1f} %"
 
 
-def _masking_text(masking: Mapping[str, Any]) -> str:
-    if not masking:
-        return "not audited"
-    if masking.get("verdict") == "no sign":
-        return f"the audit on {masking.get('n')} images found the gradients sound"
-    return f"{masking.get('mechanism')}; to trust: {masking.get('trust')}"
-
-
 def _checks(checks: Iterable[Mapping[str, Any]]) -> Grid:
-    def number(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else "-"
-
     rows = [
         [
             check["name"].replace("_", " "),
-            number(check["value"]),
-            number(check["threshold"]),
+            *("-" if check[key] is None else f"{check[key]:.4g}" for key in ("value", "threshold")),
             check["role"] if check["flag"] else "-",
             check["says"],
         ]
@@ -174,33 +150,30 @@ def _checks(checks: Iterable[Mapping[str, Any]]) -> Grid:
     return Grid(("check", "value", "threshold", "flag", "says"), rows, ("check", "flag", "says"))
 
 
-def _figures(folder: Path) -> Iterator[Figure]:
+def _figures(folder: Path) -> Iterator[tuple[str, str]]:
     """The figures of a run; one that cannot be shown, or is a link out of the folder, is left out, which is logged."""
     from PIL import Image
 
     for path in sorted((folder / "figures").glob("*.png")):
+        name = path.stem.replace("_", " ")
         try:
             with Image.open(inside(folder, path)) as image:
-                (width, height), caption = image.size, str(image.info.get("Description", ""))
+                caption = image.info.get("Description")
             source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            yield f"{name}: {caption}" if caption else name, source
         except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
             log.warning("%s: is left out of the page: %s", shown(path), first_line(error))
-            continue
-        name = path.stem.replace("_", " ")
-        yield Figure(f"{name}: {caption}" if caption else name, source, width, height)
 
 
 def _environment(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What the numbers depend on beside the configuration."""
-    for key in ("run_id", "seed", "config_hash"):
-        yield key.replace("_", " "), str(summary.get(key, "-")), ""
+    facts = {key: summary.get(key) for key in ("run_id", "seed", "config_hash")}
     if origin := summary.get("origin"):
-        yield "judged model", f"{origin['folder']} (trainer {origin['trainer']}, seed {origin['seed']})", ""
-    for key, value in (summary.get("environment") or {}).items():
+        facts["model of"] = f"{origin['folder']} (trainer {origin['trainer']}, seed {origin['seed']})"
+    facts |= {**(summary.get("environment") or {}), "time": time_text(summary)}
+    facts["time in all"] = duration((summary.get("seconds") or {}).get("total") or 0.0)
+    for key, value in facts.items():
         yield str(key).replace("_", " "), str(value), ""
-    yield "time", time_text(summary) or "-", ""
-    if (total := (summary.get("seconds") or {}).get("total")) is not None:
-        yield "time in all", duration(total), ""
 
 
 def _files(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -210,9 +183,6 @@ def _files(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str,
     for name, text in {**_FILES, **tables, **figures}.items():
         if (folder / name).is_file():
             yield name, text, quote(name)
-    wandb = summary.get("wandb") or {}
-    url = str(wandb.get("url") or "")
-    if url.startswith("https://"):
-        yield "W&B", url, url
-    elif wandb.get("path"):
-        yield "W&B", f"offline; to upload: wandb sync {wandb['path']}", ""
+    for label, text in places(summary):
+        if label == "W&B":
+            yield label, text, text if text.startswith("https://") else ""

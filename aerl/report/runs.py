@@ -51,10 +51,6 @@ class Overview:
     failed: Sequence[str]
     warnings: Sequence[str]
 
-    @property
-    def missing(self) -> list[str]:
-        return [*self.failed, *self.warnings]
-
 
 # ------------------------------------------------------------------------------------------ reading
 
@@ -76,11 +72,15 @@ def overview(folders: Iterable[Path], failed: Iterable[str] = ()) -> Overview:
             summary = read_summary(folder)
             if summary is None:
                 raise UserError(f"{shown(folder)}: no summary.json")
-            if summary.get("status") == "finished":
-                runs.append(_run(folder, summary))
-                warnings += _warnings(folder, summary)
-            else:
-                failed.append(_unfinished(folder, summary))
+            if summary.get("status") != "finished":
+                reason = summary.get("error") or "its own command goes on with it"
+                failed.append(one_line(f"{summary.get('status')}: {shown(folder)}: {reason}"))
+                continue
+            runs.append(_run(folder, summary))
+            if not summary["attacks"]:
+                warnings.append(f"{shown(folder)}: was attacked by nothing, so it has a clean accuracy only")
+            for name in changed_files(folder, summary, ("outcomes.npz", "results.jsonl")):
+                warnings.append(f"{shown(folder)}: {name} is missing or changed; its numbers are from summary.json")
         except UserError as error:
             warnings.append(str(error))
     if not runs:
@@ -89,8 +89,8 @@ def overview(folders: Iterable[Path], failed: Iterable[str] = ()) -> Overview:
     # Three groups of columns, because an attack may have the name of a setting.
     parts = {part: pd.DataFrame([run[part] for run in runs]) for part in ("run", "setting", "accuracy")}
     frame = pd.concat(parts, axis=1)
-    kinds = [("run", name) for name in _COMPARABLE]
-    tables = [_table(kind, group) for kind, group in frame.groupby(kinds, dropna=False)]
+    kinds = frame.groupby([("run", name) for name in _COMPARABLE], dropna=False)
+    tables = [_table(kind, group["run"], group["setting"], group["accuracy"]) for kind, group in kinds]
     if len(tables) > 1:
         differ = [name for name in _COMPARABLE if frame["run"][name].nunique(dropna=False) > 1]
         warnings.append(f"the runs differ in {' and '.join(differ)}: {len(tables)} tables, not to be compared")
@@ -177,68 +177,58 @@ def _text(key: str, value: Any) -> str:
 # ----------------------------------------------------------------------------------------- grouping
 
 
-def _table(kind: tuple[Any, ...], frame: pd.DataFrame) -> Table:
-    runs, settings = frame["run"], frame["setting"]
-    accuracy = frame["accuracy"].dropna(axis=1, how="all")
-    names = [name for name in accuracy if name != "worst case"]
-    names += [name for name in accuracy if name == "worst case"]
+def _table(kind: Sequence[Any], runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -> Table:
     columns = ["trainer", *(name for name in ("model", "attack") if runs[name].nunique() > 1)]
     varied = pd.concat([runs[columns], settings[_varied(runs, settings)]], axis=1).fillna("")
-    columns = list(varied)
-    rows, texts, counted, notes = [], [], [], []
-    for words, group in runs.groupby([varied[name] for name in columns], sort=False):
-        first = group.drop_duplicates("seed").sort_values("seed")
-        for _, run in group.drop(first.index).iterrows():
-            other = first.loc[first["seed"] == run["seed"], "folder"].item()
-            notes.append(f"not counted: {shown(run['folder'])}: seed {run['seed']} of its row is {shown(other)}")
-        values = 100 * accuracy.loc[first.index]
+    names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name == "worst case")
+    again = varied.assign(seed=runs["seed"]).duplicated()
+    notes = [f"not counted: {shown(run)}: another run has its seed and settings" for run in runs.loc[again, "folder"]]
+    rows, texts, counted = [], [], []
+    for words, group in runs[~again].sort_values("seed").groupby([varied[name] for name in varied], sort=False):
+        values = 100 * accuracy.loc[group.index, names]
         stats = pd.DataFrame({"mean": values.mean(), "sd": values.std(), "n": values.count()})
-        verdicts = first["masking"].dropna().value_counts()
+        verdicts = group["masking"].dropna().value_counts()
         masking = ", ".join(f"{verdict} {n}/{verdicts.sum()}" for verdict, n in verdicts.items())
-        numbers = {f"{_key(name)}_{column}": stats.at[name, column] for name in names for column in stats}
-        setting = dict(zip(columns, words, strict=True))
-        rows.append({**setting, "n": len(first), **numbers, "masking": masking})
-        cells = [_cell(stats.loc[name], len(first)) for name in names]
-        texts.append([*map(str, words), str(len(first)), *cells, masking or "-"])
-        label = ", ".join(filter(None, map(str, words)))
-        counted += [(f"{label}, seed {run['seed']}", run["folder"]) for _, run in first.iterrows()]
+        numbers = {f"{name.replace(' ', '_')}_{part}": stats.at[name, part] for name in names for part in stats}
+        rows.append({**dict(zip(varied, words, strict=True)), "n": len(group), **numbers, "masking": masking})
+        cells = [_cell(stats.loc[name], len(group)) for name in names]
+        texts.append([*words, str(len(group)), *cells, masking or "-"])
+        label = ", ".join(filter(None, words))
+        counted += [(f"{label}, seed {run.seed}", run.folder) for run in group.itertuples()]
     outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
     if outside:
         notes.append(f"* outside the threat model, so not in the worst case: {', '.join(outside)}")
-    starred = [f"{name} *" if name in outside else name for name in names]
     dataset, norm, eps, samples = kind
-    table = pd.DataFrame(rows)
-    for place, (name, value) in enumerate(zip(("dataset", "norm", "eps", "samples"), kind, strict=True)):
-        table.insert(place, name, value, allow_duplicates=True)
+    place = pd.DataFrame({"dataset": dataset, "norm": norm, "eps": eps, "samples": samples}, range(len(rows)))
+    header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "masking"]
     threat = f", {norm} eps {eps_text(eps)}" if norm else ""
     return Table(
         heading=f"{dataset}{threat}, {samples} test images",
-        numbers=table,
-        text=Grid([*columns, "n", *starred, "masking"], texts, [*columns, "masking"]),
+        numbers=pd.concat([place, pd.DataFrame(rows)], axis=1),
+        text=Grid(header, texts, [*varied, "masking"]),
         runs=counted,
         notes=notes,
     )
 
 
 def _varied(runs: pd.DataFrame, settings: pd.DataFrame) -> list[str]:
-    """The settings that differ between runs with the same trainer, model or attack, if it is a setting of these."""
+    """The settings that differ between runs of the same trainer, model or attack, if it is a setting of these."""
     varied: list[str] = []
     for key in settings:
         if any(settings[key].equals(settings[other]) for other in varied):
             continue  # a copy, by interpolation
         group, _, rest = key.partition(".")
-        values = settings[key].fillna("null")
-        if group in ("trainer", "model", "attack", "analysis"):  # compared only among the runs that have it
-            prefix = f"{group}." if group in ("trainer", "model") else f"{group}.{rest.partition('.')[0]}."
-            values = values[settings[[name for name in settings if name.startswith(prefix)]].notna().any(axis=1)]
-        owner = runs[group] if group in ("trainer", "model") else pd.Series("", runs.index)
-        if (values.groupby(owner).nunique() > 1).any():
+        owner, values = pd.Series("", runs.index), settings[key].fillna("null")
+        if group in ("trainer", "model"):
+            owner, prefix = runs[group], f"{group}."
+        elif group in ("attack", "analysis"):
+            prefix = f"{group}.{rest.partition('.')[0]}."
+        else:
+            prefix = ""
+        has_owner = settings[[name for name in settings if name.startswith(prefix)]].notna().any(axis=1)
+        if (values[has_owner].groupby(owner).nunique() > 1).any():
             varied.append(key)
     return varied
-
-
-def _key(accuracy: str) -> str:
-    return accuracy.replace(" ", "_")
 
 
 def _cell(stats: "pd.Series[float]", seeds: int) -> str:
@@ -293,7 +283,9 @@ def _markdown(overview: Overview) -> str:
         lines += [f"## {_md(table.heading)}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
         lines += [*(f"- {_md(note)}" for note in table.notes), ""]
     lines += [CAPTION, ""] if overview.tables else []
-    return "\n".join([*lines, *(f"- {_md(line)}" for line in overview.missing)]).rstrip("\n") + "\n"
+    return (
+        "\n".join([*lines, *(f"- {_md(line)}" for line in [*overview.failed, *overview.warnings])]).rstrip("\n") + "\n"
+    )
 
 
 def _md(text: str) -> str:
@@ -310,4 +302,4 @@ def _latex(overview: Overview) -> str:
         alignment = "".join("l" if name in grid.words else "r" for name in grid.columns)
         text = style.to_latex(hrules=True, column_format=alignment).replace("±", r"$\pm$")
         lines += ["", f"% {table.heading}", text.rstrip("\n"), *(f"% {note}" for note in table.notes)]
-    return "\n".join([*lines, "", *(f"% {line}" for line in overview.missing)]) + "\n"
+    return "\n".join([*lines, "", *(f"% {line}" for line in [*overview.failed, *overview.warnings])]) + "\n"
