@@ -72,7 +72,7 @@ class Manifest:
         words = list(config.hydra.overrides.task)
         launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
         multirun = [] if "multirun_sweeps" in " ".join(words) else ["-m"]
-        inherited = [word for word in words if re.split("[=.]", word)[0] in _INHERITED]
+        then = [*self.then, *(word for word in words if re.split("[=.]", word)[0] in _INHERITED)] if self.then else []
         with _exit_on_error():
             folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words)
             jobs, before = sweep_jobs(config), read_plan(folder)
@@ -85,7 +85,7 @@ class Manifest:
                 "command": ["launch.py", *multirun, *launcher, *words],
                 "jobs": jobs,
                 "overwrite_id": before.get("overwrite_id") if same else secrets.token_hex(4),
-                "then": [*self.then, *inherited] if self.then else [],
+                "then": then,
             }
             with writing(folder / "jobs"):
                 if not same:  # else what is known of the jobs still holds
@@ -116,16 +116,15 @@ class Manifest:
 
         if job_return.status.name == "FAILED":
             error = job_return._return_value
-            line = explain(error) or f"{type(error).__name__}: {error}"
-            note_job(config.hydra.job.num, status="failed", error=line)
+            text = explain(error) or f"{type(error).__name__}: {error}"
+            note_job(config.hydra.job.num, status="failed", error=text)
         else:
             note_job(config.hydra.job.num, status="finished")
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
 
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        """Hydra does not call this where a job has failed, so launch.py calls `print_table`."""
+    on_multirun_end = on_run_end  # not called where a job has failed, so launch.py calls `print_table`
 
 
 @contextlib.contextmanager
@@ -158,9 +157,8 @@ def print_table() -> None:
     jobs = read_jobs(out)
     if all(job.state == "left" for job in jobs):  # the command line was wrong, which is reported already
         shutil.rmtree(out / "jobs")
-        with contextlib.suppress(OSError):
-            out.rmdir()
-            out.parent.rmdir()
+        with contextlib.suppress(OSError):  # tables of another time are there
+            os.removedirs(out)
         return
     folders = list(dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None))
     overview = runs.overview(folders, list_jobs(jobs, "failed", "unfinished"))
@@ -183,13 +181,9 @@ def print_table() -> None:
 
 def _run_then(then: Sequence[str], folders: Sequence[Path], out: Path) -> None:
     """Start the run that needs all jobs' results; this process fails where it does."""
-    place = {
-        "runs": ",".join(f'"{folder}"' for folder in folders),
-        "first": folders[0],
-        "folder": "/".join(out.parts[-2:]),
-    }
-    command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py"))]
-    command += [word.format_map(place) for word in then]
+    runs, folder = ",".join(f'"{folder}"' for folder in folders), "/".join(out.parts[-2:])
+    words = [word.format(runs=runs, first=folders[0], folder=folder) for word in then]
+    command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py")), *words]
     ours = ("HYDRA_FULL_ERROR", "TORCHELASTIC_RUN_ID", _FOLDER)  # of this process alone
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     if code := subprocess.run(command, env=environment).returncode:

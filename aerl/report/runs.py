@@ -3,6 +3,7 @@
 Nothing here imports torch or Hydra.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -146,17 +147,13 @@ def _unfinished(folder: Path, summary: Mapping[str, Any]) -> str:
 
 
 def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
-    """Give judged runs the settings of the trainer of their origin, where those can be read."""
+    """Give evaluated models the settings of the trainer of their origin, where those can be read."""
     known = {run["run"]["run_id"]: run["setting"] for run in runs}
     for run in runs:
         if origin := run["run"]["origin"]:
-            settings = known.get(origin.get("run_id"))
-            if settings is None:
-                try:
-                    settings = _compared(_settings(Path(str(origin.get("folder")))))
-                except UserError:
-                    continue
-            run["setting"] |= {key: text for key, text in settings.items() if key.startswith("trainer.")}
+            with contextlib.suppress(UserError):
+                settings = known.get(origin.get("run_id")) or _compared(_settings(Path(str(origin.get("folder")))))
+                run["setting"] |= {key: text for key, text in settings.items() if key.startswith("trainer.")}
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -242,22 +239,19 @@ def _cell(stats: "pd.Series[float]", seeds: int) -> str:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def show(overview: Overview, console: Console | None = None) -> None:
+def show(overview: Overview) -> None:
     """Print the tables, and what is in none of them; no line with a path is wrapped."""
-    console = console or Console()
+    console = Console()
+    unlimited = console.options.update(max_width=10_000)
     for table in overview.tables:
         grid = table.text.rich()
-        unlimited = console.options.update(max_width=10_000)
         console.width = max(console.width, console.measure(grid, options=unlimited).maximum)
-        console.print()
-        console.print(Text(table.heading, style="bold"), soft_wrap=True)
-        console.print()
+        console.print(Text(f"\n{table.heading}\n", style="bold"), soft_wrap=True)
         console.print(grid)
         for note in table.notes:
             console.print(Text(note), soft_wrap=True)
     if overview.tables:
-        console.print()
-        console.print(Text(CAPTION, style="dim"), soft_wrap=True)
+        console.print(Text(f"\n{CAPTION}", style="dim"), soft_wrap=True)
     if overview.failed:
         console.print()
     for line in overview.failed:
@@ -279,13 +273,11 @@ def _markdown(overview: Overview) -> str:
     for table in overview.tables:
         grid = table.text
         rule = ["---" if name in grid.words else "--:" for name in grid.columns]
-        rows = [list(map(_md, grid.columns)), rule, *(list(map(_md, row)) for row in grid.rows)]
-        lines += [f"## {_md(table.heading)}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+        rows = [map(_md, grid.columns), rule, *(map(_md, row) for row in grid.rows)]
+        lines += [f"## {_md(table.heading)}", "", *(f"| {' | '.join(row)} |" for row in rows), "", CAPTION, ""]
         lines += [*(f"- {_md(note)}" for note in table.notes), ""]
-    lines += [CAPTION, ""] if overview.tables else []
-    return (
-        "\n".join([*lines, *(f"- {_md(line)}" for line in [*overview.failed, *overview.warnings])]).rstrip("\n") + "\n"
-    )
+    lines += [f"- {_md(line)}" for line in (*overview.failed, *overview.warnings)]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def _md(text: str) -> str:
@@ -302,4 +294,4 @@ def _latex(overview: Overview) -> str:
         alignment = "".join("l" if name in grid.words else "r" for name in grid.columns)
         text = style.to_latex(hrules=True, column_format=alignment).replace("±", r"$\pm$")
         lines += ["", f"% {table.heading}", text.rstrip("\n"), *(f"% {note}" for note in table.notes)]
-    return "\n".join([*lines, "", *(f"% {line}" for line in [*overview.failed, *overview.warnings])]) + "\n"
+    return "\n".join([*lines, *(f"% {line}" for line in (*overview.failed, *overview.warnings))]) + "\n"

@@ -3,6 +3,7 @@
 From files alone, also while a multirun is running, and from another machine that sees the folder.
 """
 
+import contextlib
 import json
 import shlex
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aerl.report.table import duration, shown
-from aerl.runtime.terminal import Parser, command, one_line, print_error
+from aerl.runtime.terminal import Parser, command, one_line
 from aerl.tracking.results import read_summary
 from aerl.types import UserError
 
@@ -22,6 +23,7 @@ PLAN = "plan.json"  # in the folder `jobs` of a multirun, beside a file for each
 _LONGEST_LIST = 20  # of the jobs in one state
 
 State = Literal["done", "failed", "unfinished", "left"]
+_STATES: dict[str, State] = {"left": "left", "started": "unfinished", "failed": "failed", "finished": "done"}
 
 
 @dataclass(frozen=True)
@@ -57,40 +59,30 @@ def read_jobs(multirun: Path) -> list[Job]:
     for file in (multirun / "jobs").glob("*.jsonl"):
         job = noted.setdefault(int(file.stem), {"status": "started", "overrides": []})
         for line in file.read_text().splitlines():
-            try:
+            with contextlib.suppress(ValueError):  # a line torn by a killed process
                 job.update(json.loads(line))
-            except ValueError:  # a line torn by a killed process
-                continue
     shared = set.intersection(*(set(job["overrides"]) for job in noted.values())) if len(noted) > 1 else set()
-    return [
-        _job(number, [word for word in job["overrides"] if word not in shared], job)
-        for number, job in sorted(noted.items())
-    ]
-
-
-def _job(number: int, words: Sequence[str], noted: dict[str, Any]) -> Job:
-    folder = Path(noted["folder"]) if "folder" in noted else None
-    match noted["status"]:
-        case "left":
-            return Job(number, words, "left")
-        case "finished":
-            return Job(number, words, "done", folder)
-        case "failed":
-            return Job(number, words, "failed", folder, one_line(noted["error"]))
-    return Job(number, words, "unfinished", folder, _progress(folder))
+    jobs = []
+    for number, job in sorted(noted.items()):
+        words = [word for word in job["overrides"] if word not in shared]
+        state = _STATES[job["status"]]
+        folder = Path(job["folder"]) if "folder" in job else None
+        reason = _progress(folder) if state == "unfinished" else ""
+        jobs.append(Job(number, words, state, folder, one_line(job["error"]) if state == "failed" else reason))
+    return jobs
 
 
 def _progress(folder: Path | None) -> str:
     """What is known of a job that has started and not ended."""
+    if folder is None or not (folder / "summary.json").exists():
+        return "started; nothing written yet"
     try:
-        summary = (folder and read_summary(folder)) or {}
+        summary = read_summary(folder) or {}
     except UserError as error:
         return str(error)
     if summary.get("status") == "stopped":
         return str(summary["error"])
-    files = [file for file in (*folder.glob("*"), *folder.glob("checkpoints/*.pt")) if file.is_file()] if folder else []
-    if not files:
-        return "started; nothing written yet"
+    files = [file for file in (*folder.glob("*"), *folder.glob("checkpoints/*.pt")) if file.is_file()]
     ago = duration(max(0.0, time.time() - max(file.stat().st_mtime for file in files)))
     return f"running, or killed; last wrote {ago} ago"
 
@@ -123,18 +115,17 @@ def main(words: Sequence[str] | None = None) -> int:
     multiruns = sorted(path.parent for path in folder.rglob("jobs") if any(path.glob("*.json*")))
     if not multiruns:
         reason = "holds no multirun" if folder.is_dir() else "no such folder"
-        print_error(f"{folder}: {reason}; runs that were started one by one: python -m aerl.report")
-        return 1
-    everything = True
+        raise UserError(f"{folder}: {reason}; runs that were started one by one: python -m aerl.report")
+    done = True
     for multirun in multiruns:
         jobs = read_jobs(multirun)
         print(f"{shown(multirun)}: {count_text(jobs)}")
         for line in list_jobs(jobs, "failed", "unfinished", "left"):
             print(f"  {line}")
         if any(job.state != "done" for job in jobs):
-            everything = False
+            done = False
             print(f"  the rest: {shlex.join(['python', *read_plan(multirun).get('command', [])])}")
-    return 0 if everything else 1
+    return 0 if done else 1
 
 
 if __name__ == "__main__":
