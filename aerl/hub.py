@@ -59,11 +59,11 @@ def _fetch(name: str, key: str) -> Path:
         folders = {Path(hf_hub_download(repo, f, revision=revision, local_files_only=offline)).parent for f in FILES}
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{key}={name}: the hub cannot be reached, and the model is not in its cache") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        reason = "no such model or revision on the hub; a private one needs HF_TOKEN or `hf auth login`"
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+        reason = (
+            f"no such model on the hub (private: HF_TOKEN or `hf auth login`), or it lacks one of {', '.join(FILES)}"
+        )
         raise UserError(f"{key}={name}: {reason}") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{key}={name}: is no model that aerl exported; that has {', '.join(FILES)}") from error
     except Exception as error:  # whatever a server can make the client raise
         raise UserError(f"{key}={name}: cannot be downloaded ({first_line(error)})") from error
     if len(folders) > 1:
@@ -127,11 +127,9 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     exported["overrides"] = _portable(summary["overrides"])
     exported["weights"] = {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")}
     exported["files"] = {"config.yaml": sha256(out / "config.yaml")}
-    trained = summary
-    if summary["trainer"] == "none":
-        trained = read_summary(Path(summary["origin"]["folder"])) or {} if summary["origin"] else {}
-    commands = [_portable(trained["overrides"])] if trained.get("trainer", "none") != "none" else []
-    commands += [exported["overrides"]] if summary["trainer"] == "none" else []
+    origin_folder = (summary["origin"] or {}).get("folder")
+    runs = [read_summary(Path(origin_folder)) if origin_folder else None, summary]
+    commands = [_portable(run["overrides"]) for run in runs if run and "overrides" in run]
     atomic_write(out / "README.md", card(exported, config, commands, license))
     write_summary(out, exported)
     return out
@@ -169,30 +167,20 @@ def card(
     """The model card; `commands` are the overrides of the runs that led to the summary, as far as they are known."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    trained = summary["origin"] or summary
-    dataset, path = config["dataset"], str(config["dataset"]["path"] or "")
-    on_hub = "huggingface" in dataset["source"]["_target_"] and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
-    address = path if on_hub and not Path(path).exists() else str(dataset["name"])
+    trained, dataset = summary["origin"] or summary, str(summary["dataset"])
+    name = f"{summary['model']}-{dataset}-{trained['trainer']}-seed{trained['seed']}"
     threat = f"{config['norm']} eps {eps_text(config['eps'])}"
-    values = {("accuracy", "clean accuracy"): summary["clean_accuracy"]}
-    if worst := summary["worst_case_accuracy"]:
-        values["robust_accuracy", f"worst-case accuracy, {threat}"] = worst
-    results = [
-        EvalResult("image-classification", address, summary["dataset"], kind, accuracy["value"],
-                   dataset_split="test", metric_name=name)
-        for (kind, name), accuracy in values.items()
-    ]  # fmt: skip
     tags = ["image-classification", "adversarial-robustness", "aerl", str(summary["model"]), str(trained["trainer"])]
-    name = f"{summary['model']}-{summary['dataset']}-{trained['trainer']}-seed{trained['seed']}"
-    data = ModelCardData(
-        license=license,
-        library_name="aerl",
-        pipeline_tag="image-classification",
-        tags=list(dict.fromkeys(tags)),
-        datasets=[address],
-        model_name=name,
-        eval_results=results,
-    )
+
+    def result(kind: str, title: str, accuracy: Mapping[str, Any]) -> EvalResult:
+        value = accuracy["value"]
+        return EvalResult(tags[0], dataset, dataset, kind, value, dataset_split="test", metric_name=title)
+
+    results = [result("accuracy", "clean accuracy", summary["clean_accuracy"])]
+    if worst := summary["worst_case_accuracy"]:
+        results.append(result("robust_accuracy", f"worst-case accuracy, {threat}", worst))
+    data = ModelCardData(license=license, library_name="aerl", pipeline_tag=tags[0], tags=tags, datasets=[dataset],
+                         model_name=name, eval_results=results)  # fmt: skip
     evaluation = [word for word in summary["overrides"] if _key(word) in _EVALUATION]
     text = ModelCard.from_template(
         data, str(Path(__file__).with_name("card.md.j2")), name=name, summary=summary, trained=trained,

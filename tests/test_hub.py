@@ -301,6 +301,6 @@ def test_push_fetch_and_evaluate(exported, trained, hub, launch, tmp_path):
     same_outcomes(trained, tmp_path / "runs/far")
     assert fetched(tmp_path, **nobody) == fetched(tmp_path, **hub)  # from the cache
     del Hub.files["summary.json"]
-    assert "is no model that aerl exported" in fetched(tmp_path, **hub, HF_HUB_CACHE=str(tmp_path / "empty"))
+    assert "it lacks one of model.safetensors" in fetched(tmp_path, **hub, HF_HUB_CACHE=str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"checkpoint=hf://model: must be hf://OWNER/NAME"):
         checkpoint.find("hf://model")

@@ -85,7 +85,7 @@ def write_set(overview: "Overview", out: Path) -> Path:
         links = [(label, shown(run), quote(os.path.relpath(run / NAME, out))) for label, run in table.runs]
         sections += [Section(table.heading, CAPTION, table.text, table.notes), Section("Its runs", facts=links)]
     n = sum(len(table.runs) for table in overview.tables)
-    return _write(out, kind="report", title=f"{n} run{'s' * (n != 1)}", warnings=overview.warnings, sections=sections)
+    return _write(out, kind="report", title=f"runs: {n}", warnings=overview.warnings, sections=sections)
 
 
 def _write(folder: Path, **context: Any) -> Path:

@@ -37,17 +37,17 @@ class Grid:
 
 def attack_grid(summary: Mapping[str, Any]) -> Grid:
     """Clean accuracy, every attack and the worst case, as far as they were measured."""
-    rows = [_attack_row("clean", {}, summary.get("clean_accuracy"))]
+    rows: dict[str, Mapping[str, Any]] = {"clean": {"robust_accuracy": summary.get("clean_accuracy")}}
     for name, attack in (summary.get("attacks") or {}).items():
-        star = "" if attack.get("counts", True) else " *"
-        rows.append(_attack_row(name + star, attack, attack.get("robust_accuracy")))
+        rows[name if attack.get("counts", True) else f"{name} *"] = attack
     if worst := summary.get("worst_case_accuracy"):
-        rows.append(_attack_row("worst case", {}, worst))
-    return Grid(("attack", "norm", "eps", "accuracy", "95 % interval", "n", "time"), rows, ("attack", "norm"))
+        rows["worst case"] = {"robust_accuracy": worst}
+    columns = ("attack", "norm", "eps", "accuracy", "95 % interval", "n", "time")
+    return Grid(columns, [_attack_row(name, attack) for name, attack in rows.items()], ("attack", "norm"))
 
 
-def _attack_row(name: str, attack: Mapping[str, Any], accuracy: Mapping[str, Any] | None) -> list[str]:
-    accuracy = accuracy or {}
+def _attack_row(name: str, attack: Mapping[str, Any]) -> list[str]:
+    accuracy = attack.get("robust_accuracy") or {}
     value, low, high, n = (accuracy.get(key) for key in ("value", "low", "high", "n"))
     return [
         name,
@@ -62,44 +62,30 @@ def _attack_row(name: str, attack: Mapping[str, Any], accuracy: Mapping[str, Any
 
 def comparison_grid(comparison: Mapping[str, Any]) -> Grid:
     """The paired comparison with one other run, as `aerl.analyses.compare` writes it to the summary."""
-    rows = [
-        [
-            "worst case" if name == "worst_case" else name,
-            f"{100 * row['accuracy']:.1f} %",
-            f"{100 * row['other_accuracy']:.1f} %",
-            f"{100 * row['difference']:+.1f} %",
-            f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f} %",
-            str(row["b"]),
-            str(row["c"]),
-            f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001",
-        ]
-        for name, row in comparison["rows"].items()
-    ]
+    rows = []
+    for name, row in comparison["rows"].items():
+        p = f"{row['p']:.3f}" if row["p"] >= 0.001 else "<0.001"
+        accuracies = [f"{100 * row[key]:.1f} %" for key in ("accuracy", "other_accuracy")]
+        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f} %"
+        cells = [*accuracies, f"{100 * row['difference']:+.1f} %", interval, str(row["b"]), str(row["c"]), p]
+        rows.append(["worst case" if name == "worst_case" else name, *cells])
     return Grid(("attack", "this", "other", "difference", "95 % interval", "b", "c", "p"), rows, ("attack",))
 
 
 def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print what a run measured and where its files are.
-
-    No line with a path or a command is wrapped, so that it can be copied.
-    """
+    """Print what a run measured and where its files are; no line with a path or a command is wrapped."""
     if console is None:
         console = Console()
         console.width = max(console.width, 72)  # a narrower window wraps the rows; rich would cut the names
     status = str(summary.get("status", "unknown"))
-    console.print()
-    console.print(Text.assemble(title(summary), ": ", (status, _STATUS.get(status, "yellow"))))
+    console.print(Text.assemble("\n", title(summary), ": ", (status, _STATUS.get(status, "yellow"))))
     if error := summary.get("error"):
         console.print(Text(str(error), style="red"), soft_wrap=True)
-    console.print()
-    console.print(attack_grid(summary).rich())
-    console.print()
+    console.print("", attack_grid(summary).rich(), "", sep="\n")
     for run, comparison in (summary.get("comparisons") or {}).items():
         console.print(Text(f"compared with {run}"), soft_wrap=True)
-        console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test", style="dim"))
-        console.print()
-        console.print(comparison_grid(comparison).rich())
-        console.print()
+        console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test\n", style="dim"))
+        console.print(comparison_grid(comparison).rich(), "", sep="\n")
     for label, text in [*notes(summary), *places(summary)]:
         console.print(Text.assemble((f"{label:<11}", "dim"), text), soft_wrap=True)
 
