@@ -157,8 +157,9 @@ def print_table() -> None:
     jobs = read_jobs(out)
     if all(job.state == "left" for job in jobs):  # the command line was wrong, which is reported already
         shutil.rmtree(out / "jobs")
-        with contextlib.suppress(OSError):  # tables of another time are there
-            os.removedirs(out)
+        with contextlib.suppress(OSError):  # an earlier table is there
+            out.rmdir()
+            out.parent.rmdir()
         return
     folders = list(dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None))
     overview = runs.overview(folders, list_jobs(jobs, "failed", "unfinished"))

@@ -124,7 +124,11 @@ def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         "headline": [
             ("Clean accuracy", *_accuracy(summary.get("clean_accuracy"))),
             ("Worst case over all attacks", *_accuracy(summary.get("worst_case_accuracy"))),
-            ("Gradient masking", masking.get("verdict") or "-", f"audit on {masking.get('n', 0)} images"),
+            (
+                "Gradient masking",
+                masking.get("verdict") or "-",
+                f"audit on {masking.get('n')} images" if masking else "",
+            ),
         ],
         "sections": sections,
     }

@@ -6,7 +6,7 @@ Nothing here imports torch or Hydra.
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _NOT_COMPARED = re.compile(
     r"|trainer|model|attack)$"
     r"|(dataset|model|trainer)\.name$|attack\.\w+\.sources$|logger\.|analysis(?!\.masking\.)"
 )
-_COMPARABLE = ["dataset", "norm", "eps", "number of samples"]  # what two runs of one table share
+_COMPARABLE = ["dataset", "norm", "eps", "samples"]  # what two runs of one table share
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,20 @@ def overview(folders: Iterable[Path], failed: Iterable[str] = ()) -> Overview:
     # Three groups of columns, because an attack may have the name of a setting.
     parts = {part: pd.DataFrame([run[part] for run in runs]) for part in ("run", "setting", "accuracy")}
     frame = pd.concat(parts, axis=1)
-    kinds = frame.groupby([("run", name) for name in _COMPARABLE], dropna=False)
-    tables = [_table(kind, group["run"], group["setting"], group["accuracy"]) for kind, group in kinds]
+    kinds = frame.groupby([("run", name) for name in _COMPARABLE])
+    tables = [_table(group["run"], group["setting"], group["accuracy"]) for _, group in kinds]
     if len(tables) > 1:
-        differ = [name for name in _COMPARABLE if frame["run"][name].nunique(dropna=False) > 1]
+        differ = [name for name in _COMPARABLE if frame["run"][name].nunique() > 1]
         warnings.append(f"the runs differ in {' and '.join(differ)}: {len(tables)} tables, not to be compared")
     return Overview(tables, failed, warnings)
 
 
 def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A finished run; its trainer and seed are those of its model, which a judged run has from another one."""
+    """A finished run; its trainer and seed are those of its model, which an evaluated model has from its own run."""
     try:
-        settings = _settings(folder)
+        settings = {"checkpoint": None, **_settings(folder)}
         origin = summary.get("origin") or {}
-        if origin:  # trainer and seed say which run was judged; only another of its checkpoints is a setting
+        if origin:  # trainer and seed say whose model it is; only another of its checkpoints is a setting
             file = Path(str(settings["checkpoint"])).name
             settings["checkpoint"] = file if file.endswith(".pt") and file != "best.pt" else None
         seed = int(summary["seed"] if origin.get("seed") is None else origin["seed"])
@@ -111,39 +111,29 @@ def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         attacks = {same_seed.sub(r"\1_same_seed", name): attack for name, attack in summary["attacks"].items()}
         accuracy = {name: attack["robust_accuracy"] for name, attack in attacks.items()}
         accuracy = {"clean": summary["clean_accuracy"], **accuracy, "worst case": summary["worst_case_accuracy"]}
+        dataset, samples = str(summary["dataset"]), int(summary["clean_accuracy"]["n"])
+        norm, eps = str(settings.get("norm", "")), float(settings.get("eps", 0.0))
         run = {
-            "dataset": str(summary["dataset"]),
-            "norm": str(settings.get("norm", "")),
-            "eps": float(settings.get("eps", "nan")),
-            "number of samples": int(summary["clean_accuracy"]["n"]),
+            "dataset": dataset,
+            "norm": norm,
+            "eps": eps,
+            "samples": samples,
+            "heading": f"{dataset}, {norm} eps {eps_text(eps)}, {samples} test images",
             "trainer": str(origin.get("trainer") or summary["trainer"]),
             "model": str(summary.get("model")),
             "attack": "+".join(dict.fromkeys(k.split(".")[1] for k in settings if k.startswith("attack."))) or "none",
             "seed": seed,
-            "masking": (summary.get("masking") or {}).get("verdict"),
+            "masking": str((summary.get("masking") or {}).get("verdict") or ""),
             "outside": [name for name, attack in attacks.items() if not attack.get("counts", True)],
             "folder": folder,
-            "run_id": summary.get("run_id"),
+            "run_id": str(summary.get("run_id")),
             "origin": origin,
         }
         values = {name: float(value["value"]) for name, value in accuracy.items() if value is not None}
         return {"run": run, "setting": _compared(settings), "accuracy": values}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{shown(folder)}: its summary.json or config.yaml is damaged ({reason})") from error
-
-
-def _warnings(folder: Path, summary: Mapping[str, Any]) -> Iterator[str]:
-    if not summary["attacks"]:
-        yield f"{shown(folder)}: was attacked by nothing, so it has a clean accuracy only"
-    if lost := changed_files(folder, summary, ("outcomes.npz", "results.jsonl")):
-        yield f"{shown(folder)}: {' and '.join(lost)} missing or changed; its numbers are those of summary.json"
-
-
-def _unfinished(folder: Path, summary: Mapping[str, Any]) -> str:
-    if summary.get("status") == "failed":
-        return f"failed: {shown(folder)}: {one_line(str(summary.get('error')))}"
-    return f"unfinished: {shown(folder)}: {one_line(str(summary.get('status')))}; its own command goes on with it"
 
 
 def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
@@ -152,7 +142,7 @@ def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
     for run in runs:
         if origin := run["run"]["origin"]:
             with contextlib.suppress(UserError):
-                settings = known.get(origin.get("run_id")) or _compared(_settings(Path(str(origin.get("folder")))))
+                settings = known.get(str(origin.get("run_id"))) or _compared(_settings(Path(str(origin.get("folder")))))
                 run["setting"] |= {key: text for key, text in settings.items() if key.startswith("trainer.")}
 
 
@@ -174,20 +164,23 @@ def _text(key: str, value: Any) -> str:
 # ----------------------------------------------------------------------------------------- grouping
 
 
-def _table(kind: Sequence[Any], runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -> Table:
+def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -> Table:
     columns = ["trainer", *(name for name in ("model", "attack") if runs[name].nunique() > 1)]
     varied = pd.concat([runs[columns], settings[_varied(runs, settings)]], axis=1).fillna("")
     names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name == "worst case")
     again = varied.assign(seed=runs["seed"]).duplicated()
     notes = [f"not counted: {shown(run)}: another run has its seed and settings" for run in runs.loc[again, "folder"]]
     rows, texts, counted = [], [], []
-    for words, group in runs[~again].sort_values("seed").groupby([varied[name] for name in varied], sort=False):
+    once = runs[~again].sort_values("seed", kind="stable")
+    for words, group in once.groupby([varied[name] for name in varied], sort=False):
         values = 100 * accuracy.loc[group.index, names]
         stats = pd.DataFrame({"mean": values.mean(), "sd": values.std(), "n": values.count()})
-        verdicts = group["masking"].dropna().value_counts()
+        verdicts = group.loc[group["masking"] != "", "masking"].value_counts()
         masking = ", ".join(f"{verdict} {n}/{verdicts.sum()}" for verdict, n in verdicts.items())
         numbers = {f"{name.replace(' ', '_')}_{part}": stats.at[name, part] for name in names for part in stats}
-        rows.append({**dict(zip(varied, words, strict=True)), "n": len(group), **numbers, "masking": masking})
+        place = {name: group[name].iloc[0] for name in _COMPARABLE}
+        setting = dict(zip(varied, words, strict=True))
+        rows.append({**place, **setting, "n": len(group), **numbers, "masking": masking})
         cells = [_cell(stats.loc[name], len(group)) for name in names]
         texts.append([*words, str(len(group)), *cells, masking or "-"])
         label = ", ".join(filter(None, words))
@@ -195,17 +188,9 @@ def _table(kind: Sequence[Any], runs: pd.DataFrame, settings: pd.DataFrame, accu
     outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
     if outside:
         notes.append(f"* outside the threat model, so not in the worst case: {', '.join(outside)}")
-    dataset, norm, eps, samples = kind
-    place = pd.DataFrame({"dataset": dataset, "norm": norm, "eps": eps, "samples": samples}, range(len(rows)))
     header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "masking"]
-    threat = f", {norm} eps {eps_text(eps)}" if norm else ""
-    return Table(
-        heading=f"{dataset}{threat}, {samples} test images",
-        numbers=pd.concat([place, pd.DataFrame(rows)], axis=1),
-        text=Grid(header, texts, [*varied, "masking"]),
-        runs=counted,
-        notes=notes,
-    )
+    text = Grid(header, texts, [*varied, "masking"])
+    return Table(runs["heading"].iloc[0], pd.DataFrame(rows), text, counted, notes)
 
 
 def _varied(runs: pd.DataFrame, settings: pd.DataFrame) -> list[str]:
