@@ -12,15 +12,10 @@ from aerl.types import UserError
 
 @command
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 where there is no run or nothing could be written."""
     parser = Parser(prog="python -m aerl.report", description="Tables over runs and seeds, and a page for each run.")
-    parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="searched for run folders, at any depth"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="where table.md, table.csv, table.tex and report.html go (default: the FOLDER, if it is one, else here)",
-    )  # fmt: skip
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="searched at any depth for run folders")
+    where = "where tables and report.html go (default: the FOLDER, if it is one, else here)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=where)
     given = parser.parse_args(words)
     out = given.out or (given.folders[0] if len(given.folders) == 1 else Path())
     found: dict[Path, Path] = {}

@@ -21,15 +21,7 @@ if TYPE_CHECKING:  # pandas takes half a second to import
 log = logging.getLogger("aerl")
 
 NAME = "report.html"
-_FILES = {
-    "summary.json": "status, accuracies with intervals, every check of the audit",
-    "config.yaml": "the resolved configuration",
-    "results.jsonl": "every measured number, one a line",
-    "outcomes.npz": "per test image: label, prediction, distance under each attack",
-    "examples.npz": "the first adversarial images of each attack",
-    "run.log": "the log",
-    "checkpoints/best.pt": "the selected weights",
-}
+_FILES = ("*.*", "checkpoints/best.pt", "tables/*.csv", "figures/*.pdf")
 
 
 @dataclass(frozen=True)
@@ -182,11 +174,10 @@ def _environment(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def _files(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """The files of a run folder that a reader may want, and where W&B has the run."""
-    tables = {f"tables/{path.name}": "a table" for path in sorted(folder.glob("tables/*.csv"))}
-    figures = {f"figures/{path.name}": "a figure, for papers" for path in sorted(folder.glob("figures/*.pdf"))}
-    for name, text in {**_FILES, **tables, **figures}.items():
-        if (folder / name).is_file():
-            yield name, text, quote(name)
+    for path in (path for pattern in _FILES for path in sorted(folder.glob(pattern))):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != NAME and not name.startswith("."):
+            yield name, f"{path.stat().st_size:,} bytes", quote(name)
     for label, text in places(summary):
         if label == "W&B":
             yield label, text, text if text.startswith("https://") else ""

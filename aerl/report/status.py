@@ -107,10 +107,8 @@ def list_jobs(jobs: Sequence[Job], *states: State) -> Iterator[str]:
 def main(words: Sequence[str] | None = None) -> int:
     """Exit code 0 where every job of every multirun is done, else 1."""
     parser = Parser(prog="python -m aerl.report.status", description="How far the multiruns are, and what remains.")
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER",
-        help="a multirun's folder, or one that holds multiruns, such as runs_dir (default: runs)",
-    )  # fmt: skip
+    where = "a multirun's folder, or one that holds multiruns, such as runs_dir (default: runs)"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help=where)
     folder = parser.parse_args(words).folder
     multiruns = sorted(path.parent for path in folder.rglob("jobs") if any(path.glob("*.json*")))
     if not multiruns:
