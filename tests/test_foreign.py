@@ -15,8 +15,8 @@ from aerl.build import attack as build_attack
 from aerl.build import build
 from aerl.config.compose import read
 from aerl.config.targets import bind
-from aerl.evaluation.probe import drawn, probe
 from aerl.models import CNN, AliCNN, Classifier
+from aerl.models.probe import drawn, probe
 from aerl.training import checkpoint
 from aerl.types import UserError
 from tests.conftest import ROOT
