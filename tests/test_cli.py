@@ -267,20 +267,7 @@ def test_a_copy_of_the_repository_works_from_any_folder(launch, tmp_path):
 
 # ------------------------------------------------------------------- every key of the schema, given nonsense
 
-NONSENSE = [
-    "nan",
-    "'inf'",
-    "[1]",
-    "{a: 1}",
-    "''",
-    "'a\\tb'",
-    "-9e99",
-    "true",
-    "9" * 400,
-    "réseau",
-    "'\u202e'",
-    "x" * 5000,
-]
+NONSENSE = ["nan", "'inf'", "[1]", "{a: 1}", "''", "'a\\tb'", "-9e99", "true", "9" * 400, "réseau", "'\u202e'"]
 
 
 def wrong_words(count, seed):
