@@ -1,60 +1,39 @@
-"""The schema: every key, its type, its bounds; and every error about them in one line.
+"""The schema: every key, its type and its bounds.
 
-YAML files compose freely. What comes out is checked here, twice and before anything is computed or
-written: the fixed sections against the classes below, and each `_target_` against the signature of what
-it names. A new attack, model or dataset is therefore checked without being listed anywhere.
+What YAML files compose to is checked before anything is computed or written: the fixed sections against the classes
+below, each `_target_` against the signature of what it names (aerl.config.targets).
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from aerl.types import (
-    Count,
-    Index,
-    NonNegative,
-    Norm,
-    Number,
-    Positive,
-    Probability,
-    finite,
-    quotient,
-)
+from aerl.types import Count, Index, NonNegative, Norm, Number, Positive, Probability, finite, quotient
 
 
-def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
+def _has_target(spec: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(spec.get("_target_"), str):
         raise ValueError("needs a _target_: the dotted name of a function or class")
     return spec
 
 
-Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
-Target = Annotated[dict[str, Setting], AfterValidator(_names_its_target)]
-
-
-def _below(name: str) -> str:
+def _below_runs_dir(name: str) -> str:
     """It becomes part of a run folder's path, which overwrite=true discards."""
     path = Path(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
         raise ValueError("must be the name of a folder below runs_dir")
     for part in path.parts:
-        if part[0] in "-~" or part[-1] in ". ":
-            raise ValueError("must be the name of a folder; it begins with - or ~, or ends with a dot or a space")
-        if len(part.encode()) > _LONGEST_NAME:
-            raise ValueError(f"must be the name of a folder, of at most {_LONGEST_NAME} bytes")
+        if part[0] in "-~" or part[-1] in ". " or len(part.encode()) > 255:  # the limit of Linux's file systems
+            raise ValueError(
+                "must be a folder's name of at most 255 bytes, not begin with - or ~, nor end with . or space"
+            )
     return name
 
 
-_LONGEST_NAME = 255  # bytes; of Linux's file systems
-
-
-Name = Annotated[str, AfterValidator(_below)]
+Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
+Target = Annotated[dict[str, Setting], AfterValidator(_has_target)]
+Name = Annotated[str, AfterValidator(_below_runs_dir)]
 Folder = Annotated[str, Field(min_length=1)]
 
 
