@@ -273,9 +273,10 @@ def _choose(candidates: list[_Weights], what: str) -> _Weights:
 def _fitting(candidates: list[_Weights], net: Mapping[str, Tensor], what: str) -> _Weights:
     """Where, and behind which prefix, the file has the network's names: all of them and no others."""
     needed = [name for name in net if not name.endswith(_COUNTER)]
+    anchor = next(iter(needed), "")
     fitting, nearest = [], (len(needed) + 1, "", 0, "")
     for candidate in candidates:
-        starts = {name.removesuffix(needed[0]) for name in candidate.tensors if f".{name}".endswith(f".{needed[0]}")}
+        starts = {name.removesuffix(anchor) for name in candidate.tensors if f".{name}".endswith(f".{anchor}")}
         for prefix in sorted(starts) or [""]:
             weights = candidate._replace(prefix=prefix)
             names = weights.bare().keys()
