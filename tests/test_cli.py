@@ -88,7 +88,7 @@ WRONG_LINES = [
         r"attack.pgd.restarts=2: repeats one run.*",
     ),
     (["attack.pgd.steps=2.5"], r"attack.pgd.steps=2.5: should be a valid integer.*"),
-    (["hardware=tpu"], r"hardware=tpu: no such option; did you mean cpu\? known: auto, cpu, cuda, ddp"),
+    (["hardware=tpu"], r"hardware=tpu: no such option; did you mean cpu\? known: auto, cpu, cuda, ddp, fast"),
     (["hardware.precision=fp16"], r"hardware.precision=fp16: should be 'fp32' or 'bf16'"),
     (["logger.mode=maybe"], r"logger.mode=maybe: should be 'auto', 'online', 'offline' or 'disabled'"),
     (["trainer=none"], r"checkpoint=null: trainer=none needs a model to judge.*"),

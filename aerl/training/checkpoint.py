@@ -141,9 +141,7 @@ def find(checkpoint: str, key: str = "checkpoint") -> Path:
         return path
     file, summary = path / "model.safetensors", _run(path)
     if summary is None and not file.is_file():
-        raise UserError(
-            f"{what}: is no run folder, which has a summary.json and a config.yaml; name a file of weights"
-        )
+        raise UserError(f"{what}: is no run folder, which has a summary.json and a config.yaml; name a file of weights")
     if summary is not None:
         inside(path, path / "config.yaml")
         weights = summary.get("weights")

@@ -106,8 +106,10 @@ class TrainStep(nn.Module):
         # Autocast keeps the weights that it has cast until it ends: those of the attack have no gradient.
         with self.hardware.autocast():
             loss, metrics = self.objective(self.forward_model, x, y, x_adv=x_adv, generator=generator)
-        scalars = {"dtype": torch.float32, "device": x.device}
-        return loss.mean(), {name: torch.as_tensor(value, **scalars).detach() for name, value in metrics.items()}
+        return loss.mean(), {
+            name: torch.as_tensor(value, dtype=torch.float32, device=x.device).detach()
+            for name, value in metrics.items()
+        }
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -152,7 +154,7 @@ def fit(
         )
     if processes > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = _optimizer(recipe, model, hardware)
+    optimizer = build_optimizer(recipe, model, hardware)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     train = Batches(data.train, batch_size, device, drop_last=True, shared=True)
     val = Batches(data.val, max(256, batch_size), device, shared=True)
@@ -175,8 +177,14 @@ def fit(
         """The state after `epoch` epochs and, `within` the next one, some steps."""
         if ddp.is_main():
             best.write()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "results": results.seal()}
-            state |= {"epoch": epoch, "best_epoch": best.epoch, "best_score": best.score, **within}
+            state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {
+                "results": results.seal(),
+                "epoch": epoch,
+                "best_epoch": best.epoch,
+                "best_score": best.score,
+                **within,
+            }
             checkpoint.save(state, folder / "last.pt")
 
     @contextmanager
@@ -204,9 +212,7 @@ def fit(
             if adversary is not None and epoch < adversary.start_epoch:
                 adversary = None
             torch.manual_seed(seed_from(seed, "dropout", epoch, *rank))
-            streams = {
-                name: stream(seed, name, epoch, *rank, device=device) for name in ("actions", "augmentation")
-            }
+            streams = {name: stream(seed, name, epoch, *rank, device=device) for name in ("actions", "augmentation")}
             history = _History()
             begin = first_step if epoch == first_epoch else 0
             if begin:
@@ -269,7 +275,8 @@ def fit(
     return best.epoch
 
 
-def _optimizer(recipe: Recipe, model: nn.Module, hardware: Hardware) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: nn.Module, hardware: Hardware) -> torch.optim.Optimizer:
+    """With its fused kernel where hardware.fused asks for it, it has one, and it runs on a GPU."""
     on_gpu = hardware.fused and hardware.device.type == "cuda"
     fused = {"fused": True} if on_gpu and "fused" in inspect.signature(recipe.optimizer).parameters else {}
     return recipe.optimizer(model.parameters(), **fused)
