@@ -165,22 +165,26 @@ def build_recipe(config: Config) -> Recipe | None:
                 f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
                 f"{trainer.epochs} epochs, so trainer.select={trainer.select} has nothing to measure"
             )
+    act = _built(trainer.act, "trainer.act", "logits", "labels", "generator")
+    settings = {
+        "act": act,
+        "weight": adversary.weight if adversary else 0.0,
+        "probability_floor": trainer.probability_floor,
+    }
     return Recipe(
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
         optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
-        act=_built(trainer.act, "trainer.act", "logits", "labels", "generator"),
+        objective=_built(
+            trainer.objective, "trainer.objective", "model", "x", "y", given=settings, x_adv=None, generator=None
+        ),
         schedule=trainer.schedule.kind,
         warmup=trainer.schedule.warmup,
         clip=trainer.clip,
-        probability_floor=trainer.probability_floor,
         adversary=None
         if adversary is None
         else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack"),
-            adversary.weight,
-            adversary.start_epoch,
-            adversary.objective,
+            attack(adversary.attack, "trainer.adversary.attack", given={"in_training": True}), adversary.start_epoch
         ),
         select=trainer.select,
         augment=partial(augment, **config.dataset.augmentation.model_dump()),

@@ -25,7 +25,7 @@ from aerl.models import AliCNN, Classifier
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog
 from aerl.training.loop import Recipe, fit
-from aerl.training.objectives import Labels
+from aerl.training.objectives import Labels, policy_gradient
 from benchmarks.paired import ratio, time_in_turns
 
 
@@ -97,7 +97,8 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     torch.manual_seed(0)
     net = AliCNN(num_classes=10, channels=1, size=(8, 8))
     model = hardware.place(Classifier(net, data.mean, data.std))
-    recipe = Recipe(epochs=5, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=1e-3), act=Labels())
+    objective = partial(policy_gradient, act=Labels(), weight=0.0, probability_floor=0.0)
+    recipe = Recipe(epochs=5, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=1e-3), objective=objective)
     identity = {"run_id": "digits", "seed": 0, "dataset": "digits", "model": "alicnn", "trainer": "sl"}
     folder = scratch / "everything"
     folder.mkdir()

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -146,16 +146,17 @@ def _legacy(read: Any, default: Any) -> Any:
 
 
 @contextmanager
-def attacking(model: nn.Module) -> Iterator[None]:
+def attacking(model: nn.Module, *, in_training: bool = False) -> Iterator[None]:
     """The state every attack runs in: eval mode, frozen parameters, full precision, gradients on.
 
+    `in_training` keeps the caller's precision: an adversary in a training step computes as the step does.
     Works inside an outer `no_grad`, `inference_mode` or autocast. All of it is restored on leaving,
     also by an exception.
     """
     with (
         evaluating(model),
         frozen(model),
-        full_precision(),
+        nullcontext() if in_training else full_precision(),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):

@@ -30,6 +30,7 @@ def pgd(
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
     eot: Count = 1,
+    in_training: bool = False,
     start: Tensor | None = None,
     observe: Callable[[int, Tensor, Tensor, Tensor | None], object] | None = None,
 ) -> Tensor:
@@ -56,6 +57,9 @@ def pgd(
     eot: forward passes per step, for randomised models. Loss and gradient are averaged over them (expectation
         over transformation, Athalye et al. 2018, section 4.2), and a sample is misclassified if the mean of
         their softmax is.
+    in_training: for a training step, which must not wait for the device, and keeps its precision (autocast, TF32):
+        neither the range of the images is checked, nor is anything reported that is not finite. With `drop_fooled`
+        it still waits. Set by aerl.
     observe: called at every iterate with the number of the step, the rows of x (b,) that are under attack,
         their logits (b, K) and the gradient (b, C, H, W) that the next step follows, None at the last iterate.
         For callers in Python.
@@ -81,9 +85,10 @@ def pgd(
             restarts = classes - 1
     if len(x) == 0 or eps == 0:
         return x.clone()
-    low, high = (bound.item() for bound in x.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
+    if not in_training:
+        low, high = (bound.item() for bound in x.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
     if start is not None and start.shape != x.shape:
         raise UserError(f"start={tuple(start.shape)}: must have the images' shape {tuple(x.shape)}")
     length = eps / 10 if step_size is None else step_size
@@ -96,7 +101,7 @@ def pgd(
             value = -objective(logits, aim) if targeted else objective(logits, aim)
             return logits, value, input_gradient(value, point, sound) if climbing else point
 
-    with attacking(model), torch.no_grad():
+    with attacking(model, in_training=in_training), torch.no_grad():
         kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
@@ -114,7 +119,8 @@ def pgd(
 
         for restart in range(restarts):
             # The samples under attack; all tensors of the loop below have one row for each of them.
-            index = (~fooled).nonzero().squeeze(1)
+            everyone = restart == 0 and not drop_fooled
+            index = torch.arange(len(x), device=x.device) if everyone else (~fooled).nonzero().squeeze(1)
             if len(index) == 0:
                 break
             origin, label, aim = x[index], y[index], targets[index, restart]
@@ -164,7 +170,7 @@ def pgd(
                     point = clip(origin, delta, norm, eps)
             kept[index], highest[index], fooled[index] = best if judged else point, best_loss, hit
 
-        if not sound:
+        if not in_training and not sound:
             warn(NOT_FINITE)
     return kept
 

@@ -75,7 +75,6 @@ class Schedule(Section):
 class Adversary(Section):
     start_epoch: Index
     weight: NonNegative
-    objective: Literal["added", "alone", "kl"]
     attack: Target
 
 
@@ -86,6 +85,7 @@ class Trainer(Section):
     optimizer: Target
     schedule: Schedule
     clip: Positive | None
+    objective: Target
     act: Target
     probability_floor: Probability
     adversary: Adversary | None
@@ -105,6 +105,7 @@ class Hardware(Section):
     tf32: bool
     channels_last: bool
     compile: bool
+    fused: bool
     threads: Annotated[Count, Field(le=1024)] | None
     deterministic: bool
     distributed: bool

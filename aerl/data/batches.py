@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aerl.data.splits import Split
-from aerl.runtime.ddp import Share, share
+from aerl.runtime import ddp
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -69,16 +69,11 @@ class Batches:
         rows = [order[span] for span in spans]
         return map(self._select, rows) if self.resident else ahead(self._read, rows)
 
-    def share(self, batch: int) -> Share | None:
-        """What of batch number `batch` this process has; None where that is all of it."""
-        first = batch * self.batch_size
-        return share(min(self.batch_size, self.used - first)) if self.shared else None
-
     def _span(self, batch: int) -> slice:
-        first, part = batch * self.batch_size, self.share(batch)
-        if part is None:
-            return slice(first, min(first + self.batch_size, self.used))
-        return slice(first + part.first, first + part.last)
+        first = batch * self.batch_size
+        size = min(self.batch_size, self.used - first)
+        rank, processes = (ddp.rank(), ddp.world_size()) if self.shared else (0, 1)
+        return slice(first + rank * size // processes, first + (rank + 1) * size // processes)
 
     def _select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.images.index_select(0, rows), self.labels.index_select(0, rows)
