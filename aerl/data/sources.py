@@ -415,7 +415,7 @@ def _folder_parts(place: Path, splits_named: bool) -> _Parts:
     folders = _subfolders(place)
     splits = [folder for folder in folders if _subfolders(folder)]
     if not splits_named and not any(_split_word(folder.name) for folder in splits):
-        splits = []
+        splits = folders if all(_split_word(folder.name) for folder in folders) else []
     unused = [child.name for child in place.iterdir() if child not in (splits or folders)]
     if unused:
         log.info("dataset.path=%s: left out: %s", place, few(sorted(unused)))
