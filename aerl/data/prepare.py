@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -41,16 +40,6 @@ PARTS = ("train", "val", "test")
 GREY = ("1", "L", "LA", "La")  # PIL's modes without colour
 
 log = logging.getLogger("aerl")
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How a source becomes splits."""
-
-    size: int | None
-    channels: Literal[1, 3] | None
-    val_fraction: float
-    split_seed: int
 
 
 def prepare(
@@ -76,11 +65,16 @@ def prepare(
 
     Raises UserError for images or labels that cannot be trained on, and if `data_dir` cannot be written.
     """
-    recipe = _Recipe(size, channels, val_fraction, split_seed)
+    recipe: dict[str, Any] = {
+        "size": size,
+        "channels": channels,
+        "val_fraction": val_fraction,
+        "split_seed": split_seed,
+    }
     where = f"dataset.path={identity['path']}" if identity.get("path") else f"dataset={name}"
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
     try:
-        key = fingerprint(identity, asdict(recipe))
+        key = fingerprint(identity, recipe)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({one_line(error)})") from error
     folder = Path(data_dir).expanduser() / "prepared" / f"{slug}-{key}"
@@ -92,7 +86,7 @@ def prepare(
             data = _load(folder, memory_limit)  # another process may just have finished it
             if data is None:
                 with _scratch(folder) as scratch:
-                    _build(source, scratch, name, where, recipe)
+                    _build(source, scratch, name, where, **recipe)
                 data = _load(folder, memory_limit)
     except OSError as error:  # an OSError of the source has become a UserError before it gets here
         raise UserError(f"data_dir={data_dir}: cannot hold the prepared data of {name} ({one_line(error)})") from error
@@ -159,8 +153,9 @@ def _load_array(path: Path, meta: Mapping[str, Any], mapped: bool) -> npt.NDArra
     entry = meta["arrays"][path.stem]
     # Copy on write: torch wants memory that may be written to.
     array: npt.NDArray[Any] = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
-    same_form = [array.dtype.str, list(array.shape)] == [entry["dtype"], entry["shape"]]
-    if not same_form or (stamp(path) != entry["stamp"] and _content(array) != entry["sha256"]):
+    dtype = np.uint8 if path.stem.endswith("images") else np.int64
+    same_form = array.dtype == dtype and list(array.shape) == entry["shape"]
+    if not same_form or (stamp(path) != entry["checked"] and _content(array) != entry["sha256"]):
         raise ValueError(f"{path.name} is not what was written")
     return array
 
@@ -176,39 +171,48 @@ def _sha256(value: Any) -> str:
 # --- Building --------------------------------------------------------------------------------------------
 
 
-def _build(source: Callable[[], Source], folder: Path, name: str, where: str, recipe: _Recipe) -> None:
+def _build(
+    source: Callable[[], Source],
+    folder: Path,
+    name: str,
+    where: str,
+    *,
+    size: int | None,
+    channels: int | None,
+    val_fraction: float,
+    split_seed: int,
+) -> None:
     """Open the source and write the prepared data into an empty folder."""
     origin = _open(source, where)
-    fraction = recipe.val_fraction
-    train, val = stratified_split(
-        origin.train.labels, fraction, recipe.split_seed, where=f"dataset.val_fraction={fraction}"
-    )
+    train, val = stratified_split(origin.train.labels, val_fraction, split_seed, f"dataset.val_fraction={val_fraction}")
     test = np.arange(len(origin.test.labels))
     log.info(
         "preparing %s: %s train, %s val and %s test images of %s classes (%s)", name, f"{len(train):,}",
         f"{len(val):,}", f"{len(test):,}", f"{len(origin.class_names):,}", few(origin.class_names),
     )  # fmt: skip
-    convert, shape = _converter(origin.train.images, recipe, where)
+    try:  # what the settings leave open is that of the first training image
+        first = _picture(origin.train.images[0])
+        grey = channels == 1 or (channels is None and first.mode in GREY)
+        convert = partial(_convert, size=size, grey=grey, lossy=channels is not None)
+        shape = convert(first).shape
+    except Exception as error:
+        raise UserError(f"{where}: train image 0 cannot be used ({one_line(error)})") from error
     arrays: dict[str, Any] = {}
-    for part, table, rows in (
-        ("train", origin.train, train),
-        ("val", origin.train, val),
-        ("test", origin.test, test),
-    ):
+    for part, table, rows in zip(PARTS, (origin.train, origin.train, origin.test), (train, val, test), strict=True):
         split = f"{where}: {'test' if part == 'test' else 'train'}"
         images = _write_images(folder / f"{part}_images.npy", table.images, rows, convert, shape, split)
-        labels = table.labels[rows]
-        atomic_write(folder / f"{part}_labels.npy", partial(np.save, arr=labels))
         if part == "train":
             mean, std = _mean_and_std(images)
+            if max(std) == 0:
+                raise UserError(f"{where}: all pixels of the train images have the same value")
+        labels = table.labels[rows]
+        atomic_write(folder / f"{part}_labels.npy", partial(np.save, arr=labels))
         for array, kind in ((images, "images"), (labels, "labels")):
-            arrays[f"{part}_{kind}"] = {"dtype": array.dtype.str, "shape": array.shape, "sha256": _content(array)}
-    if max(std) == 0:
-        raise UserError(f"{where}: all pixels of the train images have the same value")
+            arrays[f"{part}_{kind}"] = {"shape": array.shape, "sha256": _content(array)}
     names = list(origin.class_names)
     digest = _sha256([names, [[key, arrays[key]["shape"], arrays[key]["sha256"]] for key in sorted(arrays)]])
     for key, entry in arrays.items():
-        entry["stamp"] = stamp(folder / f"{key}.npy")
+        entry["checked"] = stamp(folder / f"{key}.npy")
     meta = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
     atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _sha256(meta)}, indent=1))
 
@@ -244,17 +248,6 @@ def _open(source: Callable[[], Source], where: str) -> Source:
     return origin
 
 
-def _converter(images: Images, recipe: _Recipe, where: str) -> tuple[Callable[[Any], Pixels], tuple[int, ...]]:
-    """What makes every image of a dataset uint8 (C, H, W), and that shape: the first training image's."""
-    try:
-        first = _picture(images[0])
-        channels = recipe.channels or (1 if first.mode in GREY else 3)
-        convert = partial(_convert, size=recipe.size, channels=channels, lossy=recipe.channels is not None)
-        return convert, convert(first).shape
-    except Exception as error:
-        raise UserError(f"{where}: train image 0 cannot be used ({one_line(error)})") from error
-
-
 def _picture(image: Any) -> Any:
     """A PIL image, of a PIL image or of an array (H, W) or (H, W, C)."""
     from PIL import Image
@@ -264,7 +257,7 @@ def _picture(image: Any) -> Any:
     return Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
 
 
-def _convert(image: Any, *, size: int | None, channels: int, lossy: bool) -> Pixels:
+def _convert(image: Any, *, size: int | None, grey: bool, lossy: bool) -> Pixels:
     """The pixels (C, H, W) of one image. Raises ValueError for deep pixels, and for colour that would be lost.
 
     `lossy` allows to turn colour into grey.
@@ -274,13 +267,13 @@ def _convert(image: Any, *, size: int | None, channels: int, lossy: bool) -> Pix
     picture = _picture(image)
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"its pixels have more than 8 bits: PIL mode {picture.mode}")
-    if channels == 1 and picture.mode not in GREY and not lossy:
+    if grey and picture.mode not in GREY and not lossy:
         raise ValueError("it is in colour and the first is not: set dataset.channels to 1 or 3")
-    picture = picture.convert("L" if channels == 1 else "RGB")
+    picture = picture.convert("L" if grey else "RGB")
     if size is not None:
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
 
 def _write_images(

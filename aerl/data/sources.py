@@ -514,8 +514,6 @@ def _parquet(file: Path, columns: _Columns) -> _Part:
 
 
 def _on_hub(path: str, name: str | None, columns: _Columns) -> _Parts:
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith((".parquet", ".npz")):
-        raise UserError(f"dataset.path={path}: no such file or folder, and not a name on the hub (owner/name)")
     from huggingface_hub import HfApi, constants
 
     if not constants.HF_HUB_OFFLINE:
