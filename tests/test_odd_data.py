@@ -167,14 +167,6 @@ def test_odd_data_through_everything(tmp_path, hardware, classes, shape, n, norm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", range(1, 65))
-def test_every_side_through_the_suite(tmp_path, hardware, side):
-    for norm in ("L2", "Linf"):
-        for shape in ((1, side, side), (1, side, 37)):
-            Case(tmp_path, hardware, classes=4, shape=shape, n=2, norm=norm).attack()
-
-
-@pytest.mark.slow
 def test_eps_0_is_said(tmp_path, hardware):
     case = Case(tmp_path, hardware, classes=3, shape=(1, 6, 6), n=4, eps=0)
     _, refused = run(case, OTHERS)
