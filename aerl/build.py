@@ -11,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from aerl.attacks import SampleGenerator, attacking, evaluating
+from aerl.attacks import AttackSpec, SampleGenerator, attacking, evaluating
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
-from aerl.evaluation.evaluate import setting
+from aerl.evaluation.metrics import Metric
 from aerl.evaluation.probe import drawn, keeping_buffers, probe
 from aerl.models import Classifier
 from aerl.runtime import ddp, device
 from aerl.runtime.device import Hardware, seed_from
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
-from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
+from aerl.types import UserError, foreign_code, is_foreign, named
 
 log = logging.getLogger("aerl")
 
@@ -35,8 +34,6 @@ log = logging.getLogger("aerl")
 _ELSEWHERE = ("load", "store")
 # What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
 _SIZES = ("num_classes", "channels", "size")
-# The settings of an attack that aerl reads, and what each of them must be.
-_ATTACK_SETTINGS: dict[str, Any] = {"norm": Norm, "eps": NonNegative, "batch_size": Count}
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class Parts:
     data: DataSplits
     model: Classifier
     recipe: Recipe | None
-    attacks: Mapping[str, Callable[..., Any]]
+    attacks: Mapping[str, AttackSpec]
+    metrics: Mapping[str, Metric]
     analyses: Mapping[str, Callable[..., Any]]
     doubts: tuple[str, ...] = ()
 
@@ -61,6 +59,7 @@ def check(config: Config) -> Recipe | None:
         attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
     for name, spec in config.analysis.items():
         bind(spec, f"analysis.{name}", given=dict.fromkeys(_ELSEWHERE), later=["context"])
+    build_metrics(config)
     bind(config.model.net, "model.net", given=dict.fromkeys(_SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
@@ -73,7 +72,7 @@ def check(config: Config) -> Recipe | None:
 
 def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
-    recipe = check(config)
+    recipe, metrics = check(config), build_metrics(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = device.set_up(**config.hardware.model_dump())
     if recipe is not None and machine.compile:
@@ -93,14 +92,14 @@ def build(config: Config) -> Parts:
         name: _built(spec, f"analysis.{name}", "context", given=elsewhere) for name, spec in config.analysis.items()
     }
     nothing = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
-    for name, call in attacks.items():
+    for name, spec in attacks.items():
         # An attack checks its settings against each other when it is called; one that cannot take an empty
         # batch is none the worse for it, and what one of others does to the model is not looked at here.
-        if is_foreign(call):
+        if is_foreign(spec.call):
             continue
         with named(f"attack.{name}"), _only(UserError):
             no_labels = data.test.labels[:0].to(machine.device)
-            call(model, nothing, no_labels, generator=SampleGenerator.for_images(nothing, seed=0))
+            spec.call(model, nothing, no_labels, generator=SampleGenerator.for_images(nothing, seed=0))
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
@@ -108,7 +107,7 @@ def build(config: Config) -> Parts:
     untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
-    return Parts(machine, data, model, recipe, attacks, analyses, (*untrained, *doubts))
+    return Parts(machine, data, model, recipe, attacks, metrics, analyses, (*untrained, *doubts))
 
 
 @contextmanager
@@ -120,16 +119,14 @@ def _only(kind: type[Exception]) -> Iterator[None]:
             raise
 
 
-def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
-    made = _built(spec, key, "model", "x", "y", given=given, generator=None)
-    for name, right in _ATTACK_SETTINGS.items():
-        if (value := setting(made, name, None)) is not None:
-            try:
-                TypeAdapter(right).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise UserError(f"{key}.{name}={value}: {error.errors()[0]['msg']}") from error
-    return made
+def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> AttackSpec:
+    """`attack(model, x, y, *, generator)`, a function with its settings bound or an instance of a class, resolved."""
+    return AttackSpec.of(_built(spec, key, "model", "x", "y", given=given, generator=None), key)
+
+
+def build_metrics(config: Config) -> dict[str, Metric]:
+    """Each a function `metric(logits, labels)`, see `aerl.evaluation.metrics`."""
+    return {name: _built(spec, f"metric.{name}", "logits", "labels") for name, spec in config.metric.items()}
 
 
 def _built(
@@ -146,17 +143,6 @@ def _built(
         arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
         raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
     return made
-
-
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """An attack's complaint about a setting of its own, under the key by which the user knows it."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(key):
-            raise
-        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
 
 
 def build_recipe(config: Config) -> Recipe | None:
@@ -184,7 +170,7 @@ def build_recipe(config: Config) -> Recipe | None:
         adversary=None
         if adversary is None
         else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack"),
+            attack(adversary.attack, "trainer.adversary.attack").call,  # type: ignore[arg-type]
             adversary.weight,
             adversary.start_epoch,
             adversary.objective,

@@ -22,7 +22,7 @@ from aerl.tracking.results import read_config, read_summary, write_summary
 from aerl.types import UserError, eps_text
 
 # Which overrides say how a model is judged, and not how it is made.
-_JUDGING = ("seed", "norm", "eps", "attack", "analysis", "evaluation")
+_JUDGING = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
 
 
 # What summary.json says of the run folder and its files alone.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a finished run or a wrong ke
     from aerl.analyses import AnalysisContext
     from aerl.build import Parts
     from aerl.data import Split
-    from aerl.evaluation.evaluate import Outcomes
+    from aerl.evaluation.outcomes import Outcomes
 
 log = logging.getLogger("aerl")
 
@@ -67,7 +67,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
 
     choices = _choices("dataset", "model")
     from aerl.build import build, build_data
-    from aerl.evaluation.outcomes import judge
+    from aerl.evaluation.evaluate import evaluate
     from aerl.runtime.device import describe
 
     if config.prepare_data_only:
@@ -109,7 +109,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
             elif config.checkpoint not in (None, "own"):
                 _identify(config.checkpoint, record)
             record.summary.setdefault("trained", None)
-            outcomes, split = judge(parts, config, record)
+            outcomes, split = evaluate(parts, config, record)
             if ddp.is_main():
                 with ddp.main_process_only():
                     _analyse(parts, config, record, outcomes, split)
@@ -241,7 +241,7 @@ def _analyse(parts: "Parts", config: Config, record: Record, outcomes: "Outcomes
     import torch
 
     from aerl.analyses import AnalysisContext
-    from aerl.evaluation.outcomes import batch_size
+    from aerl.evaluation.evaluate import batch_size
     from aerl.runtime.files import load_arrays
 
     context = AnalysisContext(

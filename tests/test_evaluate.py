@@ -13,7 +13,9 @@ from torch import nn
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
-from aerl.evaluation.evaluate import Attacked, run_attack
+from aerl.evaluation.evaluate import run_attack
+from aerl.evaluation.metrics import BUILT_IN, margin
+from aerl.evaluation.outcomes import Attacked, accuracy, check_within, reward, so_far
 from aerl.runtime.device import is_out_of_memory
 from aerl.types import UserError
 
@@ -52,8 +54,8 @@ def test_only_samples_that_are_right_are_attacked(model, split, hardware):
 
     found = attacked(spy, model, split, hardware, batch_size=8)["a"]
     assert sum(seen) == 30
-    assert (found.l2[::3] == 0).all() and (found.pred[::3] != split.labels[::3].numpy()).all()
-    assert found.l2.max() > 0
+    assert (found.samples["l2"][::3] == 0).all() and (found.pred[::3] != split.labels[::3].numpy()).all()
+    assert found.samples["l2"].max() > 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 45])
@@ -63,7 +65,7 @@ def test_neither_batch_size_nor_order_changes_an_outcome(model, split, hardware,
     straight = attacked(weak_pgd, model, split, hardware)["a"]
     other = attacked(weak_pgd, model, shuffled, hardware, batch_size)["a"]
     assert np.array_equal(straight.pred[order.numpy()], other.pred)
-    np.testing.assert_allclose(straight.l2[order.numpy()], other.l2, atol=1e-5)
+    np.testing.assert_allclose(straight.samples["l2"][order.numpy()], other.samples["l2"], atol=1e-5)
 
 
 def autoattack(**settings) -> AutoAttack:
@@ -88,13 +90,14 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, spli
                 raise Interrupted
 
         try:
-            again = attacked(attack, model, split, hardware, batch_size=8, resume=state, keep=stop_at_the_second)
+            again = attacked(attack, model, split, hardware, batch_size=8, resume=state, save=stop_at_the_second)
             break
         except Interrupted:
             state, batches = kept[0], batches + 1  # what the second batch did is lost
     assert batches >= 3
-    for key in (*evaluate.PER_SAMPLE, "examples"):
-        assert np.array_equal(getattr(whole, key), getattr(again["a"], key)), key
+    assert np.array_equal(whole.examples, again["a"].examples)
+    for key, values in whole.samples.items():
+        assert np.array_equal(values, again["a"].samples[key]), key
 
 
 def test_stages_hand_on_survivors_only(model, split, hardware):
@@ -105,13 +108,16 @@ def test_stages_hand_on_survivors_only(model, split, hardware):
         def stages(self, model, x):
             return [partial(self.one, 0.0), partial(self.one, 0.5)]
 
+        def __call__(self, model, x, y, *, generator):
+            raise AssertionError("its stages run instead")
+
         def one(self, threshold, model, x, y, *, generator):
             seen.append(len(x))
             black = (x.mean((1, 2, 3)) > 0.5) == (threshold == 0.0)
             return torch.where(black[:, None, None, None], torch.zeros_like(x), x)
 
     found = attacked(Staged(), model, split, hardware)["a"]
-    fallen = int(((found.linf > 0) & (found.pred != split.labels.numpy())).sum())
+    fallen = int(((found.samples["linf"] > 0) & (found.pred != split.labels.numpy())).sum())
     assert len(seen) == 2 and seen[0] == 30 and 30 - seen[1] <= fallen
 
 
@@ -127,7 +133,7 @@ def test_a_model_without_a_gradient_is_left_to_black_box_attacks(split, hardware
         unharmed = attacked(weak_pgd, Broken(), right, hardware)["a"]
     assert any("not run" in warning for warning in warnings)
     assert (found.pred != labels.numpy()).any()  # Square needs no gradient
-    assert (unharmed.pred == labels.numpy()).all() and (unharmed.l2 == 0).all()
+    assert (unharmed.pred == labels.numpy()).all() and (unharmed.samples["l2"] == 0).all()
 
 
 def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardware):
@@ -135,43 +141,37 @@ def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardw
     attack = partial(weak_pgd, drop_fooled=False)
     clean = evaluate.predict(model, split, hardware, 45)
     found = attacked(attack, model, split, hardware, policy="sample")["a"]
-    outcomes = {"label": split.labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.p,
-                "a_pred": found.pred, "a_p": found.p}  # fmt: skip
-    assert (found.l2 > 0).all()  # also those whose argmax is wrong
-    assert (found.p <= clean.p + 1e-6).all()
-    value = evaluate.accuracy(outcomes, ["a"], "sample")["value"]
-    assert value == pytest.approx(float(np.minimum(clean.p, found.p).mean()), abs=1e-6)
+    outcomes = {"label": split.labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.samples["p"],
+                "a_pred": found.pred, "a_p": found.samples["p"]}  # fmt: skip
+    assert (found.samples["l2"] > 0).all()  # also those whose argmax is wrong
+    assert (found.samples["p"] <= clean.samples["p"] + 1e-6).all()
+    value = accuracy(outcomes, ["a"], "sample")["value"]
+    assert value == pytest.approx(float(np.minimum(clean.samples["p"], found.samples["p"]).mean()), abs=1e-6)
     with torch.no_grad():
         x = split.images.float() / 255
         draws = torch.multinomial(model(x).softmax(1), 4000, replacement=True,
                                   generator=torch.Generator().manual_seed(0))  # fmt: skip
     drawn = (draws == split.labels[:, None]).float().mean().item()
-    assert evaluate.accuracy(outcomes, [], "sample")["value"] == pytest.approx(drawn, abs=0.01)
+    assert accuracy(outcomes, [], "sample")["value"] == pytest.approx(drawn, abs=0.01)
 
 
 def test_survivors_are_what_every_counted_attack_has_left():
     outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
-    zeros = np.zeros(4, np.float32)
-    clean = Attacked(outcomes["clean_pred"], *(zeros for _ in evaluate.PER_SAMPLE[1:]), np.zeros((0, 1, 2, 2)))
+    clean = Attacked({"pred": outcomes["clean_pred"], "l2": np.zeros(4)}, np.zeros((0, 1, 2, 2)))
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
-        outcomes |= {
-            f"{name}_pred": np.array(pred),
-            **{f"{name}_{key}": zeros for key in ("p", "confidence", "entropy")},
-            f"{name}_l2": zeros + size,
-            f"{name}_linf": zeros,
-        }
-    state = evaluate.so_far(outcomes, clean, ["a", "b"])
+        outcomes |= {f"{name}_pred": np.array(pred), f"{name}_l2": np.full(4, size)}
+    state = so_far(outcomes, clean, ["a", "b"])
     assert state.pred.tolist() == [0, 1, 2, 1]  # the wrong one stays wrong, each other as the first left it
-    np.testing.assert_allclose(state.l2, [0, 0.1, 0.2, 0])
+    np.testing.assert_allclose(state.samples["l2"], [0, 0.1, 0.2, 0])
     assert (clean.pred == [0, 0, 0, 1]).all()
 
 
 def test_with_nothing_right_there_is_nothing_to_attack(model, split, hardware):
     wrong = Split(split.images[::3], split.labels[::3])
     found = attacked(weak_pgd, model, wrong, hardware)["a"]
-    assert (found.l2 == 0).all() and found.seconds < 5
+    assert (found.samples["l2"] == 0).all() and found.seconds < 5
     outcomes = {"label": wrong.labels.numpy(), "clean_pred": found.pred, "a_pred": found.pred}
-    assert evaluate.accuracy(outcomes, ["a"])["value"] == 0
+    assert accuracy(outcomes, ["a"])["value"] == 0
 
 
 def test_the_parts_of_an_attack_are_outcomes_of_their_own(model, split, hardware):
@@ -180,15 +180,15 @@ def test_the_parts_of_an_attack_are_outcomes_of_their_own(model, split, hardware
 
     found = attacked(two, model, split, hardware, batch_size=8)
     assert set(found) == {"a_still", "a_black"}
-    assert (found["a_still"].linf == 0).all()
-    assert found["a_black"].linf.max() > 0.9
+    assert (found["a_still"].samples["linf"] == 0).all()
+    assert found["a_black"].samples["linf"].max() > 0.9
 
 
 def test_examples_are_the_first_images_as_attacked(model, split, hardware):
     found = attacked(weak_pgd, model, split, hardware, batch_size=8)["a"]
     clean = split.images[:16].float().numpy() / 255
     moved = np.sqrt(((found.examples - clean) ** 2).sum((1, 2, 3)))
-    np.testing.assert_allclose(moved, found.l2[:16], atol=1e-5)
+    np.testing.assert_allclose(moved, found.samples["l2"][:16], atol=1e-5)
 
 
 def test_worst_case_counts_samples_not_attacks():
@@ -198,10 +198,10 @@ def test_worst_case_counts_samples_not_attacks():
         "a_pred": np.array([0, 1, 0, 1]),
         "b_pred": np.array([0, 0, 1, 0]),
     }
-    assert evaluate.accuracy(outcomes)["value"] == 0.75
-    assert evaluate.accuracy(outcomes, ["a"])["value"] == 0.5
-    assert evaluate.accuracy(outcomes, ["b"])["value"] == 0.5  # right only after the attack is not robust
-    assert evaluate.accuracy(outcomes, ["a", "b"])["value"] == 0.25
+    assert accuracy(outcomes)["value"] == 0.75
+    assert accuracy(outcomes, ["a"])["value"] == 0.5
+    assert accuracy(outcomes, ["b"])["value"] == 0.5  # right only after the attack is not robust
+    assert accuracy(outcomes, ["a", "b"])["value"] == 0.25
 
 
 def test_the_subset_is_the_same_for_every_run(split):
@@ -216,21 +216,21 @@ def test_an_attack_that_leaves_its_ball_is_not_counted(model, split, hardware):
 
     found = attacked(cheats, model, split, hardware)["a"]
     with pytest.raises(UserError, match=r"attack.a: left its Linf ball: a perturbation of 0.5"):
-        evaluate.check_within("a", found, "Linf", 0.1)
-    evaluate.check_within("a", found, "Linf", 0.5)
+        check_within("a", found, "Linf", 0.1)
+    check_within("a", found, "Linf", 0.5)
 
 
 def test_an_attack_that_leaves_the_box_is_not_counted(model, split, hardware):
     found = attacked(lambda model, x, y, *, generator: x + 0.1, model, split, hardware)["a"]
     with pytest.raises(UserError, match=r"attack.a: left the box: a pixel lies 0.1"):
-        evaluate.check_within("a", found, "Linf", 0.2)
-    evaluate.check_within("a", found, "Linf", 0.2, boxed=False)
+        check_within("a", found, "Linf", 0.2)
+    check_within("a", found, "Linf", 0.2, boxed=False)
 
 
 def ends_in_one_line(attack, model, split, hardware, **options) -> str:
     with pytest.raises(UserError) as error:
         found = attacked(attack, model, split, hardware, **options)["a"]
-        evaluate.check_within("a", found, "Linf", 0.1)
+        check_within("a", found, "Linf", 0.1)
     line = str(error.value)
     assert line.startswith("attack.a: ") and "\n" not in line
     return line
@@ -265,8 +265,8 @@ def test_the_ball_is_measured_from_the_datas_own_images(model, split, hardware, 
 def test_what_an_attack_changes_after_the_fact_does_not_count(model, split, hardware):
     found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)["a"]
     clean = evaluate.predict(model, split, hardware, 45)
-    for key in evaluate.PER_SAMPLE:
-        np.testing.assert_allclose(getattr(found, key), getattr(clean, key), atol=1e-6)
+    for key, values in found.samples.items():
+        np.testing.assert_allclose(values, clean.samples[key], atol=1e-6)
 
 
 def test_labels_changed_in_place_are_the_attacks_own(model, split, hardware):
@@ -276,7 +276,7 @@ def test_labels_changed_in_place_are_the_attacks_own(model, split, hardware):
 
     found = attacked(relabels, model, split, hardware)["a"]
     clean = evaluate.predict(model, split, hardware, 45)
-    assert np.array_equal(found.pred, clean.pred) and np.array_equal(found.p, clean.p)
+    assert np.array_equal(found.pred, clean.pred) and np.array_equal(found.samples["p"], clean.samples["p"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -288,7 +288,7 @@ def test_images_of_another_precision_are_measured_as_float32(model, split, hardw
     x = split.images.float() / 255
     expected = (moved(model, x, None, generator=None).float() - x).abs().amax((1, 2, 3))
     right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
-    np.testing.assert_allclose(found.linf, np.where(right, expected.detach().numpy(), 0), atol=1e-6)
+    np.testing.assert_allclose(found.samples["linf"], np.where(right, expected.detach().numpy(), 0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -394,11 +394,11 @@ def test_what_is_not_finite_is_never_right(model, split, hardware, value):
                                  hardware, 8)  # fmt: skip
     sick = split.images[:, 0, 0, 0].numpy() / 255 > 0.5
     assert (clean.pred[sick] == -1).all() and (clean.pred[~sick] >= 0).all()
-    outcomes = {"label": labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.p}
+    outcomes = {"label": labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.samples["p"]}
     for policy in ("argmax", "sample"):
-        rewards = evaluate.reward(outcomes, [], policy)
+        rewards = reward(outcomes, [], policy)
         assert (rewards[sick] == 0).all() and np.isfinite(rewards).all()
-    assert all(np.isfinite(getattr(clean, key)).all() for key in evaluate.PER_SAMPLE)
+    assert all(np.isfinite(values).all() for values in clean.samples.values())
     assert [warning.split()[0] for warning in warnings] == [str(sick.sum())]
 
 
@@ -450,7 +450,7 @@ def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_s
     with collect_warnings() as warnings:
         found = attacked(weak_pgd, Narrow(model, 6), split, hardware, 45)["a"]
     assert np.array_equal(whole.pred, found.pred)
-    np.testing.assert_allclose(whole.l2, found.l2, atol=1e-5)
+    np.testing.assert_allclose(whole.samples["l2"], found.samples["l2"], atol=1e-5)
     halvings = [warning for warning in warnings if warning.startswith("out of memory")]
     assert len(halvings) == len(set(halvings)) and halvings[-1].endswith("went on with 3")
     with pytest.raises(UserError, match="a single image"):

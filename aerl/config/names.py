@@ -32,7 +32,7 @@ def _identifying(config: Mapping[Any, Any]) -> dict[str, Any]:
         if isinstance(part, Mapping)
         else part
         for name, part in config.items()
-        if name not in NOT_IDENTITY
+        if name not in NOT_IDENTITY and (name, part) != ("metric", {})
     }
 
 

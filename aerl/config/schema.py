@@ -5,6 +5,7 @@ written: the fixed sections against the classes below, and each `_target_` again
 it names. A new attack, model or dataset is therefore checked without being listed anywhere.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +57,18 @@ _LONGEST_NAME = 255  # bytes; of Linux's file systems
 
 Name = Annotated[str, AfterValidator(_below)]
 Folder = Annotated[str, Field(min_length=1)]
+
+
+def _metric_name(name: str) -> str:
+    """It ends a column of outcomes.npz, after the attack's name and an underscore."""
+    if not re.fullmatch("[a-zA-Z][a-zA-Z0-9]*", name):
+        raise ValueError("must be a name of letters and digits")
+    if name in ("pred", "p", "confidence", "entropy", "l2", "linf"):
+        raise ValueError("is measured in every run; choose another name")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_metric_name)]
 
 
 class Section(BaseModel):
@@ -154,6 +167,7 @@ class Config(Section):
     model: Model
     trainer: Trainer | None
     attack: dict[str, Target]
+    metric: dict[MetricName, Target]
     analysis: dict[str, Target]
     evaluation: Evaluation
     hardware: Hardware
