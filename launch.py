@@ -113,10 +113,10 @@ def gpus() -> int:
 def print_exception(error: Exception) -> None:
     """One line, or the traceback where the fault is aerl's own or the user asks for it."""
     from aerl.config.errors import explain
-    from aerl.runtime.ddp import speaks
+    from aerl.runtime.ddp import prints_errors
     from aerl.runtime.terminal import full_error, print_error
 
-    if not speaks():
+    if not prints_errors():
         return
     line = explain(error)
     if line is None or full_error():

@@ -30,7 +30,8 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 PRELUDE = """
 import logging, os, sys, time
 from pathlib import Path
-from aerl.tracking.results import ResultLog, open_tracker
+from aerl.tracking.results import ResultLog
+from aerl.tracking.wandb import open_tracker
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 root, mode = Path(sys.argv[1]), sys.argv[2]
 

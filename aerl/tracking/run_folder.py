@@ -88,7 +88,7 @@ def earlier_start(folder: Path, config: Config, wish: str | None = None) -> dict
         if foreign := _foreign(folder, summary):
             others = ", ".join(foreign[:3])
             raise UserError(f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME")
-        if any((folder / name).exists() for name in _OWN) and not config.overwrite:
+        if any(_holds_something(folder / name) for name in _OWN) and not config.overwrite:
             raise UserError(
                 f"run folder {folder}: its summary.json is missing; restore it, or overwrite=true begins again"
             )
@@ -104,6 +104,13 @@ def earlier_start(folder: Path, config: Config, wish: str | None = None) -> dict
     if config.overwrite and summary["status"] != _DISCARDED:
         log.info("overwrite=true has begun this run already: going on with it")
     return summary
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is a file, or a folder with something in it: W&B's may be a disk of its own, still empty."""
+    if path.is_dir():
+        return any(one.name != "lost+found" for one in path.iterdir())
+    return path.exists()
 
 
 def _used_up(summary: Mapping[str, Any], wish: str | None) -> bool:
