@@ -14,7 +14,6 @@ from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
 from aerl.evaluation.evaluate import run_attack
-from aerl.evaluation.metrics import BUILT_IN, margin
 from aerl.evaluation.outcomes import Attacked, accuracy, check_within, reward, so_far
 from aerl.runtime.device import is_out_of_memory
 from aerl.types import UserError
@@ -59,7 +58,7 @@ def test_only_samples_that_are_right_are_attacked(model, split, hardware):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 45])
-def test_neither_batch_size_nor_order_changes_an_outcome(model, split, hardware, batch_size):
+def test_batch_size_and_order_change_no_outcome(model, split, hardware, batch_size):
     order = torch.randperm(45, generator=torch.Generator().manual_seed(2))
     shuffled = Split(split.images[order], split.labels[order])
     straight = attacked(weak_pgd, model, split, hardware)["a"]
@@ -77,9 +76,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("attack", [weak_pgd, autoattack(attacks=["apgd-ce", "square"])], ids=["pgd", "autoattack"])
-def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, split, hardware, attack):
-    whole = attacked(attack, model, split, hardware, batch_size=8)["a"]
-    assert 0 < (whole.pred == split.labels.numpy()).sum() < 30  # some fall, some do not
+def test_resumes_to_the_same_outcomes(model, split, hardware, attack):
+    expected = attacked(attack, model, split, hardware, batch_size=8)["a"]
+    assert 0 < (expected.pred == split.labels.numpy()).sum() < 30  # some fall, some do not
     state, batches = None, 0
     while True:
         kept = []
@@ -95,8 +94,8 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_outcomes(model, spli
         except Interrupted:
             state, batches = kept[0], batches + 1  # what the second batch did is lost
     assert batches >= 3
-    assert np.array_equal(whole.examples, again["a"].examples)
-    for key, values in whole.samples.items():
+    assert np.array_equal(expected.examples, again["a"].examples)
+    for key, values in expected.samples.items():
         assert np.array_equal(values, again["a"].samples[key]), key
 
 
@@ -121,7 +120,7 @@ def test_stages_hand_on_survivors_only(model, split, hardware):
     assert len(seen) == 2 and seen[0] == 30 and 30 - seen[1] <= fallen
 
 
-def test_a_model_without_a_gradient_is_left_to_black_box_attacks(split, hardware):
+def test_a_model_without_a_gradient(split, hardware):
     class Broken(nn.Module):
         def forward(self, x):
             return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), x[:, 0, 0, 0]], 1).detach().round(decimals=2)
@@ -136,7 +135,7 @@ def test_a_model_without_a_gradient_is_left_to_black_box_attacks(split, hardware
     assert (unharmed.pred == labels.numpy()).all() and (unharmed.samples["l2"] == 0).all()
 
 
-def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardware):
+def test_sampled_policy(model, split, hardware):
     """The worst case of a sampled policy is the mean, over samples, of its least expected reward."""
     attack = partial(weak_pgd, drop_fooled=False)
     clean = evaluate.predict(model, split, hardware, 45)
@@ -155,7 +154,7 @@ def test_a_sampled_policy_earns_the_probability_of_the_label(model, split, hardw
     assert accuracy(outcomes, [], "sample")["value"] == pytest.approx(drawn, abs=0.01)
 
 
-def test_survivors_are_what_every_counted_attack_has_left():
+def test_survivors():
     outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
     clean = Attacked({"pred": outcomes["clean_pred"], "l2": np.zeros(4)}, np.zeros((0, 1, 2, 2)))
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
@@ -166,7 +165,7 @@ def test_survivors_are_what_every_counted_attack_has_left():
     assert (clean.pred == [0, 0, 0, 1]).all()
 
 
-def test_with_nothing_right_there_is_nothing_to_attack(model, split, hardware):
+def test_nothing_right(model, split, hardware):
     wrong = Split(split.images[::3], split.labels[::3])
     found = attacked(weak_pgd, model, wrong, hardware)["a"]
     assert (found.samples["l2"] == 0).all() and found.seconds < 5
@@ -210,7 +209,7 @@ def test_the_subset_is_the_same_for_every_run(split):
     assert subset(split, None) is split and subset(split, 1000) is split
 
 
-def test_an_attack_that_leaves_its_ball_is_not_counted(model, split, hardware):
+def test_an_attack_that_leaves_its_ball(model, split, hardware):
     def cheats(model, x, y, *, generator):
         return (x + 0.5).clamp(0, 1)
 
@@ -220,7 +219,7 @@ def test_an_attack_that_leaves_its_ball_is_not_counted(model, split, hardware):
     check_within("a", found, "Linf", 0.5)
 
 
-def test_an_attack_that_leaves_the_box_is_not_counted(model, split, hardware):
+def test_an_attack_that_leaves_the_box(model, split, hardware):
     found = attacked(lambda model, x, y, *, generator: x + 0.1, model, split, hardware)["a"]
     with pytest.raises(UserError, match=r"attack.a: left the box: a pixel lies 0.1"):
         check_within("a", found, "Linf", 0.2)
@@ -257,19 +256,19 @@ def writes_later(model, x, y, kept=[]):  # noqa: B006
 
 
 @pytest.mark.parametrize("cheats", [writes_into_its_images, writes_into_a_view, shuffles])
-def test_the_ball_is_measured_from_the_datas_own_images(model, split, hardware, cheats):
+def test_images_changed_in_place(model, split, hardware, cheats):
     line = ends_in_one_line(lambda model, x, y, *, generator: cheats(model, x, y), model, split, hardware)
     assert "left its Linf ball" in line
 
 
-def test_what_an_attack_changes_after_the_fact_does_not_count(model, split, hardware):
+def test_images_changed_later(model, split, hardware):
     found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)["a"]
     clean = evaluate.predict(model, split, hardware, 45)
     for key, values in found.samples.items():
         np.testing.assert_allclose(values, clean.samples[key], atol=1e-6)
 
 
-def test_labels_changed_in_place_are_the_attacks_own(model, split, hardware):
+def test_labels_changed_in_place(model, split, hardware):
     def relabels(model, x, y, *, generator):
         y.add_(1).remainder_(3)
         return x
@@ -280,7 +279,7 @@ def test_labels_changed_in_place_are_the_attacks_own(model, split, hardware):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_images_of_another_precision_are_measured_as_float32(model, split, hardware, dtype):
+def test_images_of_another_precision(model, split, hardware, dtype):
     def moved(model, x, y, *, generator):
         return (0.25 + 0.5 * x).to(dtype).requires_grad_()
 
@@ -295,31 +294,26 @@ def test_images_of_another_precision_are_measured_as_float32(model, split, hardw
     ("returned", "named"),
     [
         (lambda x: None, "NoneType"),
-        (lambda x: list(x), "list"),
         (lambda x: x.numpy(), "ndarray"),
         (lambda x: x[1:], r"\(29, 1, 8, 8\)"),
-        (lambda x: torch.cat([x, x]), r"\(60, 1, 8, 8\)"),
         (lambda x: x.flatten(1), r"\(30, 64\)"),
         (lambda x: x.expand(-1, 3, -1, -1), r"\(30, 3, 8, 8\)"),
         (lambda x: (x * 255).to(torch.uint8), "uint8"),
-        (lambda x: x.to(torch.complex64), "complex64"),
-        (lambda x: x > 0.5, "bool"),
         (lambda x: x.to("meta"), "meta"),
         (lambda x: torch.where(x > 0.5, torch.nan, x), "NaN"),
         (lambda x: x + torch.tensor([torch.inf] + 29 * [0.0])[:, None, None, None], "1 of 30"),
         (lambda x: {}, r"\[\]"),
-        (lambda x: {1: x}, r"\[1\]"),
         (lambda x: {"a/b": x}, "a/b"),
         (lambda x: {"one": x, "two": None}, "as two a NoneType"),
         (lambda x: {"one": x, "two": x[1:]}, "as two images"),
     ],
 )
-def test_what_is_no_adversarial_image_is_refused(model, split, hardware, returned, named):
+def test_anything_but_images_is_refused(model, split, hardware, returned, named):
     line = ends_in_one_line(lambda model, x, y, *, generator: returned(x), model, split, hardware)
     assert re.search(named, line)
 
 
-def test_parts_that_only_some_batches_have_are_refused(model, split, hardware):
+def test_parts_of_some_batches_are_refused(model, split, hardware):
     def sometimes(model, x, y, *, generator, seen=[]):  # noqa: B006
         seen.append(0)
         return {"one": x} if len(seen) == 1 else {"one": x, "two": x}
@@ -361,7 +355,7 @@ class Counting(nn.Module):
         return x
 
 
-def test_a_model_is_attacked_as_it_is_judged_and_may_change_itself(model, split, hardware):
+def test_a_model_may_change_its_own_buffers(model, split, hardware):
     """In eval mode with frozen parameters, whatever its own mode; a buffer of its own is not the attack's doing."""
     counting = nn.Sequential(*copy.deepcopy(model), Counting(), nn.Dropout())
     modes = []
@@ -387,7 +381,7 @@ class Sick(nn.Module):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_never_right(model, split, hardware, value):
+def test_not_finite_is_wrong(model, split, hardware, value):
     labels = torch.zeros(45, dtype=torch.int64)  # which argmax gives for NaN
     with collect_warnings() as warnings:
         clean = evaluate.predict(Sick(model, lambda x: x[:, 0, 0, 0] > 0.5, value), Split(split.images, labels),
@@ -402,7 +396,7 @@ def test_what_is_not_finite_is_never_right(model, split, hardware, value):
     assert [warning.split()[0] for warning in warnings] == [str(sick.sum())]
 
 
-def test_a_model_that_is_not_finite_on_adversarial_images_is_fooled_there(model, split, hardware):
+def test_not_finite_on_adversarial_images(model, split, hardware):
     found = attacked(lambda model, x, y, *, generator: torch.zeros_like(x),
                      Sick(model, lambda x: x.amax((1, 2, 3)) == 0), split, hardware)["a"]  # fmt: skip
     right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
@@ -410,7 +404,7 @@ def test_a_model_that_is_not_finite_on_adversarial_images_is_fooled_there(model,
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), NotImplementedError(), AssertionError("a\nb"), SystemExit(0)])
-def test_what_other_peoples_code_raises_is_one_line(model, split, hardware, error):
+def test_exceptions_of_foreign_code(model, split, hardware, error):
     def raises(*args, **kwargs):
         raise error
 
@@ -421,7 +415,7 @@ def test_what_other_peoples_code_raises_is_one_line(model, split, hardware, erro
     assert type(error).__name__ in line
 
 
-def test_a_bug_of_our_own_is_not_taken_for_other_peoples(split, hardware, monkeypatch):
+def test_exceptions_of_our_own_code(split, hardware, monkeypatch):
     from aerl.attacks import pgd as ours
     from aerl.models import AliCNN
 
@@ -445,12 +439,12 @@ class Narrow(torch.nn.Module):
         return self.model(x)
 
 
-def test_out_of_memory_the_batch_is_halved_the_outcomes_are_the_same_and_it_is_said_once(model, split, hardware):
-    whole = attacked(weak_pgd, model, split, hardware, 45)["a"]
+def test_out_of_memory_halves_the_batch(model, split, hardware):
+    expected = attacked(weak_pgd, model, split, hardware, 45)["a"]
     with collect_warnings() as warnings:
         found = attacked(weak_pgd, Narrow(model, 6), split, hardware, 45)["a"]
-    assert np.array_equal(whole.pred, found.pred)
-    np.testing.assert_allclose(whole.samples["l2"], found.samples["l2"], atol=1e-5)
+    assert np.array_equal(expected.pred, found.pred)
+    np.testing.assert_allclose(expected.samples["l2"], found.samples["l2"], atol=1e-5)
     halvings = [warning for warning in warnings if warning.startswith("out of memory")]
     assert len(halvings) == len(set(halvings)) and halvings[-1].endswith("went on with 3")
     with pytest.raises(UserError, match="a single image"):
@@ -470,11 +464,11 @@ def real_errors():
     yield OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-def test_every_librarys_lack_of_memory_is_one(model, split, hardware):
-    whole = evaluate.predict(model, split, hardware, 45)
+def test_out_of_memory_of_every_library(model, split, hardware):
+    expected = evaluate.predict(model, split, hardware, 45)
     for error in real_errors():
         assert is_out_of_memory(error), error
-        assert np.array_equal(evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, whole.pred)
+        assert np.array_equal(evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, expected.pred)
     for text in (
         "mat1 and mat2 shapes cannot be multiplied",
         "could not create a primitive descriptor for a matmul",

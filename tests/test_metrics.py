@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 
+from aerl.config.schema import MetricName
 from aerl.evaluation.metrics import BUILT_IN, margin, measure
 from aerl.tracking.results import read_results
 from aerl.types import UserError
@@ -72,6 +74,9 @@ def test_a_metric_of_ones_own_is_a_file_and_a_yaml(launch, tmp_path):
         assert means[attack, "mean_rank"] == pytest.approx(rank.mean())
         assert means[attack, "mean_margin"] == pytest.approx(gap.mean())
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
-    for word in ("+metric.p={_target_: my_metrics.rank}", "+metric.a_b={_target_: my_metrics.rank}"):
-        refused = launch(*words, word, PYTHONPATH=str(tmp_path))
-        assert refused.returncode == 1 and "metric." in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["p", "pred", "a_b"])
+def test_a_metric_name_is_no_column_of_another(name):
+    with pytest.raises(ValidationError, match=name):
+        TypeAdapter(MetricName).validate_python(name)
