@@ -70,7 +70,7 @@ class AutoAttack:
     def stages(self, model: nn.Module, x: Tensor) -> list["AutoAttack"]:
         """One AutoAttack for each component that can run on `model` and images like x (B, C, H, W), in order.
 
-        Running each over the whole test set, in batches of `batch_size` of the samples that the ones before have
+        Running each over the test set, in batches of `batch_size` of the samples that the ones before have
         left, is what the library does: the outcomes are the same. x may be empty. Raises UserError if no component
         can run.
         """
@@ -82,7 +82,7 @@ class AutoAttack:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
 
         Raises UserError if no component can run on so few classes, also for an empty batch; NoGradient if a
-        component other than Square meets logits that do not depend differentiably on the images.
+        component other than Square gets logits that do not depend differentiably on the images.
         """
         logits = partial(_logits, model, x, y)
         with attacking(model), _contained():

@@ -163,7 +163,7 @@ class Transfer:
     refine: whether to go on from the transferred images in the attacked model, where it still resists.
     drop_fooled: whether the refinement stops where it succeeds; see `pgd`. The source's own PGD never does.
     load: `load(runs, key=...)` gives the models of runs under short names; `key` is for its UserError.
-    store: the folder in which examples are kept; see `Crafted`.
+    store: the folder in which examples are stored; see `Crafted`.
     """
 
     sources: list[str]

@@ -8,13 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from aerl.data import Split, to_unit
-from aerl.evaluation.metrics import BUILT_IN
 from aerl.evaluation.statistics import proportion
 from aerl.types import UserError
 
 Outcomes = dict[str, np.ndarray]  # outcomes.npz: index, label, clean_pred, ..., <attack>_pred, ...
 Policy = Literal["argmax", "sample"]
-RESERVED = ("pred", "l2", "linf", *BUILT_IN)  # what every attack has
 
 
 @dataclass

@@ -31,6 +31,7 @@ def files(config: Config) -> dict[str, str]:
     parts: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "attack": config.attack,
+        "metric": config.metric,
         "analysis": config.analysis,
     }
     parts |= {"model.net": config.model.net, "trainer": config.trainer and config.trainer.model_dump()}
