@@ -296,7 +296,7 @@ def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: i
 def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
     """Move `model` to where the run computes, and try there what will be asked of it.
 
-    One that cannot compute on channels_last images, as device.channels_last gives them, gets contiguous ones.
+    One that cannot compute on channels_last images, as hardware.channels_last gives them, gets contiguous ones.
     """
     with foreign_code(key, remedy=f"moved to {machine.device}"):
         machine.place(model)
@@ -308,7 +308,7 @@ def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, bat
         model.contiguous = True
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         _try(model, key, data, machine, batch)
-        log.warning("%s; it computes in the contiguous layout instead of device.channels_last=true", error)
+        log.warning("%s; it computes in the contiguous layout instead of hardware.channels_last=true", error)
 
 
 def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
