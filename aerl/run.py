@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from aerl.config import compose
 from aerl.config.names import run_name
 from aerl.config.schema import Config
-from aerl.report.multirun import note_job, wish
+from aerl.report.multirun import note_job, overwrite_id
 from aerl.report.page import NAME, written
 from aerl.report.table import show
 from aerl.runtime import ddp, gpus, progress, signals
@@ -98,7 +98,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                 choices=choices,
                 environment=describe(parts.hardware),
                 inputs=read,
-                wish=wish(),
+                wish=overwrite_id(),
             ) as record,
         ):
             for doubt in parts.doubts:
@@ -119,7 +119,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     """What an earlier start has left in the run folder, as far as it can be believed."""
-    earlier = earlier_start(folder, config, wish())
+    earlier = earlier_start(folder, config, overwrite_id())
     return whole(folder, earlier) if earlier.get("status") == "finished" else earlier
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from aerl.config.errors import UNPRINTABLE, omegaconf_line, pydantic_line, short
 from aerl.config.names import leaves
 from aerl.config.schema import Config
-from aerl.remote import local
+from aerl.hub import local
 from aerl.tracking.results import read_config, read_summary
 from aerl.types import UserError, first_line
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aerl.config.schema import Config
-from aerl.remote import local
+from aerl.hub import local
 from aerl.runtime.files import sha256
 from aerl.tracking.fingerprint import fingerprint
 from aerl.types import UserError

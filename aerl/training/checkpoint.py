@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aerl.remote import local
+from aerl.hub import local
 from aerl.runtime.files import atomic_write, inside, sha256
 from aerl.tracking.results import read_summary
 from aerl.types import UserError, first_line
