@@ -3,22 +3,20 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from aerl.attacks import SampleGenerator
+from aerl.attacks import AttackSpec, SampleGenerator
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
-from aerl.evaluation.evaluate import setting
+from aerl.evaluation.metrics import Metric
 from aerl.models import Classifier
 from aerl.models.build import SIZES, build_model, build_net
 from aerl.models.probe import drawn, probe
@@ -26,14 +24,12 @@ from aerl.runtime import ddp, device
 from aerl.runtime.device import Hardware
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
-from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
+from aerl.types import UserError, foreign_code, is_foreign, named
 
 log = logging.getLogger("aerl")
 
 # What attacks and analyses that use the models of other runs are given.
 _ELSEWHERE = ("load", "store")
-# The settings of an attack that aerl reads, and what each of them must be.
-_ATTACK_SETTINGS: dict[str, Any] = {"norm": Norm, "eps": NonNegative, "batch_size": Count}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,8 @@ class Parts:
     data: DataSplits
     model: Classifier
     recipe: Recipe | None
-    attacks: Mapping[str, Callable[..., Any]]
+    attacks: Mapping[str, AttackSpec]
+    metrics: Mapping[str, Metric]
     analyses: Mapping[str, Callable[..., Any]]
     doubts: tuple[str, ...] = ()
 
@@ -55,6 +52,7 @@ def check(config: Config) -> Recipe | None:
         attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
     for name, spec in config.analysis.items():
         bind(spec, f"analysis.{name}", given=dict.fromkeys(_ELSEWHERE), later=["context"])
+    build_metrics(config)
     bind(config.model.net, "model.net", given=dict.fromkeys(SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
@@ -67,7 +65,7 @@ def check(config: Config) -> Recipe | None:
 
 def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
-    recipe = check(config)
+    recipe, metrics = check(config), build_metrics(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = device.set_up(**config.hardware.model_dump())
     if recipe is not None and machine.compile:
@@ -86,8 +84,8 @@ def build(config: Config) -> Parts:
     analyses = {
         name: _built(spec, f"analysis.{name}", "context", given=elsewhere) for name, spec in config.analysis.items()
     }
-    for name, call in attacks.items():
-        _check_settings(call, f"attack.{name}", model, data, machine)
+    for name, one in attacks.items():
+        _check_settings(one.call, f"attack.{name}", model, data, machine)
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
@@ -95,7 +93,7 @@ def build(config: Config) -> Parts:
     untrained = drawn(model.net, build_net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
-    return Parts(machine, data, model, recipe, attacks, analyses, (*untrained, *doubts))
+    return Parts(machine, data, model, recipe, attacks, metrics, analyses, (*untrained, *doubts))
 
 
 def _check_settings(
@@ -114,16 +112,14 @@ def _check_settings(
         log.debug("%s: %s", key, error)
 
 
-def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
-    made = _built(spec, key, "model", "x", "y", given=given, generator=None)
-    for name, right in _ATTACK_SETTINGS.items():
-        if (value := setting(made, name, None)) is not None:
-            try:
-                TypeAdapter(right).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise UserError(f"{key}.{name}={value}: {error.errors()[0]['msg']}") from error
-    return made
+def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> AttackSpec:
+    """`attack(model, x, y, *, generator)`, a function with its settings bound or an instance of a class, resolved."""
+    return AttackSpec.of(_built(spec, key, "model", "x", "y", given=given, generator=None), key)
+
+
+def build_metrics(config: Config) -> dict[str, Metric]:
+    """Each a function `metric(logits, labels)`, see `aerl.evaluation.metrics`."""
+    return {name: _built(spec, f"metric.{name}", "logits", "labels") for name, spec in config.metric.items()}
 
 
 def _built(
@@ -139,17 +135,6 @@ def _built(
         arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
         raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
     return made
-
-
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """A UserError about a setting (`steps=0: ...`), under the key by which the user knows it (`attack.pgd.steps=0`)."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(key):
-            raise
-        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
 
 
 def build_recipe(config: Config) -> Recipe | None:
@@ -184,7 +169,8 @@ def build_recipe(config: Config) -> Recipe | None:
         adversary=None
         if adversary is None
         else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack", given={"in_training": True}), adversary.start_epoch
+            attack(adversary.attack, "trainer.adversary.attack", given={"in_training": True}).call,  # type: ignore[arg-type]
+            adversary.start_epoch,
         ),
         select=trainer.select,
         augment=partial(augment, **config.dataset.augmentation.model_dump()),

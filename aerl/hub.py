@@ -24,7 +24,7 @@ from aerl.types import UserError, eps_text, first_line
 FILES = ("model.safetensors", "config.yaml", "summary.json")
 _SECONDS = 10.0  # how long a hub that does not answer is waited for
 # Overrides that say how a model is evaluated, not how it is trained.
-_EVALUATION = ("seed", "norm", "eps", "attack", "analysis", "evaluation")
+_EVALUATION = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
 # What summary.json says of the run folder alone.
 _OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
 

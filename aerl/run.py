@@ -60,7 +60,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
     # These import torch, which takes seconds: a finished run or a wrong key is answered without it.
     from aerl.analyses.run import run_analyses
     from aerl.build import build, build_data
-    from aerl.evaluation.outcomes import judge
+    from aerl.evaluation.evaluate import evaluate
     from aerl.runtime.device import describe
 
     if config.prepare_data_only:
@@ -88,7 +88,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                 log.warning("model: %s", doubt)
             record.save(doubts=list(parts.doubts))
             _train(parts, config, record)
-            outcomes, split = judge(parts, config, record)
+            outcomes, split = evaluate(parts, config, record)
             if ddp.is_main():
                 with ddp.main_process_only():
                     run_analyses(parts, config, record, outcomes, split)

@@ -52,6 +52,17 @@ def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 show
         raise UserError(f"{key}: {type(error).__name__}: {first_line(error)} ({remedy})") from error
 
 
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """A UserError of the code inside about a setting of its own gets the `key` by which the user knows it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(key):
+            raise
+        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
+
+
 def shortened(text: str, longest: int) -> str:
     """`text` in at most `longest` bytes of UTF-8; a longer one ends in a hash of it."""
     if len(text.encode()) <= longest:

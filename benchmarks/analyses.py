@@ -20,7 +20,6 @@ from aerl.attacks import SampleGenerator, pgd
 from aerl.data import DataSplits, Split, prepare, subset, to_unit
 from aerl.data.sources import digits
 from aerl.evaluation import evaluate
-from aerl.evaluation.evaluate import PER_SAMPLE
 from aerl.models import AliCNN, Classifier
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog
@@ -109,8 +108,8 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     attack = partial(pgd, norm="L2", eps=1.0)
     found = evaluate.run_attack(attack, model, chosen, clean, hardware, name="pgd", seed=0, batch_size=128)["pgd"]
     outcomes = {"label": chosen.labels.numpy()}
-    outcomes |= {f"clean_{key}": getattr(clean, key) for key in ("pred", "p", "confidence", "entropy")}
-    outcomes |= {f"pgd_{key}": getattr(found, key) for key in PER_SAMPLE}
+    outcomes |= clean.columns("clean")
+    outcomes |= found.columns("pgd")
     context = AnalysisContext(
         model=model, images=chosen.images, labels=chosen.labels, class_names=data.class_names, outcomes=outcomes,
         adversarial={"pgd": torch.from_numpy(found.examples)}, attacks={"pgd": {"norm": "L2", "eps": 1.0}},

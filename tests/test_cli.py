@@ -196,7 +196,7 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
     """In one process: composes each option, checks it, and binds every target to its signature."""
     from hydra import compose, initialize_config_dir
 
-    from aerl.build import attack, build_recipe
+    from aerl.build import attack, build_metrics, build_recipe
     from aerl.config.compose import read
     from aerl.config.targets import bind
 
@@ -220,6 +220,7 @@ def test_every_option_of_every_group_composes_and_passes_the_schema():
                     words = [f"{folder.name}={option}", *required.get(option, [])]
                 config = read(compose("config", overrides=words))
                 build_recipe(config)
+                build_metrics(config)
                 for name, spec in config.attack.items():
                     attack(spec, f"attack.{name}", given={"load": None, "store": None})
                 for name, spec in config.analysis.items():

@@ -94,7 +94,7 @@ def pydantic_line(error: ValidationError, prefix: str = "") -> str:
     if first["type"] == "extra_forbidden":
         return f"{key}={short(first['input'])}: no such key; {suggest(words[-1], _siblings(words))}"
     if first["type"] == "missing":
-        return f"{key}: missing; it can be set (trainer, attack and analysis to none) but not deleted"
+        return f"{key}: missing; it can be set (trainer, attack, metric and analysis to none) but not deleted"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key}={short(first['input'])}: {message}"
 

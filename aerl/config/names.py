@@ -29,7 +29,7 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(part, Mapping)
         else part
         for name, part in config.items()
-        if name not in NOT_IDENTITY
+        if name not in NOT_IDENTITY and (name, part) != ("metric", {})
     }
 
 

@@ -4,6 +4,7 @@ What YAML files compose to is checked before anything is computed or written: th
 below, each `_target_` against the signature of what it names (aerl.config.targets).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,18 @@ Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
 Target = Annotated[dict[str, Setting], AfterValidator(_has_target)]
 Name = Annotated[str, AfterValidator(_below_runs_dir)]
 Folder = Annotated[str, Field(min_length=1)]
+
+
+def _metric_name(name: str) -> str:
+    """It ends a column of outcomes.npz, after the attack's name and an underscore."""
+    if not re.fullmatch("[a-zA-Z][a-zA-Z0-9]*", name):
+        raise ValueError("must be a name of letters and digits")
+    if name in ("pred", "p", "confidence", "entropy", "l2", "linf"):
+        raise ValueError("is measured in every run; choose another name")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_metric_name)]
 
 
 class Section(BaseModel):
@@ -134,6 +147,7 @@ class Config(Section):
     model: Model
     trainer: Trainer | None
     attack: dict[str, Target]
+    metric: dict[MetricName, Target]
     analysis: dict[str, Target]
     evaluation: Evaluation
     hardware: Hardware

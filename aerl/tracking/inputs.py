@@ -62,7 +62,9 @@ def files(config: Config) -> dict[str, str]:
 
     Of a run its weights count, in a comparison its outcomes.
     """
-    parts = config.model_dump(include={"checkpoint": True, "attack": True, "analysis": True, "trainer": True})
+    parts = config.model_dump(
+        include={"checkpoint": True, "attack": True, "metric": True, "analysis": True, "trainer": True}
+    )
     parts["model"] = {"net": config.model.net}
     named = [(key, value) for key, value in leaves(parts, lists=True) if isinstance(value, str)]
     digests = {f"{key}={value}": _digest(key, value) for key, value in named if not key.endswith("_target_")}
