@@ -662,8 +662,6 @@ CLASSES = [f"class {number}" for number in range(100)]
 def small_cifar(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, Path]]:
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Any, Path]]:
     """CIFAR-100 with a few images and the md5s of its own, which torchvision's own code downloads from this machine."""
     kind: Any = torchvision.datasets.CIFAR100
 
