@@ -18,10 +18,10 @@ from aerl.config.schema import Config
 from aerl.report.multirun import note_job, wish
 from aerl.report.page import NAME, written
 from aerl.report.table import show
-from aerl.runtime import ddp, gpus, progress, signals
+from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.files import locked, sha256
 from aerl.tracking import inputs
-from aerl.tracking.run_folder import Record, earlier_start, recorded, whole
+from aerl.tracking.run_folder import Record, load_previous, recorded, verify
 from aerl.tracking.wandb import Tracker
 from aerl.types import UserError, first_line
 
@@ -98,7 +98,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                 choices=choices,
                 environment=describe(parts.hardware),
                 inputs=read,
-                wish=wish(),
+                request=wish(),
             ) as record,
         ):
             for doubt in parts.doubts:
@@ -119,8 +119,8 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     """What an earlier start has left in the run folder, as far as it can be believed."""
-    earlier = earlier_start(folder, config, wish())
-    return whole(folder, earlier) if earlier.get("status") == "finished" else earlier
+    earlier = load_previous(folder, config, wish())
+    return verify(folder, earlier) if earlier.get("status") == "finished" else earlier
 
 
 def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:
@@ -181,7 +181,6 @@ def _show(summary: Mapping[str, Any]) -> None:
 
 def _log_to_stderr(label: str) -> None:
     """Plain lines, and none of them through the root logger, which Hydra has pointed at standard output."""
-    progress.label = label
     log.setLevel(logging.DEBUG if ddp.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)  # nor other libraries' chatter

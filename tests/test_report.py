@@ -23,9 +23,7 @@ from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
 from aerl.evaluation.statistics import proportion
 from aerl.report.table import results_table, show
-from aerl.runtime import progress as progress_module
 from aerl.runtime.device import Hardware
-from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog, write_summary
 from aerl.tracking.wandb import open_tracker
 
@@ -184,137 +182,6 @@ def on_a_terminal(code: str, *arguments: str, stdout: int | None = None, **varia
     os.close(ours)
     assert process.wait(60) == 0, screen.decode()
     return screen.decode()
-
-
-# ---------------------------------------------------------------------------------------- the progress
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(progress_module.time, "monotonic", lambda: self.now)
-
-
-def test_plain_lines_are_few_and_the_last_is_always_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock(monkeypatch)
-    with progress("train", 100_000, "images") as meter:
-        for epoch in range(100):  # of 0.3 s each: 30 s in all
-            for _ in range(10):
-                clock.now += 0.03
-                meter.update(100, epoch=f"{epoch + 1}/100", loss=1 / (epoch + 1), acc=epoch / 100)
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == "" and "\x1b" not in err
-    assert 3 <= len(lines) <= 4
-    assert lines[0] == "train: 33 %  3,333 images/s  epoch 34/100  loss 0.0294  acc 33.0 %"
-    assert lines[-1] == "train: 100,000 images in 30.0 s  3,333 images/s  epoch 100/100  loss 0.01  acc 99.0 %"
-
-
-def test_a_short_attack_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("pgd", 360, "samples") as meter:
-        meter.update(360, acc=0.1)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"pgd: 360 samples in 0\.0 s  [\d,]+ samples/s  acc 10\.0 %", line)
-
-
-def test_what_a_resumed_run_had_done_is_counted_but_not_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock(monkeypatch)
-    with progress("train", 1000, "images", start=900) as meter:
-        clock.now += 10.0
-        meter.update(100)
-    assert capsys.readouterr().err.splitlines() == [
-        "train: 100 %  10 images/s",
-        "train: 1,000 images in 10.0 s  10 images/s",
-    ]
-
-
-def test_an_interrupted_work_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), progress("pgd", 360, "samples") as meter:
-        meter.update(40)
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err.startswith("pgd: stopped at 40 of 360 samples in 0.0 s")
-
-
-def test_a_tensor_is_read_only_when_it_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    class OnTheGpu:
-        reads = 0
-
-        def __float__(self) -> float:
-            self.reads += 1
-            return 0.5
-
-    loss = OnTheGpu()
-    with progress("train", 1000) as meter:
-        for _ in range(1000):
-            meter.update(1, loss=loss)
-    assert loss.reads == 1
-
-
-def test_an_update_costs_nothing_that_matters() -> None:
-    with progress("train", 100_000) as meter:
-        began = time.perf_counter()
-        for _ in range(100_000):
-            meter.update(1, loss=0.5, acc=0.9)
-        assert time.perf_counter() - began < 1.0  # 10 microseconds each; about 0.5 on an idle machine
-
-
-LIVE = """
-import logging, sys, time
-from aerl.runtime.progress import progress
-logging.basicConfig(format="[%(levelname)s] %(message)s", stream=sys.stderr)
-with progress("train", 4000, "images") as meter:
-    for epoch in range(4):
-        for _ in range(10):
-            time.sleep(0.03)
-            meter.update(100, epoch=f"{epoch + 1}/4", loss=0.08, acc=0.971)
-        if epoch == 1:
-            logging.getLogger("aerl").warning("something is odd")
-            print("to stdout")
-logging.getLogger("aerl").warning("after")
-"""
-
-
-def test_a_terminal_has_one_live_bar_that_becomes_one_line() -> None:
-    screen = on_a_terminal(LIVE)
-    assert re.search(r"train.*━.*images/s.*epoch 3/4.*acc 97\.1 %", screen)
-    assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1  # the cursor is given back
-    last = [line for line in plain(screen) if line]
-    assert re.fullmatch(r"train: 4,000 images in \d\.\d s  [\d,]+ images/s  epoch 4/4  .*acc 97\.1 %", last[-2])
-    assert last[-1] == "[WARNING] after"
-    assert "[WARNING] something is odd" in last  # on a line of its own, above the bar
-    assert "to stdout" in last
-
-
-def plain(screen: str) -> list[str]:
-    """The lines of a screen, without escapes."""
-    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in re.split(r"\r?\n|\r", screen)]
-
-
-def test_what_is_printed_into_a_file_stays_there_while_the_bar_runs(tmp_path: Path) -> None:
-    with (tmp_path / "out").open("w") as file:
-        screen = on_a_terminal(LIVE, stdout=file.fileno())
-    assert (tmp_path / "out").read_text() == "to stdout\n"
-    assert "to stdout" not in screen and "━" in screen
-
-
-def test_a_dumb_terminal_has_plain_lines() -> None:
-    screen = on_a_terminal(LIVE, TERM="dumb")
-    assert "\x1b" not in screen and "━" not in screen
-    assert "train: 4,000 images in" in screen
-
-
-def test_ci_colours_do_not_make_a_terminal() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LIVE],
-        env={**os.environ, "FORCE_COLOR": "1"}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert "\x1b" not in done.stderr and "train: 4,000 images" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- the pictures

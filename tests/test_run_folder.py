@@ -64,8 +64,8 @@ def run(made, tmp_path):
 def found(folder, *words):
     """What the same command would go on with."""
     config = config_of(*WORDS, *words)
-    earlier = run_folder.earlier_start(folder, config)
-    return run_folder.whole(folder, earlier) if earlier.get("status") == "finished" else earlier
+    earlier = run_folder.load_previous(folder, config)
+    return run_folder.verify(folder, earlier) if earlier.get("status") == "finished" else earlier
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -289,8 +289,8 @@ def test_overwrite_that_was_killed_goes_on_and_is_used_up_once(run):
         assert found(run, "overwrite=true")["status"] == "discarded"
     config = config_of(*WORDS, "overwrite=true")  # in a multirun, also what is finished stays until all are
     write_summary(run, {**own, "wish": "a"})
-    assert run_folder.earlier_start(run, config, "a")["status"] == "finished"
-    assert run_folder.earlier_start(run, config, "b")["status"] == "discarded"
+    assert run_folder.load_previous(run, config, "a")["status"] == "finished"
+    assert run_folder.load_previous(run, config, "b")["status"] == "discarded"
 
 
 @pytest.mark.slow
