@@ -93,7 +93,7 @@ DAMAGE = {
     "emptied": lambda path: path.write_bytes(b""),
     "a folder": replace_by_folder,
     "unreadable": make_unreadable,
-    **{f"flipped at {tenth}/9": lambda path, tenth=tenth: flip(path, tenth) for tenth in range(10)},
+    **{f"flipped at {tenth}/9": lambda path, tenth=tenth: flip(path, tenth) for tenth in (0, 4, 9)},
 }
 AGAIN = {  # what is measured or made again, and what of the summary is then forgotten
     "outcomes.npz": "attacks", "examples.npz": "attacks", "figures/pictures.png": "analyses",
@@ -196,6 +196,7 @@ def test_links_out_of_a_foreign_run_folder_are_not_followed(run, tmp_path, caplo
 # ------------------------------------------------------------------------------------- what a run reads
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_again_is_another_model(launch, run, tmp_path):
     words = ("trainer=none", "checkpoint=runs/r", *WORDS[1:3], "attack=none", "analysis=none", "logger=none")
     first = launch(*words, "name=j")
@@ -380,7 +381,7 @@ def test_the_same_run_twice_at_once_is_one_run(tmp_path, data_dir):
 # ---------------------------------------------------------------------------------------------- analyses
 
 
-def test_an_analysis_that_fails_is_repeated_alone_and_fails_nothing_else(launch, tmp_path):
+def test_an_analysis_that_fails_is_repeated_alone(launch, tmp_path):
     (tmp_path / "broken.py").write_text(
         textwrap.dedent(
             """

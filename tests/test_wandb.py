@@ -4,6 +4,7 @@ Each scenario is a process of its own, with a home of its own, so that no key, s
 person who runs the tests has a say. Nothing here needs a network.
 """
 
+import hashlib
 import json
 import os
 import pty
@@ -119,6 +120,9 @@ log.log({"robust_accuracy": 0.25}, n=8, split="test", attack="pgd", norm="L2", e
 tracker.table("attacks", ["attack", "eps", "robust accuracy"], [["pgd", 1.0, 0.25], ["fgsm", 0.1, None]])
 tracker.pictures("pictures", [("an array", np.zeros((8, 8, 3), np.uint8)), ("a file", Path(sys.argv[3]))])
 tracker.summary({"clean_accuracy": {"value": np.float32(0.5), "n": 8}, "worst_case_accuracy": 0.25})
+files = {"results.jsonl": log.path}
+tracker.artifact("model-1", "model", files, {"seed": 0})
+tracker.artifact("model-2", "model", files, {}, used=True, changing=["results.jsonl"])
 finish(tracker)
 print(json.dumps(tracker.where()))
 tracker.history(4, {"train/loss": 0.0})  # after the end: nothing, and no error
@@ -168,6 +172,13 @@ def test_an_offline_run_is_read_back(tmp_path: Path) -> None:
         assert (files / picture).read_bytes().startswith(b"\x89PNG")
     assert records["exit"] == [{}] or records["exit"][0].get("exit_code", 0) == 0
 
+    model, used = (item for item in records["artifact"] if item["type"] == "model")
+    (entry,), (copy,) = (item["manifest"]["contents"] for item in (model, used))
+    digest = hashlib.sha256((folder / "results.jsonl").read_bytes()).hexdigest()
+    assert json.loads(model["metadata"]) == {"seed": 0, "sha256": {"results.jsonl": digest}}
+    assert entry["local_path"] == str(folder / "results.jsonl") != copy["local_path"]
+    assert used["use_after_commit"] and not model.get("use_after_commit")
+
     place = json.loads(output.splitlines()[-1])
     assert place["mode"] == "offline" and place["url"] is None
     assert (folder / place["path"]) == files.parent  # where the table sends the reader
@@ -184,24 +195,11 @@ def _png() -> bytes:
     return stream.getvalue()
 
 
-LONG = """
-tracker = start(root / "a", group="g" * 200, name="é" * 200, tags=["t" * 70 + "1", "t" * 70 + "2", ""])
-finish(tracker)
-"""
-
-
-def test_names_keep_to_wandbs_lengths_and_stay_apart(tmp_path: Path) -> None:
-    assert warnings(run(LONG, tmp_path)) == []
-    (started,) = read_back(tmp_path / "a")["run"]
-    assert len(started["run_group"]) <= 128 and len(started["display_name"]) <= 128
-    assert len(set(started["tags"])) == 2 and all(len(tag) <= 64 for tag in started["tags"])
-    assert shortened("g" * 200, 128) == started["run_group"] != shortened("g" * 201, 128)
-
-
 TWO = """
 first = start(root / "a")
 record(root / "a", first).log({"loss": 1.0}, n=1, split="train", step=0)
-second = start(root / "b")  # the first was never finished: its job crashed
+names = {"group": "g" * 200, "name": "é" * 200, "tags": ["t" * 70 + "1", "t" * 70 + "2", ""]}
+second = start(root / "b", **names)  # the first was never finished: its job crashed
 record(root / "b", second).log({"loss": 2.0}, n=1, split="train", step=0)
 finish(second)
 print("left", [name for name in os.environ if name.startswith("WANDB_DATA")])
@@ -214,28 +212,20 @@ def test_two_runs_in_one_process_are_two_runs(tmp_path: Path) -> None:
     assert "left []" in output
     a, b = read_back(tmp_path / "a"), read_back(tmp_path / "b")
     assert a["run"][0]["run_id"] != b["run"][0]["run_id"]
-    assert a["run"][0]["run_group"] == b["run"][0]["run_group"] == "digits-alicnn"
+    (started,) = b["run"]  # names within W&B's lengths, and still distinct
+    assert len(started["run_group"]) <= 128 and len(started["display_name"]) <= 128
+    assert len(set(started["tags"])) == 2 and all(len(tag) <= 64 for tag in started["tags"])
+    assert shortened("g" * 200, 128) == started["run_group"] != shortened("g" * 201, 128)
     assert [row["train/loss"] for row in history(a)] == [1]
     assert [row["train/loss"] for row in history(b)] == [2]
 
 
-AGAIN = """
-finish(start(root / "a"))
-time.sleep(1)  # W&B names its folders by the second
-finish(start(root / "a"))
-"""
-
-
 def test_a_folder_keeps_its_id_and_another_folder_has_another(tmp_path: Path) -> None:
-    run(AGAIN, tmp_path)
-    kept = (tmp_path / "a" / "wandb" / "id").read_text().strip()
-    files = sorted((tmp_path / "a").glob("wandb/offline-run-*/*.wandb"))
-    assert [file.name for file in files] == [f"run-{kept}.wandb"] * 2
-    (tmp_path / "b").mkdir()
-    assert _wandb_id(tmp_path / "a", "digits-sl-a") == kept
-    assert _wandb_id(tmp_path / "b", "digits-sl-a") != kept
-    (tmp_path / "c").mkdir()
-    assert re.fullmatch(r"lr-1e-3-x-y-[0-9a-f]{6}", _wandb_id(tmp_path / "c", "lr=1e-3,x/y"))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    stored = _wandb_id(tmp_path / "a", "lr=1e-3,x/y")
+    assert re.fullmatch(r"lr-1e-3-x-y-[0-9a-f]{6}", stored)
+    assert _wandb_id(tmp_path / "a", "lr=1e-3,x/y") == stored != _wandb_id(tmp_path / "b", "lr=1e-3,x/y")
 
 
 # ---------------------------------------------------------------------------------- what goes wrong
@@ -277,13 +267,6 @@ def test_a_server_out_of_reach_means_offline_within_the_time(
     assert len(history(read_back(tmp_path / "a"))) == 3
     for path in tmp_path.rglob("*"):  # the key is in no file, no log
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
-
-
-def test_a_malformed_key_means_offline(tmp_path: Path) -> None:
-    output = run(GOES_ON, tmp_path, WANDB_API_KEY="short")
-    assert len(warnings(output)) == 1
-    assert "offline" in warnings(output)[0]
-    assert len(history(read_back(tmp_path / "a"))) == 3
 
 
 # As much of the server as lets a run begin; stopped in mid-run, as a network is that goes away.
