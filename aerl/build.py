@@ -3,54 +3,45 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import nn
-from torch.nn.parameter import is_lazy
 
-from aerl.attacks import SampleGenerator, attacking, evaluating
+from aerl.attacks import AttackSpec, SampleGenerator
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
-from aerl.evaluation.evaluate import setting
-from aerl.evaluation.probe import drawn, keeping_buffers, probe
+from aerl.evaluation.metrics import Metric
 from aerl.models import Classifier
+from aerl.models.build import SIZES, build_model, build_net
+from aerl.models.probe import drawn, probe
 from aerl.runtime import ddp, device
-from aerl.runtime.device import Hardware, seed_from
+from aerl.runtime.device import Hardware
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
-from aerl.types import Count, NonNegative, Norm, UserError, foreign_code, is_foreign
+from aerl.types import UserError, foreign_code, is_foreign, named
 
 log = logging.getLogger("aerl")
 
-# What attacks and analyses that take the models of other runs are told.
+# What attacks and analyses that use the models of other runs are given.
 _ELSEWHERE = ("load", "store")
-# What a network's constructor is told of the dataset, if it takes it; `size` is (height, width).
-_SIZES = ("num_classes", "channels", "size")
-# The settings of an attack that aerl reads, and what each of them must be.
-_ATTACK_SETTINGS: dict[str, Any] = {"norm": Norm, "eps": NonNegative, "batch_size": Count}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of.
-
-    `recipe` is None where nothing is trained; `doubts` are what `aerl.evaluation.probe` has to say about the model.
-    """
+    """Everything a run is made of; `recipe` is None where nothing is trained, `doubts` are `aerl.models.probe`'s."""
 
     hardware: Hardware
     data: DataSplits
     model: Classifier
     recipe: Recipe | None
-    attacks: Mapping[str, Callable[..., Any]]
+    attacks: Mapping[str, AttackSpec]
+    metrics: Mapping[str, Metric]
     analyses: Mapping[str, Callable[..., Any]]
     doubts: tuple[str, ...] = ()
 
@@ -61,19 +52,20 @@ def check(config: Config) -> Recipe | None:
         attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
     for name, spec in config.analysis.items():
         bind(spec, f"analysis.{name}", given=dict.fromkeys(_ELSEWHERE), later=["context"])
-    bind(config.model.net, "model.net", given=dict.fromkeys(_SIZES))
+    build_metrics(config)
+    bind(config.model.net, "model.net", given=dict.fromkeys(SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
         raise UserError(
-            "checkpoint=null: trainer=none needs a model to judge: checkpoint=RUN_FOLDER or a .pt file; "
-            "checkpoint=own judges the weights that model.net._target_ comes with"
+            "checkpoint=null: trainer=none needs a model: checkpoint=RUN_FOLDER, a .pt file, or checkpoint=own (the "
+            "weights that model.net._target_ comes with)"
         )
     return recipe
 
 
 def build(config: Config) -> Parts:
     """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
-    recipe = check(config)
+    recipe, metrics = check(config), build_metrics(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
     machine = device.set_up(**config.hardware.model_dump())
     if recipe is not None and machine.compile:
@@ -92,51 +84,48 @@ def build(config: Config) -> Parts:
     analyses = {
         name: _built(spec, f"analysis.{name}", "context", given=elsewhere) for name, spec in config.analysis.items()
     }
-    nothing = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
-    for name, call in attacks.items():
-        # An attack checks its settings against each other when it is called; one that cannot take an empty
-        # batch is none the worse for it, and what one of others does to the model is not looked at here.
-        if is_foreign(call):
-            continue
-        with named(f"attack.{name}"), _only(UserError):
-            no_labels = data.test.labels[:0].to(machine.device)
-            call(model, nothing, no_labels, generator=SampleGenerator.for_images(nothing, seed=0))
+    for name, one in attacks.items():
+        _check_settings(one.call, f"attack.{name}", model, data, machine)
     if config.checkpoint is not None:
         _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
     if recipe is not None:
         check_recipe(recipe, model, machine.device)
-    untrained = drawn(model.net, _net(config, data, "other weights")) if config.checkpoint == "own" else []
+    untrained = drawn(model.net, build_net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
-    return Parts(machine, data, model, recipe, attacks, analyses, (*untrained, *doubts))
+    return Parts(machine, data, model, recipe, attacks, metrics, analyses, (*untrained, *doubts))
 
 
-@contextmanager
-def _only(kind: type[Exception]) -> Iterator[None]:
+def _check_settings(
+    attack: Callable[..., Any], key: str, model: Classifier, data: DataSplits, machine: Hardware
+) -> None:
+    """One of aerl's attacks checks its settings against each other when it is called; here on no images at all."""
+    if is_foreign(attack):
+        return
+    x = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
     try:
-        yield
-    except Exception as error:
-        if isinstance(error, kind):
-            raise
+        with named(key):
+            attack(model, x, data.test.labels[:0].to(machine.device), generator=SampleGenerator.for_images(x, seed=0))
+    except UserError:
+        raise
+    except Exception as error:  # it takes no empty batch, which no evaluation gives it
+        log.debug("%s: %s", key, error)
 
 
-def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """`attack(model, x, y, *, generator)`: a function with its settings bound, or an instance of a class."""
-    made = _built(spec, key, "model", "x", "y", given=given, generator=None)
-    for name, right in _ATTACK_SETTINGS.items():
-        if (value := setting(made, name, None)) is not None:
-            try:
-                TypeAdapter(right).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise UserError(f"{key}.{name}={value}: {error.errors()[0]['msg']}") from error
-    return made
+def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> AttackSpec:
+    """`attack(model, x, y, *, generator)`, a function with its settings bound or an instance of a class, resolved."""
+    return AttackSpec.of(_built(spec, key, "model", "x", "y", given=given, generator=None), key)
+
+
+def build_metrics(config: Config) -> dict[str, Metric]:
+    """Each a function `metric(logits, labels)`, see `aerl.evaluation.metrics`."""
+    return {name: _built(spec, f"metric.{name}", "logits", "labels") for name, spec in config.metric.items()}
 
 
 def _built(
     spec: Mapping[str, Any], key: str, *call: str, given: Mapping[str, Any] | None = None, **keywords: None
 ) -> Callable[..., Any]:
-    """What `spec` names, with its settings bound, or an instance if it is a class: a function of `call` and
-    `keywords`."""
+    """The function that `spec` names, with settings, or an instance of the class: it takes `call` and `keywords`."""
     bound = bind(spec, key, given=given, later=[*call, *keywords])
     with named(key), foreign_code(key, bound.func):
         made = bound() if inspect.isclass(bound.func) else bound
@@ -146,17 +135,6 @@ def _built(
         arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
         raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
     return made
-
-
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """An attack's complaint about a setting of its own, under the key by which the user knows it."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(key):
-            raise
-        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
 
 
 def build_recipe(config: Config) -> Recipe | None:
@@ -172,22 +150,27 @@ def build_recipe(config: Config) -> Recipe | None:
                 f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
                 f"{trainer.epochs} epochs, so trainer.select={trainer.select} has nothing to measure"
             )
+    act = _built(trainer.act, "trainer.act", "logits", "labels", "generator")
+    settings = {
+        "act": act,
+        "weight": adversary.weight if adversary else 0.0,
+        "probability_floor": trainer.probability_floor,
+    }
     return Recipe(
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
         optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
-        act=_built(trainer.act, "trainer.act", "logits", "labels", "generator"),
+        objective=_built(
+            trainer.objective, "trainer.objective", "model", "x", "y", given=settings, x_adv=None, generator=None
+        ),
         schedule=trainer.schedule.kind,
         warmup=trainer.schedule.warmup,
         clip=trainer.clip,
-        probability_floor=trainer.probability_floor,
         adversary=None
         if adversary is None
         else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack"),
-            adversary.weight,
+            attack(adversary.attack, "trainer.adversary.attack", given={"in_training": True}).call,  # type: ignore[arg-type]
             adversary.start_epoch,
-            adversary.objective,
         ),
         select=trainer.select,
         augment=partial(augment, **config.dataset.augmentation.model_dump()),
@@ -214,47 +197,10 @@ def build_data(config: Config) -> DataSplits:
     return limit_training(data, dataset.train_samples)
 
 
-def build_model(config: Config, data: DataSplits, machine: Hardware, batch: int = 0) -> Classifier:
-    """The network, initialised from the run's seed, behind its normalisation, where the run computes; tried there.
-
-    `batch` is how many images a step of training takes; 0 where nothing is trained.
-    """
-    net = _net(config, data, config.seed, "weights")
-    mean, std = (
-        _per_channel(stated, own, data.image_shape[0], key)
-        for stated, own, key in ((config.model.mean, data.mean, "mean"), (config.model.std, data.std, "std"))
-    )
-    model = Classifier(net, mean, std)
-    _place(model, f"model={config.model.name}", data, machine, batch)
-    return model
-
-
-def _net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
-    """The bare network, its random weights drawn from a seed of `words`."""
-    channels, height, width = data.image_shape
-    sizes = dict(zip(_SIZES, (data.num_classes, channels, (height, width)), strict=True))
-    torch.manual_seed(seed_from(*words))
-    make = bind(config.model.net, "model.net", given=sizes)
-    with foreign_code(f"model.net: {_call(make)}"):
-        net = make()
-    if not isinstance(net, nn.Module):
-        raise UserError(f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module")
-    if any(map(is_lazy, net.parameters())):  # they get their shapes and values from a first batch
-        with foreign_code("model.net"), evaluating(net), torch.no_grad():
-            net(torch.zeros(2, *data.image_shape))
-    return net
-
-
-def _call(bound: partial[Any]) -> str:
-    """A bound target as the call that it makes, for a reader."""
-    settings = ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())
-    return f"{getattr(bound.func, '__name__', bound.func)}({settings})"
-
-
 def load_models(
     runs: Sequence[str], key: str, *, config: Config, data: DataSplits, hardware: Hardware
 ) -> dict[str, Classifier]:
-    """The trained models of other runs on this run's hardware, each under a short name (config.run_names)."""
+    """The trained models of other runs on this run's hardware, by short names (aerl.config.compose.run_names)."""
     models = [load_model(run, config, data, key, hardware) for run in runs]
     return dict(zip(run_names(runs), models, strict=True))
 
@@ -276,11 +222,8 @@ def load_model(
     theirs, ours = other.dataset, config.dataset
     same_classes = theirs.name == ours.name or theirs.source == ours.source
     if not same_classes or (theirs.size, theirs.channels) != (ours.size, ours.channels):
-        told = [f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)]
-        raise UserError(
-            f"{key}={source}: was trained on {told[0]}, this run is on {told[1]}; "
-            "classes and image shape must be the same"
-        )
+        sets = [f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)]
+        raise UserError(f"{key}={source}: was trained on {sets[0]}, this run is on {sets[1]}: images must be alike")
     try:
         model = build_model(other, data, machine)
     except UserError as error:
@@ -290,68 +233,10 @@ def load_model(
 
 
 def _load_weights(model: Classifier, path: Path | None, stated: Model, key: str, value: str) -> None:
-    """Load the weights, if they are in a file, and make sure that somebody has said their normalisation."""
+    """Load the weights, if they are in a file. UserError where their normalisation is neither there nor stated."""
     carries_normalization = path is not None and checkpoint.load_weights(model, path, key)
     if not carries_normalization and None in (stated.mean, stated.std):
         raise UserError(
             f"{key}={value}: holds weights without their normalisation; state what the model was "
             "trained with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
         )
-
-
-def _per_channel(stated: list[float] | None, own: tuple[float, ...], channels: int, key: str) -> list[float]:
-    values = list(own) if stated is None else stated
-    if len(values) not in (1, channels):
-        raise UserError(f"model.{key}={values}: the images have {channels} channels; give one value for each")
-    # A channel that never varies has no scale of its own.
-    return [value or 1.0 for value in values] if key == "std" else values
-
-
-def _place(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
-    """Move `model` to where the run computes, and try there what will be asked of it.
-
-    One that cannot compute on channels_last images, as device.channels_last gives them, gets contiguous ones.
-    """
-    with foreign_code(key, remedy=f"moved to {machine.device}"):
-        machine.place(model)
-    try:
-        _try(model, key, data, machine, batch)
-    except UserError as error:
-        if not machine.channels_last:
-            raise
-        model.contiguous = True
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        _try(model, key, data, machine, batch)
-        log.warning("%s; it computes in the contiguous layout instead of device.channels_last=true", error)
-
-
-def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
-    """Two images, a single one, and with a `batch` a step of training without the step; UserError if one fails."""
-    shape = "x".join(map(str, data.image_shape))
-    blank = torch.zeros(2, *data.image_shape, dtype=torch.uint8, device=machine.device)
-    images = to_unit(blank, machine.memory_format)
-    with torch.random.fork_rng([machine.device] if images.is_cuda else []), keeping_buffers(model):
-        remedy = (
-            f"given 2 images of {shape}; dataset.size= resizes them, model.net.resize=224 lets torchvision's networks "
-            "do so themselves"
-        )
-        with attacking(model), torch.no_grad():
-            with foreign_code(key, remedy=remedy):
-                classes = model(images).shape[1]
-            with foreign_code(key, remedy="given a single image, as attacks end on one; squeeze() drops its dimension"):
-                model(images[:1])
-        if classes != data.num_classes:
-            raise UserError(f"{key}: gives {classes} logits for {data.num_classes} classes")
-        if not batch:
-            return
-        # On a GPU, BatchNorm sees the whole batch of all processes.
-        each = batch if images.is_cuda else max(1, batch // ddp.world_size())
-        remedy = f"given a batch of {min(2, each)} in training mode, where BatchNorm needs trainer.batch_size=2 or more"
-        with evaluating(model), foreign_code(key, remedy=remedy):
-            model.train()
-            with machine.autocast():
-                logits = model(images[:each])
-            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if not (learning and logits.requires_grad):
-                raise UserError(f"{key}: its logits do not depend on a parameter that learns: it cannot be trained")
-            torch.autograd.grad(logits.sum(), learning, allow_unused=True)

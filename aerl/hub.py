@@ -1,200 +1,193 @@
-"""Hand a model on: `python -m aerl.hub export RUN [--out DIR] [--push OWNER/NAME]`.
+"""Publish a model and fetch one: `python -m aerl.hub export RUN [--out DIR] [--push OWNER/NAME]`, `hf://OWNER/NAME`.
 
-An export is a folder that `checkpoint=` takes like a run folder, here or from the Hugging Face hub: the weights
-as safetensors, which execute nothing when they are loaded, what the run was, and a model card with its verdict.
+An export is a folder that `checkpoint=` takes like a run folder, here or from the Hugging Face hub: the weights as
+safetensors, summary.json, config.yaml and a model card. Only files that cannot execute anything are fetched.
 """
 
+import functools
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import aerl
-from aerl.config.compose import origin
 from aerl.config.names import NOT_IDENTITY
-from aerl.remote import local, push
 from aerl.runtime.files import atomic_write, sha256, writing
 from aerl.runtime.terminal import Parser, command
 from aerl.tracking.results import read_config, read_summary, write_summary
-from aerl.types import UserError, eps_text
+from aerl.types import UserError, eps_text, first_line
 
-# Which overrides say how a model is judged, and not how it is made.
-_JUDGING = ("seed", "norm", "eps", "attack", "analysis", "evaluation")
-
-
-# What summary.json says of the run folder and its files alone.
+FILES = ("model.safetensors", "config.yaml", "summary.json")
+_SECONDS = 10.0  # how long a hub that does not answer is waited for
+# Overrides that say how a model is evaluated, not how it is trained.
+_EVALUATION = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
+# What summary.json says of the run folder alone.
 _OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
 
 
-def export(run: Path, out: Path | None = None, license: str | None = None) -> Path:
-    """Write the model that the run folder `run` trained or judged, with its verdict, into a folder of its own.
+def local(name: str, key: str = "checkpoint") -> Path:
+    """The path that `name` means; a model on the hub is downloaded, or found in its cache if the hub is out of reach.
 
-    The folder is `out`, or `export` in the run folder. Raises UserError where the run is not finished, or its
-    model is not in a file, or is no longer the one it judged.
+    Raises UserError about the `key` that named it.
+    """
+    try:
+        return _fetch(name, key) if name.startswith("hf://") else Path(name).expanduser()
+    except RuntimeError as error:  # no HOME and a user without a name, or ~nobody
+        raise UserError(f"{key}={name}: ~ is unknown here; write the folder out, or set HOME") from error
+
+
+@functools.cache  # one run asks several times, and needs the same files
+def _fetch(name: str, key: str) -> Path:
+    from huggingface_hub import HfApi, errors, hf_hub_download
+
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None:
+        raise UserError(f"{key}={name}: must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    repo, revision = match.groups()
+    try:
+        try:  # once: the download itself would repeat for minutes what times out
+            HfApi().model_info(repo, revision=revision, timeout=_SECONDS)
+            offline = False
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise
+        except Exception:  # no network, HF_HUB_OFFLINE, a server in trouble
+            offline = True
+        folders = {Path(hf_hub_download(repo, f, revision=revision, local_files_only=offline)).parent for f in FILES}
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(f"{key}={name}: the hub cannot be reached, and the model is not in its cache") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
+        reason = (
+            f"no such model on the hub (private: HF_TOKEN or `hf auth login`), or it lacks one of {', '.join(FILES)}"
+        )
+        raise UserError(f"{key}={name}: {reason}") from error
+    except Exception as error:  # whatever a server can make the client raise
+        raise UserError(f"{key}={name}: cannot be downloaded ({first_line(error)})") from error
+    if len(folders) > 1:
+        raise UserError(f"{key}={name}: changed while it was downloaded; repeat the command")
+    return folders.pop()
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload an exported model to `repo` (OWNER/NAME), created if there is none; returns its address.
+
+    Raises UserError where there is no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"--push {repo}: must be OWNER/NAME")
+    if get_token() is None:
+        raise UserError(f"--push {repo}: no token; set HF_TOKEN or run `hf auth login`. The export is in {folder}")
+    api = HfApi()
+    try:
+        try:
+            api.model_info(repo, timeout=_SECONDS)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=private)
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, "README.md"])
+    except Exception as error:  # whatever a server can make the client raise
+        raise UserError(f"--push {repo}: {first_line(error)}. The export is in {folder}") from error
+    return f"{api.endpoint}/{repo}"
+
+
+def export(run: Path, out: Path | None = None, license: str | None = None) -> Path:
+    """Write the model that the run folder `run` trained or evaluated to the folder `out` (`run`/export); returns it.
+
+    Raises UserError where the run is not finished, or its model is in no file, or is not the one it evaluated any more.
     """
     from safetensors.torch import save
 
     from aerl.training import checkpoint
 
     summary = read_summary(run)
-    if summary is None:
-        raise UserError(f"{run}: is no run folder; there is no summary.json")
-    if summary.get("status") != "finished":
-        raise UserError(f"{run}: is {summary.get('status')}; only a finished run has a verdict to hand on")
+    if summary is None or summary.get("status") != "finished":
+        state = f"is {summary.get('status')}" if summary else "has no summary.json"
+        raise UserError(f"{run}: {state}; only a finished run can be exported")
     config = read_config(run)
-    weights = checkpoint.find(_judged(run, summary, config), f"{run}: checkpoint")
+    weights = checkpoint.find(_model_of(run, summary, config), f"{run}: checkpoint")
     if summary.get("weights"):
         checkpoint.check(weights, summary["weights"]["sha256"], f"{run}: {weights}")
     tensors = checkpoint.tensors(weights, f"{run}: checkpoint")
     out = run / "export" if out is None else out
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    # Each tensor by itself: the format knows neither shared memory nor strides.
+    # Cloned: the format knows neither shared memory nor strides.
     content = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, {"format": "pt"})
     atomic_write(out / "model.safetensors", content)
-    told = {key: value for key, value in summary.items() if key not in _OF_THE_FOLDER}
-    if told.get("origin"):
-        told["origin"] = {key: value for key, value in told["origin"].items() if key != "folder"}
-    told["overrides"] = _identifying(summary["overrides"])
-    told["weights"] = {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")}
-    kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    atomic_write(out / "config.yaml", yaml.safe_dump(kept, sort_keys=False))
-    told["files"] = {"config.yaml": sha256(out / "config.yaml")}
-    atomic_write(out / "README.md", card(told, config, _made_by(summary), license))
-    write_summary(out, told)
+    portable = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    atomic_write(out / "config.yaml", yaml.safe_dump(portable, sort_keys=False))
+    exported = {key: value for key, value in summary.items() if key not in _OF_THE_FOLDER}
+    if origin := exported.get("origin"):
+        exported["origin"] = {key: value for key, value in origin.items() if key != "folder"}
+    exported["overrides"] = _portable(summary["overrides"])
+    exported["weights"] = {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")}
+    exported["files"] = {"config.yaml": sha256(out / "config.yaml")}
+    origin_folder = (summary["origin"] or {}).get("folder")
+    runs = [read_summary(Path(origin_folder)) if origin_folder else None, summary]
+    commands = [_portable(run["overrides"]) for run in runs if run and "overrides" in run]
+    atomic_write(out / "README.md", card(exported, config, commands, license))
+    write_summary(out, exported)
     return out
 
 
-def _judged(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Where the weights are that this run trained, or judged."""
+def _model_of(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The run folder or file with the weights that this run trained or evaluated."""
+    from aerl.config.compose import origin
+
     if summary["trainer"] != "none":
         return str(run)
-    taken = str(config["checkpoint"])
-    if taken == "own":
-        raise UserError(f"{run}: judged the weights that came with the code (checkpoint=own), not a file")
-    now = origin(taken)
-    if summary["origin"] is not None and (now or {}).get("run_id") != summary["origin"]["run_id"]:
+    source = str(config["checkpoint"])
+    if source == "own":
+        raise UserError(f"{run}: checkpoint=own, the weights came with the code and are in no file")
+    if summary["origin"] is not None and (origin(source) or {}).get("run_id") != summary["origin"]["run_id"]:
         raise UserError(
-            f"{run}: judged run {summary['origin']['run_id']}, which is not (or no longer) in {taken}; "
+            f"{run}: evaluated run {summary['origin']['run_id']}, which is not (or no longer) in {source}; "
             "call this from the folder where the run was started"
         )
-    return taken
+    return source
 
 
-def _made_by(summary: Mapping[str, Any]) -> list[str] | None:
-    """The overrides of the run that trained the model, where they are known."""
-    told: Mapping[str, Any] | None = summary
-    if summary["trainer"] == "none":
-        told = read_summary(Path(summary["origin"]["folder"])) if summary["origin"] else None
-    if told is None or told["trainer"] == "none" or "overrides" not in told:
-        return None
-    return _identifying(told["overrides"])
-
-
-def _identifying(overrides: Sequence[str]) -> list[str]:
-    """Without those that say where things lie on this machine."""
+def _portable(overrides: Sequence[str]) -> list[str]:
+    """Without those that say where things are on this machine."""
     return [word for word in overrides if _key(word) not in NOT_IDENTITY]
 
 
+def _key(override: str) -> str:
+    return re.split("[=.]", override.lstrip("+~"))[0]
+
+
 def card(
-    summary: Mapping[str, Any], config: Mapping[str, Any], made_by: Sequence[str] | None, license: str | None
+    summary: Mapping[str, Any], config: Mapping[str, Any], commands: Sequence[Sequence[str]], license: str | None
 ) -> str:
-    """The model card, as the Hugging Face hub reads it: YAML metadata, then Markdown.
+    """The model card; `commands` are the overrides of the runs that led to the summary, as far as they are known."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    `made_by` are the overrides of the run that trained the model, if they are known.
-    """
-    trained = summary["origin"] or summary
-    name = f"{summary['model']}-{summary['dataset']}-{trained['trainer']}-seed{trained['seed']}"
-    metadata = {
-        **({"license": license} if license else {}),
-        "library_name": "aerl",
-        "pipeline_tag": "image-classification",
-        "tags": [
-            *("image-classification", "adversarial-robustness", "aerl"),
-            *dict.fromkeys([str(summary["model"]), str(trained["trainer"])]),
-        ],
-        "datasets": [_dataset(config)],
-        "model-index": [{"name": name, "results": [_result(summary, config)]}],
-    }
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {name}\n\n" + "\n\n".join(_body(summary, config, made_by)) + "\n"
+    trained, dataset = summary["origin"] or summary, str(summary["dataset"])
+    name = f"{summary['model']}-{dataset}-{trained['trainer']}-seed{trained['seed']}"
+    threat = f"{config['norm']} eps {eps_text(config['eps'])}"
+    tags = ["image-classification", "adversarial-robustness", "aerl", str(summary["model"]), str(trained["trainer"])]
 
+    def result(kind: str, title: str, accuracy: Mapping[str, Any]) -> EvalResult:
+        value = accuracy["value"]
+        return EvalResult(tags[0], dataset, dataset, kind, value, dataset_split="test", metric_name=title)
 
-def _dataset(config: Mapping[str, Any]) -> str:
-    """Its name; for one of the hub, where it is there."""
-    dataset = config["dataset"]
-    path = str(dataset["path"] or "")
-    on_hub = "huggingface" in dataset["source"]["_target_"] and path.count("/") == 1 and path[0].isalnum()
-    return path if on_hub and not Path(path).exists() else str(dataset["name"])
-
-
-def _result(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = [{"type": "accuracy", "name": "clean accuracy", "value": summary["clean_accuracy"]["value"]}]
+    results = [result("accuracy", "clean accuracy", summary["clean_accuracy"])]
     if worst := summary["worst_case_accuracy"]:
-        title = f"worst-case accuracy, {config['norm']} eps {eps_text(config['eps'])}"
-        metrics.append({"type": "robust_accuracy", "name": title, "value": worst["value"]})
-    return {
-        "task": {"type": "image-classification"},
-        "dataset": {"name": summary["dataset"], "type": _dataset(config), "split": "test"},
-        "metrics": metrics,
-    }
-
-
-def _body(summary: Mapping[str, Any], config: Mapping[str, Any], made_by: Sequence[str] | None) -> Iterator[str]:
-    """The paragraphs of the card."""
-    trained, software = summary["origin"] or summary, summary["environment"]
-    yield (
-        f"{summary['model']} on {summary['dataset']}, trained by `{trained['trainer']}`, seed {trained['seed']}, "
-        f"run {trained['run_id']}; exported by aerl {aerl.__version__}."
-    )
-    clean, worst = summary["clean_accuracy"], summary["worst_case_accuracy"]
-    threat = f"{config['norm']} eps {eps_text(config['eps'])}, pixels in [0, 1]"
-    headline = f"**Accuracy on {clean['n']} test images: {_percent(clean)} clean"
-    yield headline + (f", {_percent(worst)} in the worst case.**" if worst else ".**")
-    policy = {"argmax": "the likeliest class", "sample": "a class drawn from the softmax"}
-    yield (
-        f"Threat model: {threat}; white-box; what is deployed is {policy[config['evaluation']['policy']]}. "
-        "The worst case is taken image by image over the attacks that count. Intervals: 95 %, over the images."
-    )
-    yield _table(summary)
-    if masking := summary["masking"]:
-        told = [f"Masking audit: **{masking['verdict']}**."]
-        if masking["verdict"] != "no sign":
-            told += [f"Mechanism: {masking['mechanism']}.", f"To trust: {masking['trust']}."]
-        yield " ".join(told)
-    warnings = [f"model: {doubt}" for doubt in summary["doubts"]]
-    warnings += [f"{name}: {said}" for name, attack in summary["attacks"].items() for said in attack["warnings"]]
-    if warnings:
-        yield "Warnings:\n\n" + "\n".join(f"- {warning}" for warning in warnings)
-    yield "## Load it, judge it again"
-    judging = [word for word in summary["overrides"] if _key(word) in _JUDGING]
-    again = shlex.join(["trainer=none", "checkpoint=FOLDER", *judging])
-    yield _shell(f"python launch.py {again}")
-    yield "`FOLDER` is this folder, or `hf://OWNER/NAME` where it is on the hub."
-    yield "## Reproduce it"
-    commands = [] if made_by is None else [made_by]
-    commands += [summary["overrides"]] if summary["trainer"] == "none" else []
-    yield _shell("\n".join(shlex.join(["python", "launch.py", *words]) for words in commands))
-    commit = f", commit {software['commit']}" if "commit" in software else ""
-    yield (
-        f"aerl {software['aerl']}{commit}, torch {software['torch']}, {software['device']}, seed {summary['seed']}. "
-        f"SHA-256 of `model.safetensors`: `{summary['weights']['sha256']}`."
-    )
-
-
-def _table(summary: Mapping[str, Any]) -> str:
-    lines = ["| attack | norm | eps | accuracy, 95 % interval | counts |", "|---|---|---|---|---|"]
-    lines.append(f"| clean | | | {_percent(summary['clean_accuracy'])} | |")
-    for name, told in summary["attacks"].items():
-        counts = "yes" if told["counts"] else "no: outside the threat model"
-        accuracy = _percent(told["robust_accuracy"])
-        lines.append(f"| {name} | {told['norm']} | {eps_text(told['eps'])} | {accuracy} | {counts} |")
-    if worst := summary["worst_case_accuracy"]:
-        lines.append(f"| **worst case** | | | **{_percent(worst)}** | |")
-    return "\n".join(lines)
+        results.append(result("robust_accuracy", f"worst-case accuracy, {threat}", worst))
+    data = ModelCardData(license=license, library_name="aerl", pipeline_tag=tags[0], tags=tags, datasets=[dataset],
+                         model_name=name, eval_results=results)  # fmt: skip
+    evaluation = [word for word in summary["overrides"] if _key(word) in _EVALUATION]
+    text = ModelCard.from_template(
+        data, str(Path(__file__).with_name("card.md.j2")), name=name, summary=summary, trained=trained,
+        config=config, threat=threat, version=aerl.__version__, percent=_percent, eps_text=eps_text,
+        again=shlex.join(["trainer=none", "checkpoint=FOLDER", *evaluation]), commands=list(map(shlex.join, commands)),
+    )  # fmt: skip
+    return str(text)
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:
@@ -202,30 +195,22 @@ def _percent(accuracy: Mapping[str, Any]) -> str:
     return f"{value:.1f} % ({low:.1f} to {high:.1f} %)"
 
 
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition(".")[0]
-
-
-def _shell(lines: str) -> str:
-    return f"```\n{lines}\n```"
-
-
 @command
 def main(words: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m aerl.hub", description="Hand a model on.")
+    parser = Parser(prog="python -m aerl.hub", description="Publish a model.")
     commands = parser.add_subparsers(required=True, metavar="export")
-    exporting = commands.add_parser("export", help="write a run's model, its verdict and a model card")
+    exporting = commands.add_parser("export", help="write a run's model, its results and a model card")
     exporting.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     exporting.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
-    exporting.add_argument("--license", metavar="NAME", help="what the card says, such as mit")
+    exporting.add_argument("--license", metavar="NAME", help="for the card, such as mit")
     exporting.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    exporting.add_argument("--private", action="store_true", help="if --push makes the repository: not public")
+    exporting.add_argument("--private", action="store_true", help="if --push creates the repository: not public")
     given = parser.parse_args(words)
     folder = export(local(str(given.run), "RUN"), given.out and local(str(given.out), "--out"), given.license)
-    print(f"exported to {folder}; judge it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}")
+    print(f"exported to {folder}; evaluate it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}")
     if given.push:
         address = push(folder, given.push, private=given.private)
-        print(f"uploaded to {address}; judge it: python launch.py trainer=none checkpoint=hf://{given.push}")
+        print(f"uploaded to {address}; evaluate it: python launch.py trainer=none checkpoint=hf://{given.push}")
     return 0
 
 

@@ -1,16 +1,14 @@
-"""The words every part of aerl shares: the error a user reads, and the annotated numbers of the schema.
+"""What every part of aerl shares: the error a user reads, and the annotated numbers of the schema.
 
-An annotation such as `eps: NonNegative` in a signature is at once the documentation of the parameter
-and its check: `aerl.config` reads the signature of whatever a YAML file's `_target_` names, so a new
-attack, model or dataset is validated before anything runs, without a second list of its keys.
-This module imports neither torch nor Hydra.
+An annotation such as `eps: NonNegative` in a signature documents the parameter and checks it: `aerl.config` reads the
+signature of whatever a YAML file's `_target_` names. This module imports neither torch nor Hydra.
 """
 
 import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -18,16 +16,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 
 class UserError(Exception):
-    """A mistake or a fault outside aerl, told in one line: the key, its value and what would be right."""
+    """A mistake or a fault outside aerl, in one line: the key, its value and what would be right."""
+
+    printed = False  # whether the user has read it already
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, without the paragraphs that some of them go on with."""
-    try:
-        text = str(error)
-    except Exception:  # other people's exceptions can fail at this, too
-        text = ""
-    return next((line.strip()[:300] for line in text.splitlines() if line.strip()), type(error).__name__)
+    """The first line of another library's exception."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def is_foreign(target: Any) -> bool:
@@ -39,11 +35,10 @@ def is_foreign(target: Any) -> bool:
 
 @contextmanager
 def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 shows where") -> Iterator[None]:
-    """Calls of other people's code: whatever it raises becomes a UserError, `key: TYPE: text (remedy)`.
+    """Around calls of other people's code: whatever it raises becomes a UserError, `key: TYPE: text (remedy)`.
 
     `targets` are the objects that are called; if all of them are aerl's own, exceptions pass unchanged, so that
-    a bug of aerl's is a traceback. Without `targets` every exception is converted. A UserError passes unchanged.
-    Code that handles one kind of exception itself (out of memory) must stand inside.
+    a bug of aerl's is a traceback. Code that handles one kind of exception itself (out of memory) must stand inside.
     """
     try:
         yield
@@ -57,8 +52,19 @@ def foreign_code(key: str, *targets: Any, remedy: str = "HYDRA_FULL_ERROR=1 show
         raise UserError(f"{key}: {type(error).__name__}: {first_line(error)} ({remedy})") from error
 
 
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """A UserError of the code inside about a setting of its own gets the `key` by which the user knows it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(key):
+            raise
+        raise UserError(f"{key}.{error}" if "=" in str(error).partition(" ")[0] else f"{key}: {error}") from error
+
+
 def shortened(text: str, longest: int) -> str:
-    """`text` in at most `longest` bytes of UTF-8: a hash in place of the end of a longer one keeps two apart."""
+    """`text` in at most `longest` bytes of UTF-8; a longer one ends in a hash of it."""
     if len(text.encode()) <= longest:
         return text
     head = text.encode()[: longest - 20].decode(errors="ignore")
@@ -89,12 +95,11 @@ def _number(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """`value`, in which no number may be NaN or infinite, nor one in its lists and dictionaries; else ValueError."""
+    """`value`; ValueError if it, or a number in its lists and dictionaries, is NaN or infinite."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("must be finite")
-    if isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            finite(item)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        finite(item)
     return value
 
 

@@ -20,12 +20,11 @@ from aerl.attacks import SampleGenerator, pgd
 from aerl.data import DataSplits, Split, prepare, subset, to_unit
 from aerl.data.sources import digits
 from aerl.evaluation import evaluate
-from aerl.evaluation.evaluate import PER_SAMPLE
 from aerl.models import AliCNN, Classifier
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog
 from aerl.training.loop import Recipe, fit
-from aerl.training.objectives import Labels
+from aerl.training.objectives import Labels, policy_gradient
 from benchmarks.paired import ratio, time_in_turns
 
 
@@ -97,7 +96,8 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     torch.manual_seed(0)
     net = AliCNN(num_classes=10, channels=1, size=(8, 8))
     model = hardware.place(Classifier(net, data.mean, data.std))
-    recipe = Recipe(epochs=5, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=1e-3), act=Labels())
+    objective = partial(policy_gradient, act=Labels(), weight=0.0, probability_floor=0.0)
+    recipe = Recipe(epochs=5, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=1e-3), objective=objective)
     identity = {"run_id": "digits", "seed": 0, "dataset": "digits", "model": "alicnn", "trainer": "sl"}
     folder = scratch / "everything"
     folder.mkdir()
@@ -108,8 +108,8 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     attack = partial(pgd, norm="L2", eps=1.0)
     found = evaluate.run_attack(attack, model, chosen, clean, hardware, name="pgd", seed=0, batch_size=128)["pgd"]
     outcomes = {"label": chosen.labels.numpy()}
-    outcomes |= {f"clean_{key}": getattr(clean, key) for key in ("pred", "p", "confidence", "entropy")}
-    outcomes |= {f"pgd_{key}": getattr(found, key) for key in PER_SAMPLE}
+    outcomes |= clean.columns("clean")
+    outcomes |= found.columns("pgd")
     context = AnalysisContext(
         model=model, images=chosen.images, labels=chosen.labels, class_names=data.class_names, outcomes=outcomes,
         adversarial={"pgd": torch.from_numpy(found.examples)}, attacks={"pgd": {"norm": "L2", "eps": 1.0}},

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from aerl.attacks import AutoAttack, BatchGenerator, attacking, pgd
 from aerl.data import DataSplits, Split, subset, to_unit
 from aerl.evaluation import evaluate
+from aerl.evaluation.outcomes import Attacked
 from aerl.runtime.device import Hardware
 from aerl.types import eps_text
 from benchmarks.paired import Timed, in_its_own_process, ratio, time_in_turns, timed
@@ -139,9 +140,9 @@ def measure(
 ) -> list[tuple[str, str, str]]:
     """Rows of (what, measured, goal) of PGD on the models by name; every attack starts at the clean image.
 
-    All get the same batches: 512 images on a GPU and 128 on the CPU, as `aerl.evaluation.outcomes` does.
+    All get the same batches: 512 images on a GPU and 128 on the CPU, as `aerl.evaluation.evaluate` does.
     """
-    torch.backends.cudnn.benchmark = False  # as in `judge`: batches shrink as samples are fooled
+    torch.backends.cudnn.benchmark = False  # as in `evaluate`: batches shrink as samples are fooled
     split = subset(data.test, samples)
     x = to_unit(split.images.to(hardware.device), hardware.memory_format)
     y = split.labels.to(hardware.device)
@@ -258,13 +259,13 @@ def _autoattack(
     def aerl() -> Timed:
         """With the look at the clean images, which the library has inside, too."""
 
-        def judge() -> evaluate.Attacked:
+        def attacked() -> Attacked:
             clean = evaluate.predict(model, split, hardware, _AUTOATTACK_BATCH)
             return evaluate.run_attack(
                 attack, model, split, clean, hardware, name="autoattack", seed=0, batch_size=_AUTOATTACK_BATCH
             )["autoattack"]
 
-        done = timed(judge)
+        done = timed(attacked)
         masks["aerl"] = done.result.pred == split.labels.numpy()
         return Timed(done.seconds)
 

@@ -15,13 +15,15 @@ from aerl.attacks import BatchGenerator, pgd
 from aerl.data import Batches, to_unit
 from aerl.runtime import device
 from aerl.runtime.device import Hardware, stream
-from aerl.training.loop import train_step
+from aerl.training.loop import TrainStep
 from benchmarks.training import TRAINERS, Work, classifier, random_split, recipe
 
 
 def training(machine: Hardware, work: Work) -> Callable[[], object]:
     """One step, as the body of the loop in `aerl.training.loop.fit`."""
     model, plain = classifier(work, machine), recipe(work)
+    train_step = TrainStep(model, plain.objective, machine)
+    attack = plain.adversary.attack if plain.adversary else None
     optimizer = plain.optimizer(model.parameters())
     batches = Batches(random_split(2 * work.batch_size, work.size), work.batch_size, machine.device)
     generator = stream(0, "actions", device=machine.device)
@@ -30,10 +32,8 @@ def training(machine: Hardware, work: Work) -> Callable[[], object]:
     def step() -> None:
         images, y = next(iter(batches.epoch(torch.Generator())))
         x = to_unit(plain.augment(images, generator), machine.memory_format)
-        with machine.autocast():
-            outcome = train_step(model, x, y, plain.act, generator, adversary=plain.adversary)
         optimizer.zero_grad()
-        outcome.loss.backward()
+        train_step(x, y, generator, attack)[0].backward()
         clip_grad_norm_(model.parameters(), plain.clip or torch.inf)
         optimizer.step()
 

@@ -29,7 +29,7 @@ from aerl.models import CNN, AliCNN, Classifier, torchvision_net
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog
 from aerl.training.loop import Adversary, Recipe, fit
-from aerl.training.objectives import EpsilonGreedy, Labels
+from aerl.training.objectives import EpsilonGreedy, Labels, policy_gradient
 from benchmarks.paired import Timed, in_its_own_process, ratio, synchronize, time_in_turns, timed
 
 TRAINERS = ("sl", "rl", "rl_adv")
@@ -213,16 +213,18 @@ def recipe(work: Work) -> Recipe:
     """As the YAML files of conf/trainer say."""
     fgsm = partial(
         pgd, norm="Linf", eps=FGSM_EPS, steps=1, step_size=FGSM_EPS, random_start=False, drop_fooled=False,
-        keep="last",
+        keep="last", in_training=True,
     )  # fmt: skip
     supervised = work.trainer == "sl"
     return Recipe(
         epochs=1,
         batch_size=work.batch_size,
         optimizer=partial(torch.optim.AdamW, lr=2e-4 if supervised else 1e-3),
-        act=Labels() if supervised else EpsilonGreedy(0.1),
+        objective=partial(
+            policy_gradient, act=Labels() if supervised else EpsilonGreedy(0.1), weight=1.0, probability_floor=0.0
+        ),
         clip=1.0 if supervised else None,
-        adversary=Adversary(fgsm, weight=1.0, start_epoch=0) if work.trainer == "rl_adv" else None,
+        adversary=Adversary(fgsm) if work.trainer == "rl_adv" else None,
         augment=partial(augment, hflip=0.5, vflip=0.5, translate=0.1),
     )
 

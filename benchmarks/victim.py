@@ -14,7 +14,7 @@ from aerl.models import AliCNN, Classifier
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog
 from aerl.training.loop import Adversary, Recipe, fit
-from aerl.training.objectives import Labels
+from aerl.training.objectives import Labels, adversarial_training
 
 Defence = Literal["undefended", "pgd_at"]
 
@@ -51,13 +51,12 @@ def trained(
         val=Split(data.val.images[: images // 8], data.val.labels[: images // 8]),
     )
     attack = partial(pgd, norm="L2", eps=0.5, steps=5, step_size=0.15, loss="ce", drop_fooled=False, keep="last")
-    adversary = Adversary(attack, weight=1.0, start_epoch=0, objective="alone")
     recipe = Recipe(
         epochs=3,
         batch_size=64,
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
-        act=Labels(),
-        adversary=adversary if defence == "pgd_at" else None,
+        objective=partial(adversarial_training, act=Labels(), probability_floor=0.0),
+        adversary=Adversary(attack) if defence == "pgd_at" else None,
     )
     folder = folder / defence
     folder.mkdir()

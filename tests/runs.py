@@ -17,10 +17,10 @@ import os, runpy, sys
 from aerl.runtime import signals
 if "TORCHELASTIC_RUN_ID" in os.environ:  # as launch.py does, before what takes seconds
     signals._end_with_parent(9)
-import aerl.evaluation.outcomes
+import aerl.evaluation.resume
 import aerl.training.loop
 aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS = 0
-aerl.evaluation.outcomes._SECONDS_BETWEEN_SAVES = 0
+aerl.evaluation.resume._SECONDS_BETWEEN_SAVES = 0
 sys.argv = ["launch.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """

@@ -20,11 +20,11 @@ from aerl.attacks import (
     evaluating,
     frozen,
     losses,
+    modes,
     noise,
     pgd,
     warn,
 )
-from aerl.attacks import predictions as judged
 from aerl.attacks.modes import full_precision
 from aerl.types import UserError
 
@@ -125,7 +125,7 @@ class Linear(nn.Module):
     ],
     ids=lambda value: " ".join(map(str, value.keywords.values())) if isinstance(value, partial) else None,
 )
-def test_linear_model_gives_its_closed_form_robust_accuracy(norm, call, unlikely):
+def test_linear_model(norm, call, unlikely):
     model, x = Linear(2, unlikely), images(200, low=0.35, high=0.65)
     y = predictions(model, x)
     distance = model.distances(x, y, norm)
@@ -335,7 +335,7 @@ class Alternating(nn.Module):
         return self.minds[self.calls % 2](x)
 
 
-def test_averaging_over_passes_judges_and_climbs_the_mean():
+def test_averaging_over_passes():
     model = Recording(Alternating(wavy_net(), nn.Sequential(nn.AvgPool2d(3, 1, 1), wavy_net())))
     minds, x = model.inner.minds, images(48)
 
@@ -435,7 +435,7 @@ def test_the_scale_of_the_logits_is_no_defence(norm, loss, scale):
     assert found >= plain - 2
 
 
-def test_literal_cross_entropy_survives_tiny_gradients_but_not_saturation():
+def test_cross_entropy_saturates():
     """What log_odds is for. At x30 the squares of ce's gradients underflow, at x1e6 they themselves do."""
     model, x = small_net(), images(64)
     y = predictions(model, x)
@@ -510,7 +510,7 @@ def test_modes_are_restored_after_an_exception():
         assert state_of(model)[:2] == before[:2]
 
 
-def test_an_outer_autocast_no_grad_or_inference_mode_changes_nothing():
+def test_outer_modes_change_nothing():
     model, x = small_net(), images()
     y = predictions(model, x)
     expected = attack(model, x, y)
@@ -526,32 +526,22 @@ def test_an_outer_autocast_no_grad_or_inference_mode_changes_nothing():
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_products_are_computed_in_full_precision(precision):
+    backends = torch.backends
+    modern = [backends.cuda.matmul, backends.cudnn.conv] if hasattr(backends.cuda.matmul, "fp32_precision") else []
+
     def switches():
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        old = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        return old, [owner.fp32_precision for owner in modern]
 
     try:
         torch.set_float32_matmul_precision(precision)
         before = switches()
         with warnings.catch_warnings(), full_precision():
             warnings.simplefilter("error")
-            assert switches() == ("highest", False)
+            assert switches() == (("highest", False), ["ieee"] * len(modern))
         assert switches() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_the_new_precision_switches_are_set_and_restored():
-    matmul = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):
-        pytest.skip("torch is older than 2.9")
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "tf32"
-        with full_precision():
-            assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
 
 
 def test_layout_is_kept():
@@ -584,7 +574,7 @@ class Broken(nn.Module):
         (small_net(1), {"targeted": True}, "2 classes or more"),
     ],
 )
-def test_faults_are_told_in_one_line(model, settings, message):
+def test_faults(model, settings, message):
     x = images()
     with pytest.raises(UserError, match=message) as error:
         attack(model, x, torch.zeros(len(x), dtype=torch.int64), **settings)
@@ -592,21 +582,12 @@ def test_faults_are_told_in_one_line(model, settings, message):
 
 
 @pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros((), requires_grad=True)])
-def test_a_model_without_gradients_is_told_apart(other):
+def test_a_model_without_gradients(other):
     model, x = Through(small_net(), lambda z: z.detach() + other), images()
     y = predictions(model, x)
     for call in (partial(pgd, eps=0.3), PaperPGD(eps=0.3)):
         with pytest.raises(NoGradient, match="do not depend differentiably on the image"):
             call(model, x, y, generator=SampleGenerator.for_images(x, 0))
-
-
-def test_an_empty_batch_checks_the_settings():
-    nothing, y = images(0), torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(UserError, match="restarts=2"):
-        attack(small_net(), nothing, y, random_start=False, restarts=2)
-    with pytest.raises(UserError, match="loss=dlr"):
-        attack(small_net(2), nothing, y, loss="dlr")
-    assert len(attack(small_net(), nothing, y, targeted=True, restarts=3)) == 0
 
 
 def test_images_outside_the_box_are_refused():
@@ -617,7 +598,7 @@ def test_images_outside_the_box_are_refused():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_targeted_aims_at_all_wrong_classes_where_they_are_fewer_than_restarts(classes):
+def test_targeted_with_few_classes(classes):
     model, x = wavy_net(classes), images()
     y = predictions(model, x)
     settings = {"targeted": True, "loss": "margin", "steps": 5, "eps": 0.1}
@@ -657,7 +638,7 @@ FINITE = [
 
 @pytest.mark.parametrize("beyond", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("call", FINITE, ids=lambda call: " ".join(map(str, call.keywords.values())))
-def test_a_model_that_is_not_finite_within_the_ball_is_fooled_there(call, beyond):
+def test_a_model_that_is_not_finite_is_fooled(call, beyond):
     x = images(4, low=0.4, high=0.6)
     model = Cliff(x, torch.tensor(beyond), width=0.0005)
     x = x - (x.mean((1, 2, 3), keepdim=True) - x.mean())  # all of them just before the edge
@@ -668,13 +649,13 @@ def test_a_model_that_is_not_finite_within_the_ball_is_fooled_there(call, beyond
         found = attack_(model, x, y, generator=SampleGenerator.for_images(x, 0))
     assert found.isfinite().all() and (sizes(found - x, "L2") <= 0.4 + 1e-6).all()
     with torch.no_grad():
-        found = judged(model(found))
+        found = modes.predictions(model(found))
     assert (found == -1).any() and ((found != y).all() or call.func is AutoAttack)  # which does not look everywhere
     assert any("NaN or infinity" in message for message in messages)
 
 
 @pytest.mark.parametrize("call", [pgd, *FINITE[-4:-1], PaperPGD])
-def test_a_gradient_that_is_not_finite_is_not_followed_which_is_said(call):
+def test_a_gradient_that_is_not_finite(call):
     x = images(4)
     model = Through(small_net(), lambda z: z + (0 * z[:, :1].detach() + 0 * z[:, :1]).sqrt())  # 0, slope NaN
     y = predictions(model, x)
@@ -686,7 +667,7 @@ def test_a_gradient_that_is_not_finite_is_not_followed_which_is_said(call):
     assert any("NaN or infinity" in message for message in messages)
 
 
-def test_no_attack_writes_into_what_it_gets_or_returns_a_view_of_it():
+def test_no_attack_writes_into_its_images():
     model, x = small_net(), images(6)
     y = predictions(model, x)
     source = tuple(t.clone() for t in (x, y))

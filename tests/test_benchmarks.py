@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compute from measurements is right; what they measure is no test's business."""
+"""The benchmarks run, and what they compute from measurements is right."""
 
 import re
 import signal
@@ -13,8 +13,8 @@ from benchmarks.scaling import exponent, headline, makespan
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow  # .ci/run does all parts
 def test_smoke_prints_the_rows_of_every_part(tmp_path):
-    """In tiny sizes; `.ci/run` runs all parts, also those that start many runs of launch.py."""
     out = tmp_path / "table.md"
     parts = [word for part in ("training", "attacks", "memory") for word in ("--only", part)]
     command = [sys.executable, "-m", "benchmarks", "--smoke", *parts, "--net", "alicnn", "--out", str(out)]
@@ -23,8 +23,8 @@ def test_smoke_prints_the_rows_of_every_part(tmp_path):
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", text, re.MULTILINE)[1:]
     for trainer in ("sl", "rl", "rl_adv"):
         for what in ("over the paper's loop", "over the bare step's", "share of the matmul peak"):
-            (found,) = [told for name, told, _ in rows if name.startswith(f"{trainer}, ") and what in name]
-            assert float(re.match(r"[\d.]+", found)[0]) > 0
+            (ratio,) = [value for name, value, _ in rows if name.startswith(f"{trainer}, ") and what in name]
+            assert float(re.match(r"[\d.]+", ratio)[0]) > 0
     present = {"torchattacks", "foolbox", "art"} - set(missing())
     for model in ("undefended", "pgd_at"):
         for norm in ("L2", "Linf"):

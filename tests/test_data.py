@@ -1,9 +1,7 @@
 """Sources, cache and batches, on files of every kind: whole, odd and broken. Nothing is downloaded."""
 
-import errno
 import hashlib
 import http.server
-import inspect
 import io
 import json
 import os
@@ -26,13 +24,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import yaml
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from aerl.data import Batches, DataSplits, Source, Split, Table, limit_training, prepare, sources, to_unit
-from aerl.data import batches as batches_module
-from aerl.tracking.fingerprint import fingerprint
 from aerl.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,10 +144,6 @@ def test_the_validation_split_depends_on_its_own_seed_and_fraction_alone(tmp_pat
     assert rows(first.val) != rows(other.val)
     assert torch.equal(first.test.images, other.test.images)
     assert len(half.val) == 719
-
-
-def test_a_path_for_the_digits_is_refused() -> None:
-    refusal(lambda: sources.digits(path="x.npz"), "dataset.path=x.npz", "dataset=digits")
 
 
 # --- What becomes of the images --------------------------------------------------------------------------
@@ -299,38 +290,32 @@ class Trap:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"X_test": None}, "has no array 'X_test'"),
-        ({"X_train": np.ones((4, 6, 6, 3))}, "X_train is float64; expected uint8"),
-        ({"X_test": pictures(8, 3, 6, 6)}, "X_test has shape (8, 3, 6, 6)"),
+        ({"X_test": None}, "has no array X_test"),
+        ({"X_train": np.ones((4, 6, 6, 3))}, "X_train is float64"),
+        ({"X_test": pictures(8, 3, 6, 6)}, "X_test is uint8 of shape (8, 3, 6, 6)"),
         ({"y_train": np.full(40, np.nan)}, "the label of image 0 is missing"),
-        ({"y_train": np.array([0, 1, 2, np.inf] * 10)}, "the label of image 3 is missing, NaN or infinite"),
-        ({"y_train": np.full(40, 0.5)}, "labels have fractions"),
-        ({"y_train": np.eye(4)[np.arange(40) % 4]}, "labels have shape (40, 4)"),
-        ({"y_train": np.arange(39) % 4}, "the train split has 40 images and 39 labels"),
-        ({"y_test": np.full(8, -1)}, "the label of test image 0 is -1; expected 0 to 3"),
+        ({"y_train": np.array([0, 1, 2, np.inf] * 10)}, "infinite"),
+        ({"y_train": np.full(40, 0.5)}, "fractions"),
+        ({"y_train": np.eye(4)[FOUR]}, "labels have shape (40, 4)"),
         ({"y_test": np.arange(8)}, "the label of test image 4 is 4; expected 0 to 3"),
-        ({"X_train": pictures(0, 6, 6, 3), "y_train": np.arange(0)}, "the train split is empty"),
-        ({"y_train": np.zeros(40, dtype=int), "y_test": np.zeros(8, dtype=int)}, "of one class"),
     ],
 )
 def test_other_npz_files_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     file = write_npz(tmp_path / "a.npz", **changes)
     refusal(lambda: ready(tmp_path, partial(sources.npz, path=str(file))), f"dataset.path={file}: ", words)
-    assert not (tmp_path / "prepared").exists() or prepared_folders(tmp_path) == []
 
 
-def test_damaged_npz_files_are_refused_and_no_pickle_in_them_is_executed(tmp_path: Path) -> None:
+def test_a_damaged_npz_is_refused_and_no_pickle_is_executed(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "a.npz", y_train=np.array([Trap(tmp_path / "sprung")], dtype=object))
-    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: ", "allow_pickle=False")
+    refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: cannot be read")
     whole = write_npz(file).read_bytes()
-    for content, words in (
-        (pickle.dumps(Trap(tmp_path / "sprung")), "is not an .npz file"),
-        (whole[: len(whole) // 2], "is not an .npz file"),
-        (whole[:1000] + bytes(500) + whole[1500:], "cannot be read ("),
+    for content in (
+        pickle.dumps(Trap(tmp_path / "sprung")),
+        whole[: len(whole) // 2],
+        whole[:1000] + bytes(500) + whole[1500:],
     ):
         file.write_bytes(content)
-        refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: {words}")
-    refusal(lambda: sources.npz(path="no.npz"), "dataset.path=no.npz: no such file")
+        refusal(lambda: sources.npz(path=str(file)), f"dataset.path={file}: ")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -366,15 +351,15 @@ WORDS = {"kind": STRING, "labels": NAMES}  # of a table whose labels are strings
         ({"data/train-00000-of-00002": {}, "data/train-00001-of-00002": {}, "x_Validation": {}}, {}, (60, 30),
          "data/train-00000-of-00002, data/train-00001-of-00002"),
         ({"train": {}, "validation": {}, "test": {}, "readme": {}}, {}, (30, 30), "left out: readme, validation"),
-        ({"train": {}, "x_Validation": {}, "test": {}}, {"test_split": "validation"}, (30, 30), "left out: test"),
+        ({"train": {}, "x_Validation": {}, "test": {}}, {"test_split": "x_Validation"}, (30, 30), "left out: test"),
         ({"train": {}, "test": {"names": ["cat", "ant", "bee"]}}, {}, (30, 30), ""),
         ({"train": {"names": ["cat", "bee", "ant"]}, "test": WORDS}, {}, (30, 30), ""),
         ({"train": WORDS, "test": {"names": ["cat", "ant", "bee"]}}, {}, (30, 30), ""),
         ({"a/train": {}, "a/test": {}, "b/train": {}, "b/test": {}},
          {"train_split": "a/train", "test_split": "b/test"}, (30, 30), "left out: a/test, b/train"),
         ({"a/train/0000": {}, "a/train/0001": {}, "a/test/0000": {}}, {}, (60, 30), "a/train/0000, a/train/0001"),
-        ({"train/x": {}, "train/y": {}, "test/x": {}}, {}, (60, 30), "train/x, train/y"),
-        ({"train-00000-of-00001-0123456789abcdef": {}, "test": {}, ".x/test": {}}, {}, (30, 30), "left out: .x"),
+        ({"train/x": {}, "train/y": {}, "test/x": {}}, {"train_split": "train/x+train/y"}, (60, 30), ""),
+        ({"train-00000-of-00001-0123456789abcdef": {}, "test": {}, ".x/test": {}}, {}, (30, 30), ""),
         ({"0000": {}, "0001": {}}, {}, (48, 12), "20 % of the images are held out"),
         ({"train": {}, "test": {"labels": [0, 0, 0]}}, {}, (30, 30), "test split has no image of 2 of the 3"),
     ],
@@ -402,25 +387,33 @@ def test_parquet_files_are_read_by_split_and_their_classes_by_name(
     ("files", "words"),
     [
         ({"a/train": {}, "a/test": {}, "b/train": {}, "b/test": {}}, ["train_split=null", "a/train", "b/train"]),
-        ({"one": {}, "two": {}}, ["dataset.source.train_split=null", "one, two"]),
-        ({"train": {}, "val": {}, "valid": {}}, ["dataset.source.test_split=null", "val, valid"]),
-        ({"train": {}, "tset": {}}, ["dataset.source.test_split=null", "tset"]),
-        ({"train2014": {}, "train2017": {}}, ["dataset.source.train_split=null", "train2014, train2017"]),
+        ({"one": {}, "two": {}}, ["train_split=null", "one, two"]),
+        ({"train": {}, "val": {}, "valid": {}}, ["test_split=null", "val, valid"]),
+        ({"train": {}, "tset": {}}, ["test_split=null", "tset"]),
+        ({"train": {}, "train1": {}, "test": {}}, ["train_split=null", "train, train1"]),
+        ({"train2014": {}, "train2017": {}}, ["train_split=null", "train2014, train2017"]),
         ({"train-00000-of-00003": {}, "train-00001-of-00003": {}}, ["train-00001-of-00003", "0 to 2"]),
-        ({"train-0-of-2": {}, "train-1-of-2": {"names": ["cat", "ant", "bee"]}}, ["parts of a split differ"]),
-        ({"train": {}, "test": {"names": [*NAMES, "dog"]}}, ["different classes: dog"]),
-        ({"train": WORDS, "test": {"kind": STRING, "labels": ["ant", "dog"]}}, ["different classes: dog"]),
+        ({"train-0-of-2": {}, "train-1-of-2": {"names": ["cat", "ant", "bee"]}}, ["differ in their class names"]),
+        ({"train": {}, "test": {"names": [*NAMES, "dog"]}}, ["has classes that training has not: dog"]),
         ({"train": {}, "test": {"kind": datasets.Value("int64")}}, ["class names", "numbers"]),
         ({"train": {"labels": [0, None]}, "test": {}}, ["the label of image 1 is missing"]),
         ({"train": {"kind": STRING, "labels": ["ant", None]}, "test": {}}, ["the label of image 1 is missing"]),
-        ({"train": {"labels": [0, 1, -1]}, "test": {}}, ["the label of train image 2 is -1; expected 0 to 2"]),
+        ({"train": {}, "test": {"labels": [-1]}}, ["the label of test image 0 is -1; expected 0 to 2"]),
     ],
-)  # fmt: skip
-def test_parquet_files_that_leave_it_open_are_refused(tmp_path: Path, files: Any, words: list[str]) -> None:
+)
+def test_ambiguous_or_wrong_parquet_files_are_refused(tmp_path: Path, files: Any, words: list[str]) -> None:
     for name, content in files.items():
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         table(30, **content).to_parquet(tmp_path / "set" / f"{name}.parquet")
     refusal(lambda: ready(tmp_path, read(tmp_path / "set")), *words)
+
+
+def test_a_file_rewritten_with_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        table(40, seed).to_parquet(tmp_path / "all.parquet")
+        os.utime(tmp_path / "all.parquet", ns=(1, 1))
+        data = ready(tmp_path, read(tmp_path / "all.parquet"))
+        assert pixels_of(data.train, data.val, data.test) == sorted(images_of(40, seed))
 
 
 def test_one_parquet_file_gives_a_fifth_for_testing_whatever_the_seed(tmp_path: Path) -> None:
@@ -430,24 +423,6 @@ def test_one_parquet_file_gives_a_fifth_for_testing_whatever_the_seed(tmp_path: 
     assert torch.equal(data.test.images, other.test.images)
     assert torch.bincount(data.test.labels).tolist() == [4, 4, 4]
     assert pixels_of(data.train, data.val, data.test) == sorted(images_of(60))
-
-
-@pytest.mark.parametrize("kind", ["parquet", "npz"])
-def test_a_file_rewritten_with_the_same_size_and_time_is_read_anew(tmp_path: Path, kind: str) -> None:
-    file = tmp_path / f"all.{kind}"
-    found, digests = [], set()
-    for seed in (0, 1, 1):
-        if kind == "npz":
-            write_npz(file, X_train=pictures(40, 6, 6, 3, seed=seed))
-        else:
-            table(40, seed).to_parquet(file)
-        os.utime(file, ns=(1, 1))
-        data = ready(tmp_path, read(file))
-        found.append({*pixels_of(data.train, data.val, data.test)} & {*images_of(40, seed)})
-        digests.add(data.digest)
-    assert [len(images) for images in found] == [40, 40, 40]
-    assert len(digests) == 2  # the same content again has the same one
-    assert len(prepared_folders(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train",), (), ("train1", "train2", "test")])
@@ -489,16 +464,16 @@ PACKED = {f"train.X{part}/n{part}{k}": 10 for part in (1, 2) for k in "ab"}  # l
         (of("Training", "VAL"), {}, (20, 20), "pq", ""),
         (of("train", "dev"), {}, (20, 20), "pq", ""),
         (of("train", "val", "valid", "test", "misc"), {}, (20, 20), "pq", "left out: misc, val, valid"),
-        (of("train1", "train2", "test"), {}, (40, 20), "pq", "train split is train1, train2 together"),
+        (of("train1", "train2", "test"), {}, (40, 20), "pq", "train1, train2 are one split"),
         (of("train1", "train2", "test"), {"train_split": "train1"}, (20, 20), "pq", "left out: train2"),
+        (of("train", "a", "b"), {"test_split": "a+b"}, (20, 40), "pq", ""),
         (of("train", "val", "valid"), {"test_split": "val"}, (20, 20), "pq", "left out: valid"),
         (of("one", "two"), {"train_split": "one", "test_split": "two"}, (20, 20), "pq", ""),
-        (of("one", "two"), {}, (32, 8), ["one", "two"], "class folders hold folders, too: p, q"),
         (PACKED | {f"val.X/{path[9:]}": 5 for path in PACKED}, {}, (40, 20), ["n1a", "n1b", "n2a", "n2b"],
          "train.X1, train.X2"),
         ({"p": 10, "q": 10, ".ipynb_checkpoints": 9, "__MACOSX": 9}, {}, (16, 4), "pq",
          "left out: .ipynb_checkpoints, __MACOSX"),
-        ({"p": 10, "q": 10, "r": 0}, {}, (16, 4), "pq", "r (no images)"),
+        ({"p": 10, "q": 10, "p/.ipynb_checkpoints": 3, "p/deeper": 3}, {}, (16, 4), "pq", "p/deeper/test_0.png"),
         (of("train") | of("test", classes="q"), {}, (20, 10), "pq", "no image of 1 of the 2 classes (p)"),
         ({"bus": 10, "car": 10, "train": 10}, {}, (24, 6), ["bus", "car", "train"], ""),
     ],
@@ -526,109 +501,61 @@ def test_class_folders_are_read(
 @pytest.mark.parametrize(
     ("counts", "settings", "words"),
     [
-        (of("train", "val", "valid"), {}, ["dataset.source.test_split=null", "val, valid"]),
-        (of("train", "Train", "test"), {}, ["dataset.source.train_split=null", "Train, ", "train"]),
-        (of("train", "extra"), {}, ["dataset.source.test_split=null", "extra"]),
-        (of("train", "test"), {"test_split": "train"}, ["dataset.source.test_split=train", "has test"]),
-        (of("train", "test"), {"train_split": "tarin"}, ["dataset.source.train_split=tarin", "test, train"]),
-        (of("train") | of("test", classes="pqz"), {}, ["different classes: z"]),
-        ({"train": 10, "test": 10}, {}, ["train split is empty", "class folders"]),
-        (of("cat", "dog", classes=["train", "test"]), {}, ["/cat holds splits"]),
-        ({"train/x/y": 0, "test/x/y": 0}, {}, ["train split is empty"]),
+        (of("train", "val", "valid"), {}, ["test_split=null", "val, valid"]),
+        (of("train", "Train", "test"), {}, ["train_split=null", "Train, ", "train"]),
+        (of("train", "extra"), {}, ["test_split=null", "extra"]),
+        (of("train", "test"), {"test_split": "train"}, ["test_split=train", "has test"]),
+        (of("train", "test"), {"train_split": "tarin"}, ["train_split=tarin", "test, train"]),
+        (of("train") | of("test", classes="pqz"), {}, ["classes that training has not: z"]),
+        ({"train": 10, "test": 10}, {}, ["expected class folders"]),
+        ({"p": 10, "q": 10, "r": 0}, {}, ["expected class folders", "r"]),
+        (of("cat", "dog", classes=["train", "test"]), {}, ["expected class folders", "cat, dog"]),
+        (of("train", classes=["n1/images", "n2/images"]) | of("val", classes=["images"]), {}, ["n1, n2"]),
     ],
-)  # fmt: skip
-def test_class_folders_that_leave_it_open_are_refused(
+)
+def test_ambiguous_or_wrong_class_folders_are_refused(
     tmp_path: Path, counts: Any, settings: Any, words: list[str]
 ) -> None:
     folder = make_folders(tmp_path / "set", counts)
     refusal(lambda: ready(tmp_path, read(folder, **settings)), *words)
 
 
-def test_tiny_imagenet_is_read_as_it_is_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    counts = of("train", classes=["n1/images", "n2/images"]) | {"val/images": 6, "test/images": 4}
-    folder = make_folders(tmp_path / "tiny", counts)
-    (folder / "train" / "n1" / "n1_boxes.txt").touch()
-    lines = [f"test_{number}.png\tn{1 + number % 2}\t0\t0\t9\t9\n" for number in range(6)]
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    caplog.set_level("INFO")
-    data = ready(tmp_path, read(folder))
-    assert (len(data.train), data.class_names) == (18, ("n1", "n2"))
-    assert data.test.labels.tolist() == [0, 1] * 3 and pixels_of(data.test) == sorted(images_of(6, 2))
-    assert "left out: test, train/n1/n1_boxes.txt" in caplog.text
-
-
-def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path: Path) -> None:
-    disk = make_folders(tmp_path / "disk", of("a", "b"))
-    train = tmp_path / "set" / "train"
-    train.mkdir(parents=True)
-    for link, target in (
-        *((train / name, disk / "a" / name) for name in "pq"),
-        *((train.parent / "test", disk / "b"), (tmp_path / "link", train.parent)),
-        (disk / "a" / "p" / "again", train.parent),
-    ):
-        link.symlink_to(target)
-    data = ready(tmp_path, read(tmp_path / "link"))
-    assert (len(data.train) + len(data.val), len(data.test), data.class_names) == (20, 20, ("p", "q"))
-    (disk / "b" / "p" / "test_0.png").unlink()
-    assert len(ready(tmp_path, read(tmp_path / "link")).test) == 19
-    (disk / "b" / "p" / "test_0.png").symlink_to("nowhere")
-    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), "cannot be used", "test/p/test_0.png")
-    (train / "loop").symlink_to("loop")  # stands for all that cannot be read
-    refusal(lambda: ready(tmp_path, read(tmp_path / "link")), f"{tmp_path / 'link'}: cannot be read", "loop")
-
-
 @pytest.mark.parametrize("as_text", [False, True])
-def test_rows_of_a_table_reach_nothing_outside_of_its_folder(
-    tmp_path: Path, as_text: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    private, folder = tmp_path / "private.png", tmp_path / "set"
-    hub = tmp_path / "hub" / "datasets--owner--name"
-    for file in (private, folder / "own.png", hub / "blobs" / "0123"):
+def test_rows_of_a_table_reach_no_local_file(tmp_path: Path, as_text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "hub" / "datasets--owner--name" / "1.png"
+    for file in (tmp_path / "private.png", own):
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pictures(1, 6, 6, 3)[0]).save(file, "PNG")
-    (folder / "link.png").symlink_to(private)
-    (hub / "snapshots").mkdir()
-    (hub / "snapshots" / "1.png").symlink_to(hub / "blobs" / "0123")  # the hub's cache is made of links
+        Image.fromarray(pictures(1, 6, 6, 3)[0]).save(file)
+    (own.parent / "link.png").symlink_to(tmp_path / "private.png")
 
-    def tables(path: Any) -> datasets.DatasetDict:
+    def tables(path: Path) -> datasets.DatasetDict:
         image = [str(path) if as_text else {"bytes": None, "path": str(path)}] * 30
-        made = datasets.Dataset.from_dict({"image": image, "label": [0, 1] * 15})
-        return datasets.DatasetDict(train=made, test=made)
+        content = datasets.Dataset.from_dict({"image": image, "label": [0, 1] * 15})
+        return datasets.DatasetDict(train=content, test=content)
 
-    def parquet(path: Any) -> DataSplits:
-        tables(path)["train"].to_parquet(folder / "train.parquet")
-        return ready(tmp_path, read(folder, image_column="image"))
-
-    for path in (private, "../private.png", "link.png"):
-        refusal(lambda path=path: parquet(path), f"dataset.path={folder}", f"{path} is outside of ")
-    for path in ("own.png", folder / "own.png"):
-        assert pixels_of(parquet(path).test)[0] == images_of(1)[0]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
-    monkeypatch.setattr(sources, "_knock", lambda path: None)
-    for path in (private, hub / "snapshots" / "1.png"):
+    tables(own)["train"].to_parquet(tmp_path / "train.parquet")
+    refusal(lambda: ready(tmp_path, read(tmp_path / "train.parquet", image_column="image")), "row 0", str(own))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    for path in (tmp_path / "private.png", own.parent / "link.png", own):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, path=path: tables(path))
         load = partial(ready, tmp_path, read("owner/name", image_column="image"))
-        if path == private:
-            refusal(load, f"{path} is outside of ")
-        else:
+        if path == own:
             assert pixels_of(load().test)[0] == images_of(1)[0]
+        else:
+            refusal(load, "row 0", str(path))
 
 
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     folder = make_folders(tmp_path / "animals", ANIMALS)
     broken = folder / "test" / "bee" / "test_4.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    row = sorted((folder / "test").rglob("*.png")).index(broken)
-    refusal(lambda: ready(tmp_path, read(folder)), f"{folder}: test image {row} cannot be used ({broken}: ")
+    refusal(lambda: ready(tmp_path, read(folder)), f"{folder}: test image 18 cannot be used ({broken}: ")
     assert prepared_folders(tmp_path) == []
-    features = table(60).features
     spoilt = table(60).to_dict()
     spoilt["image"][7] = {"bytes": b"no image at all", "path": None}
-    made = datasets.Dataset.from_dict(spoilt, features=features)
-    path = saved(tmp_path / "two", {"train": made, "test": table(9)})
-    refusal(lambda: ready(tmp_path, read(path)), f"{path}: train image 7 cannot be used (cannot identify")
-    path = saved(tmp_path / "one", made)
-    refusal(lambda: ready(tmp_path, read(path)), "cannot be used (row 7 of the data: cannot identify")
+    path = saved(tmp_path / "one", datasets.Dataset.from_dict(spoilt, features=table(60).features))
+    refusal(lambda: ready(tmp_path, read(path)), "cannot be used (row 7: cannot identify")
 
 
 def test_images_lie_upright_as_their_exif_data_says(tmp_path: Path) -> None:
@@ -651,20 +578,13 @@ def saved(folder: Path, made: Any) -> str:
 
 
 def test_columns_are_found_by_type_then_by_name(tmp_path: Path) -> None:
-    both = table(30).cast_column("label", datasets.Value("int64"))
-    both = both.rename_columns({"image": "anything", "label": "y"})
-    path = saved(tmp_path / "named", {"train": both, "test": both})
-    assert sources.huggingface(path=path).class_names == ("0", "1", "2")
-
     # Encoded images without the library's own metadata, as other programs write them; names as labels.
     images, labels = [encoded(pixels) for pixels in pictures(30, 6, 6, 3)], [*reversed(NAMES)] * 10
     bare = datasets.Dataset.from_dict({"img": images, "label": labels})
     path = saved(tmp_path / "bare", {"train": bare, "test": bare})
     data = ready(tmp_path, read(path))
-    assert data.class_names == tuple(NAMES)
-    assert data.test.labels[:4].tolist() == [2, 1, 0, 2]
+    assert data.class_names == tuple(NAMES) and data.test.labels[:4].tolist() == [2, 1, 0, 2]
     assert pixels_of(data.test) == sorted(images_of(30))
-
     # CIFAR-100's two kinds of label: the one with a usual name is taken.
     fine = table(30).rename_column("label", "fine_label").add_column("coarse_label", [0, 1] * 15)
     fine = fine.cast_column("coarse_label", datasets.ClassLabel(names=["a", "b"]))
@@ -673,31 +593,15 @@ def test_columns_are_found_by_type_then_by_name(tmp_path: Path) -> None:
     assert sources.huggingface(path=path, label_column="coarse_label").class_names == ("a", "b")
 
 
-def test_columns_that_cannot_be_told_apart_are_for_the_user_to_name(tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused(tmp_path: Path) -> None:
     one = table(30)
     many = one.rename_column("image", "left").add_column("right", one.to_dict()["image"])
     many = many.cast_column("right", datasets.Image())
     path = saved(tmp_path / "many", {"train": many, "test": many})
-    for settings, words in (
-        ({}, "dataset.source.image_column=null: "),
-        ({"image_column": "up"}, "dataset.source.image_column=up: "),
-    ):
-        refusal(read(path, **settings), words, "left, label, right")
+    refusal(read(path), "dataset.source.image_column=null: ", "left, label, right")
+    refusal(read(path, image_column="up"), "dataset.source.image_column=up: ", "left, label, right")
     refusal(read(path, image_column="label"), "dataset.source.image_column=label: holds ClassLabel(")
     assert len(read(path, image_column="right")().train.images) == 30
-    unlabelled = saved(tmp_path / "unlabelled", {"train": one.remove_columns("label")})
-    refusal(read(unlabelled), "dataset.source.label_column=null: ", "name one of image")
-
-
-def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
-    hidden = table(9, seed=3, labels=[-1] * 9)
-    path = saved(tmp_path / "a", {"train": table(30), "test": hidden, "validation": table(12, seed=2)})
-    data = ready(tmp_path, read(path))
-    assert pixels_of(data.test) == sorted(images_of(12, 2))
-    path = saved(tmp_path / "b", {"train": table(60), "test": hidden})
-    assert len(ready(tmp_path, read(path)).test) == 12
-    wanted = read(path, test_split="test")
-    refusal(lambda: ready(tmp_path, wanted), f"{path}: the label of test image 0 is -1; expected 0 to 2")
 
 
 def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -708,14 +612,16 @@ def test_paths_that_are_not_there_are_refused(tmp_path: Path) -> None:
     os.truncate(tmp_path / "half.parquet", 2000)
     for path, settings, words in (
         (str(tmp_path), {"name": "full"}, "dataset.source.name=full: "),
-        ("./no/such.parquet", {}, "dataset.path=./no/such.parquet: no such file or folder"),
+        ("./no/such.parquet", {}, "dataset.path=./no/such.parquet: is not on disk"),
         (str(tmp_path / "notes.txt"), {}, "expected a .parquet or .npz file, or a folder"),
-        (str(tmp_path / "empty"), {}, f"dataset.path={tmp_path / 'empty'}: the train split is empty"),
+        (str(tmp_path / "empty"), {}, f"dataset.path={tmp_path / 'empty'}: expected class folders"),
         (str(tmp_path / "half.parquet"), {}, f"dataset.path={tmp_path / 'half.parquet'}: cannot be read ("),
         (str(file), {"label_column": "y"}, "dataset.source.label_column=y: "),
     ):
         assert len(refusal(read(path, **settings), words)) < 500
-    assert len(sources.huggingface(path=str(file)).test.labels) == 8
+    copy = partial(sources.cifar, variant="cifar10", data_dir="nowhere")
+    refusal(lambda: copy(path=str(file)), f"dataset.path={file}: has 4 classes and cifar10 has 10")
+    refusal(lambda: sources.digits(path="x.npz"), "dataset.path=x.npz", "dataset=digits")
 
 
 # --- The network -----------------------------------------------------------------------------------------
@@ -728,150 +634,97 @@ def dead_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_a_hub_that_does_not_answer_is_left_soon(dead_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
+def test_a_hub_that_does_not_answer_is_reported_soon(
+    tmp_path: Path, dead_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     for endpoint, cause in ((dead_server, "timed out"), ("http://127.0.0.1:9", "Connection refused")):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
         started = time.monotonic()
-        words = ("dataset.path=owner/name: ", cause, "set dataset.path to a local copy", "HF_HUB_OFFLINE=1")
-        refusal(lambda: sources.huggingface(path="owner/name"), *words)
+        refusal(
+            read("owner/name"), "dataset.path=owner/name: ", cause, "dataset.path to a local copy", "HF_HUB_OFFLINE=1"
+        )
         assert time.monotonic() - started < 5
-
-
-def test_the_hub_is_asked_for_a_name_and_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
-    asked: list[Any] = []
-    monkeypatch.setattr(sources, "_knock", lambda path: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
-    data = ready(tmp_path, read("owner/name", name="small"))
-    assert asked == [("owner/name", "small")]
-    assert pixels_of(data.test) == sorted(images_of(9, 1))
-
-
-def test_offline_the_hub_is_not_even_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    refusal(lambda: sources.huggingface(path="owner/name"), "dataset.path=owner/name: cannot be read (")
+    refusal(read("owner/name"), "dataset.path=owner/name: cannot be read (")
+    asked: list[Any] = []
+    splits = datasets.DatasetDict({"train": table(60), "validation": table(9, seed=1)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or splits)
+    assert pixels_of(ready(tmp_path, read("owner/name", name="small")).test) == sorted(images_of(9, 1))
+    assert asked == [("owner/name", "small")]
 
 
-CLASSES = {10: [f"class {number}" for number in range(10)], 100: [f"class {number}" for number in range(100)]}
+CLASSES = [f"class {number}" for number in range(100)]
 
 
-def cifar_archive(kind: Any, classes: int) -> tuple[type, bytes]:
-    """A small honest archive in torchvision's layout, and its class with the md5s of that archive."""
-    key = "labels" if classes == 10 else "fine_labels"
-    label_names = "label_names" if classes == 10 else "fine_label_names"
+@pytest.fixture
+def small_cifar(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Path]]:
+    """CIFAR-100 with a few images and the md5s of its own, which torchvision's own code downloads from this machine."""
+    kind: Any = torchvision.datasets.CIFAR100
 
     def batch(count: int, seed: int) -> bytes:
-        data = pictures(count, 3072, seed=seed)
-        return pickle.dumps({"data": data, key: [row % classes for row in range(count)]})
+        labels = [row % 100 for row in range(count)]
+        return pickle.dumps({"data": pictures(count, 3072, seed=seed), "fine_labels": labels})
 
-    md5 = lambda content: hashlib.md5(content).hexdigest()  # noqa: E731
-    files = {name: batch(4 * classes, seed) for seed, (name, _) in enumerate(kind.train_list)}
-    tests = {name: batch(2 * classes, 99) for name, _ in kind.test_list}
-    meta = pickle.dumps({label_names: CLASSES[classes]})
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in {**files, **tests, kind.meta["filename"]: meta}.items():
+    meta = pickle.dumps({"fine_label_names": CLASSES})
+    files = {"train": batch(400, 0), "test": batch(200, 99), "meta": meta}
+    archive = tmp_path_factory.mktemp("server") / "archive.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
             member = tarfile.TarInfo(f"{kind.base_folder}/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    small = type(
-        kind.__name__,
-        (kind,),
-        {
-            "url": "set by the test",
-            "tgz_md5": md5(buffer.getvalue()),
-            "train_list": [[name, md5(content)] for name, content in files.items()],
-            "test_list": [[name, md5(content)] for name, content in tests.items()],
-            "meta": {**kind.meta, "md5": md5(meta)},
-        },
-    )
-    return small, buffer.getvalue()
-
-
-@pytest.fixture(params=[10, 100])
-def small_cifar(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[int, Any, Path]]:
-    """CIFAR with a few images, which torchvision's own code downloads from this machine."""
-    classes = request.param
-    kind, content = cifar_archive(getattr(torchvision.datasets, f"CIFAR{classes}"), classes)
-    archive = tmp_path_factory.mktemp("server") / "archive.tar.gz"
-    archive.write_bytes(content)
-    monkeypatch.setattr(torchvision.datasets, f"CIFAR{classes}", kind)
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        kind.url = f"http://127.0.0.1:{server.server_port}/{archive.name}"  # type: ignore[attr-defined]
-        yield classes, kind, archive
+        for name, value in {
+            "url": f"http://127.0.0.1:{server.server_port}/{archive.name}",
+            "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
+            "train_list": [["train", md5["train"]]],
+            "test_list": [["test", md5["test"]]],
+            "meta": {**kind.meta, "md5": md5["meta"]},
+        }.items():
+            monkeypatch.setattr(kind, name, value)
+        yield kind, archive
         server.shutdown()
 
 
-def variant(classes: int) -> Any:
-    return f"cifar{classes}"
-
-
-def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[int, Any, Path]) -> None:
-    classes, kind, archive = small_cifar
+def test_cifar_is_downloaded_once_and_checked(tmp_path: Path, small_cifar: tuple[Any, Path]) -> None:
+    kind, archive = small_cifar
     root = tmp_path / "torchvision"
-    source = partial(sources.cifar, variant=variant(classes), data_dir=root.parent)
+    source = partial(sources.cifar, variant="cifar100", data_dir=tmp_path)
+    whole = archive.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-9] + b"x" * 9):
+        archive.write_bytes(damaged)
+        words = ("set dataset.path", f"put {kind.filename} into {root}")
+        refusal(lambda: ready(tmp_path, source), "dataset=cifar100: cannot be downloaded (", *words)
+    assert prepared_folders(tmp_path) == []
+    archive.write_bytes(whole)
     data = ready(tmp_path, source, size=32, channels=3, val_fraction=0.25)
     archive.unlink()  # nothing is downloaded again
-    assert data.class_names == tuple(CLASSES[classes])
-    assert len(data.test) == 2 * classes and len(data.train) + len(data.val) == 4 * classes * len(kind.train_list)
-    assert np.array_equal(data.test.images.numpy().reshape(-1, 3072), pictures(2 * classes, 3072, seed=99))
-    assert sorted(path.name for path in root.iterdir()) == sorted([kind.base_folder, kind.filename])
-
-    ready(tmp_path, source, size=16, val_fraction=0.25)  # prepared anew from what is there
-    (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
-    assert len(source().test.labels) == 2 * classes  # unpacked again
-    copy = partial(sources.cifar, variant=variant(classes), data_dir="nowhere", path=str(root))
+    assert data.class_names == tuple(CLASSES) and (len(data.train), len(data.val), len(data.test)) == (300, 100, 200)
+    assert np.array_equal(data.test.images.numpy().reshape(-1, 3072), pictures(200, 3072, seed=99))
+    (root / kind.base_folder / "test").write_bytes(b"damaged")
+    assert len(source().test.labels) == 200  # unpacked again
+    copy = partial(sources.cifar, variant="cifar100", data_dir="nowhere", path=str(root))
     assert torch.equal(ready(tmp_path, copy, val_fraction=0.25).test.images, data.test.images)
-    (root / kind.base_folder / kind.test_list[0][0]).write_bytes(b"damaged")
-    refusal(copy, f"dataset.path={root}: ", f"cifar{classes}", "incomplete or corrupt")
+    (root / kind.base_folder / "test").write_bytes(b"damaged")
+    refusal(copy, f"dataset.path={root}: cannot be read (", "corrupted")
 
 
-@pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda body: body[:-9] + b"x" * 9])
-def test_a_corrupt_archive_is_refused_and_not_kept(
-    tmp_path: Path, small_cifar: tuple[int, Any, Path], damage: Callable[[bytes], bytes]
+def test_a_download_from_a_silent_server_ends(
+    tmp_path: Path, dead_server: str, small_cifar: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classes, kind, archive = small_cifar
-    whole = archive.read_bytes()
-    archive.write_bytes(damage(whole))
-    source = partial(sources.cifar, variant=variant(classes), data_dir=tmp_path)
-    words = ("its md5 is wrong", "set dataset.path", f"put {kind.filename} into {tmp_path / 'torchvision'}")
-    refusal(lambda: ready(tmp_path, source), f"dataset=cifar{classes}: cannot be downloaded (", *words)
-    assert list((tmp_path / "torchvision").iterdir()) == [] == prepared_folders(tmp_path)
-    (tmp_path / "torchvision" / kind.filename).write_bytes(whole)  # as the message advises
-    assert len(source().test.labels) == 2 * classes
-
-
-def test_a_download_from_a_dead_server_ends(
-    tmp_path: Path, dead_server: str, small_cifar: tuple[int, Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    classes, kind, _ = small_cifar
-    kind.url = dead_server
+    small_cifar[0].url = dead_server
     monkeypatch.setattr(sources, "NETWORK_TIMEOUT", 0.3)
     started = time.monotonic()
-    words = (f"dataset=cifar{classes}: cannot be downloaded", "timed out", "set dataset.path to a local copy")
-    refusal(lambda: sources.cifar(variant=variant(classes), data_dir=tmp_path), *words)
-    assert time.monotonic() - started < 5
-    assert socket.getdefaulttimeout() is None
-    assert list((tmp_path / "torchvision").iterdir()) == []
-
-
-def test_a_copy_of_cifar_may_be_of_any_kind_and_must_have_its_classes(tmp_path: Path) -> None:
-    file = write_npz(tmp_path / "a.npz")
-    copy = partial(sources.cifar, variant="cifar10", data_dir="nowhere")
-    refusal(lambda: copy(path=str(file)), f"dataset.path={file}: has 4 classes and cifar10 has 10")
-    write_npz(file, y_train=np.arange(40) % 10, y_test=np.arange(8))
-    assert len(copy(path=str(file)).class_names) == 10
-    refusal(lambda: copy(path="nowhere"), "dataset.path=nowhere: no such file or folder")
+    words = ("dataset=cifar100: cannot be downloaded", "timed out", "set dataset.path to a local copy")
+    refusal(lambda: sources.cifar(variant="cifar100", data_dir=tmp_path), *words)
+    assert time.monotonic() - started < 5 and socket.getdefaulttimeout() is None
 
 
 # --- The cache -------------------------------------------------------------------------------------------
@@ -899,14 +752,6 @@ def test_the_second_start_does_not_open_the_source(tmp_path: Path) -> None:
     assert len(calls) == 6
 
 
-def test_the_key_does_not_depend_on_how_a_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_npz(tmp_path / "a.npz")
-    monkeypatch.chdir(tmp_path)
-    for path in ("a.npz", str(tmp_path / "a.npz"), f"../{tmp_path.name}/a.npz"):
-        ready(tmp_path, partial(sources.npz, path=path))
-    assert len(prepared_folders(tmp_path)) == 1
-
-
 def test_odd_names_stay_inside_the_folder(tmp_path: Path) -> None:
     ready(tmp_path / "data", sources.digits, name="../../owner/my set")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -919,78 +764,34 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(bytes(content))
 
 
-def replace(path: Path, make: Callable[[], Any]) -> None:
-    path.unlink()
-    make()
-
-
 PREPARED = [f"{part}_{kind}.npy" for part in ("train", "val", "test") for kind in ("images", "labels")]
-PLACES = (0, 0.02, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99, 1)
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 9),
-    "lengthened": lambda path: path.write_bytes(path.read_bytes() + b"0"),
-    "emptied": lambda path: path.write_bytes(b""),
     "removed": lambda path: path.unlink(),
-    "a folder": lambda path: replace(path, path.mkdir),
-    "unreadable": lambda path: replace(path, lambda: path.symlink_to(path.name)),  # root may read all files
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Trap(path.parent / "sprung"))),
     "other JSON": lambda path: path.write_text(json.dumps({"sha256": "", "arrays": 3})),
     "deep JSON": lambda path: path.write_text("[" * 100_000),
-    **{f"flipped at {place}": partial(flip, place=place) for place in PLACES},
+    **{f"flipped at {place}": partial(flip, place=place) for place in (0, 0.2, 0.5, 1)},
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_is_prepared_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     source = in_memory(pictures(40, 9, 9, 3), HALVES * 2)
     first = ready(tmp_path, source)
     (folder,) = (tmp_path / "prepared").glob("set-*")
     for file in (*PREPARED, "meta.json"):
-        content = (folder / file).read_bytes()
+        time.sleep(0.01)  # the file system's clock must tick, or nothing shows that the file was touched
         caplog.clear()
         DAMAGES[damage](folder / file)
         again = ready(tmp_path, source, memory_limit=0)
         assert equal(first, again) and first.digest == again.digest
         lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
-        header = damage.startswith("flipped") and float(damage[11:]) * len(content) < 128  # not read by aerl
-        assert len(lines) == (0 if header else 1) or (file == "meta.json" and len(lines) < 2)
-        assert all(f"the prepared data in {folder} is damaged (" in line for line in lines)
+        assert len(lines) == 1 and f"the prepared data in {folder} are damaged (" in lines[0]
         assert not (folder / "sprung").exists()
-        caplog.clear()
-        ready(tmp_path, source)
-        assert caplog.text == "" and prepared_folders(tmp_path) == [folder.name]
-
-
-@pytest.mark.parametrize("damage", ["a file", "a link", "a moved folder"])
-def test_whatever_stands_in_the_place_of_prepared_data_is_replaced(tmp_path: Path, damage: str) -> None:
-    first = ready(tmp_path, sources.digits)
-    (folder,) = (tmp_path / "prepared").glob("set-*")
-    folder.rename(tmp_path / "moved")
-    if damage == "a file":
-        folder.write_text("")
-    else:
-        folder.symlink_to(tmp_path / "moved")
-    if damage == "a link":
-        flip(tmp_path / "moved" / "meta.json", 0.5)
-    assert equal(first, ready(tmp_path, sources.digits))
-    assert folder.is_symlink() == (damage == "a moved folder")
-
-
-def test_files_that_nobody_has_touched_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ready(tmp_path, sources.digits)
-    (labels,) = (tmp_path / "prepared").glob("set-*/test_labels.npy")
-    now, digest, read = time.time_ns(), hashlib.file_digest, []
-    noted = lambda file, kind: read.append(file.name) or digest(file, kind)  # noqa: E731
-    monkeypatch.setattr("hashlib.file_digest", noted)
-    monkeypatch.setattr("time.time_ns", lambda: now + 2 * 10**9)  # two seconds later
-    for expected in (6, 6):
-        ready(tmp_path, sources.digits)
-        assert len(read) == expected
-    content, status = labels.read_bytes(), labels.stat()
-    labels.write_bytes(content)
-    os.utime(labels, ns=(status.st_atime_ns, status.st_mtime_ns))
-    ready(tmp_path, sources.digits)
-    assert read[6:] == [str(labels)]
+    caplog.clear()
+    ready(tmp_path, source)
+    assert caplog.text == "" and prepared_folders(tmp_path) == [folder.name]
 
 
 def test_the_digest_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
@@ -1007,25 +808,6 @@ def test_the_digest_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> N
     assert ready(tmp_path, read(tmp_path / "b")).digest != one.digest
 
 
-def test_a_fingerprint_covers_files_and_foreign_code_and_needs_no_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text("def make(root): ...")
-    write_npz(tmp_path / "a.npz")
-    identity, recipe = {"_target_": "mine.make", "root": str(tmp_path / "a.npz")}, {"size": 8}
-    found = {fingerprint(identity, recipe), fingerprint(identity, recipe), fingerprint(identity, {"size": 9})}
-    (tmp_path / "mine.py").write_text("def make(root): return 1")
-    found.add(fingerprint(identity, recipe))
-    write_npz(tmp_path / "a.npz")
-    found.add(fingerprint(identity, recipe))
-    assert len(found) == 4
-    code = "import sys, aerl.tracking.fingerprint; print({'torch', 'numpy'} & set(sys.modules))"
-    command = [sys.executable, "-c", code]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    assert output.stdout == "set()\n"
-
-
 def test_large_sets_are_mapped_and_equal_to_those_in_memory(tmp_path: Path) -> None:
     held = ready(tmp_path, sources.digits)
     total = sum(split.images.nbytes for split in (held.train, held.val, held.test))
@@ -1035,31 +817,6 @@ def test_large_sets_are_mapped_and_equal_to_those_in_memory(tmp_path: Path) -> N
     assert equal(held, mapped)
     mapped.train.images.zero_()  # a copy of the pages: the file stays as it is
     assert equal(held, ready(tmp_path, sources.digits))
-
-
-def test_many_blocks_and_threads_give_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ready(tmp_path / "a", sources.digits, size=100)  # large enough for threads
-    monkeypatch.setattr("aerl.data.prepare.BLOCK", 70_000)  # seven images
-    assert equal(ready(tmp_path / "b", sources.digits, size=100), whole)
-
-
-def test_a_faster_process_wins_where_locks_do_not_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = ready(tmp_path / "other", sources.digits)
-
-    def slow() -> Source:
-        shutil.copytree(tmp_path / "other" / "prepared", tmp_path / "data" / "prepared", dirs_exist_ok=True)
-        return sources.digits()
-
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    caplog.set_level("INFO")
-    assert equal(ready(tmp_path / "data", slow), first)
-    assert prepared_folders(tmp_path / "data") == prepared_folders(tmp_path / "other")
-    assert "No locks available" in caplog.text
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
@@ -1106,13 +863,13 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
     refusal(lambda: ready(tmp_path, sources.digits, size=32), f"data_dir={tmp_path}: ", "File too large")
     assert prepared_folders(tmp_path) == []
     assert len(ready(tmp_path, sources.digits).test) == 360  # which is small enough
 
 
-def test_a_data_dir_that_cannot_be_made_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_data_dir_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refusal(lambda: ready(tmp_path / "file", sources.digits), f"data_dir={tmp_path / 'file'}: ", "a directory")
 
@@ -1165,14 +922,6 @@ def test_an_epoch_has_every_sample_once_in_the_order_of_its_seed(
     assert not torch.equal(first, second)
 
 
-def test_the_order_is_drawn_when_the_epoch_is_asked_for(held_and_mapped: tuple[Split, Split]) -> None:
-    for split in held_and_mapped:
-        generator = seeded(0)
-        batches = Batches(split, 1000).epoch(generator)
-        torch.rand(1, generator=generator)  # what is drawn in between changes nothing
-        assert torch.equal(next(iter(batches))[1], split.labels[torch.randperm(len(split), generator=seeded(0))[:1000]])
-
-
 @pytest.mark.parametrize(
     ("count", "drop_last", "sizes"), [(5, True, [5]), (8, True, [8]), (9, True, [8]), (9, False, [8, 1])]
 )
@@ -1187,7 +936,7 @@ def test_an_incomplete_batch_is_dropped_unless_it_is_the_only_one(
 
 
 def reading_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aerl-ahead")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
 
 def test_no_thread_outlives_an_epoch_that_is_left_early(held_and_mapped: tuple[Split, Split]) -> None:
@@ -1199,28 +948,6 @@ def test_no_thread_outlives_an_epoch_that_is_left_early(held_and_mapped: tuple[S
     for _ in Batches(held_and_mapped[1], 500).epoch(seeded(0)):
         pass
     assert reading_threads() == []
-
-
-def test_an_error_of_the_reading_thread_is_raised_where_its_batch_was_due() -> None:
-    def make(item: int) -> int:
-        if item == 3:
-            raise OSError("the disk is gone")
-        return item
-
-    received = []
-    with pytest.raises(OSError, match="the disk is gone"):
-        for item in batches_module.ahead(make, range(10)):
-            received.append(item)
-    assert received == [0, 1, 2]
-    assert reading_threads() == []
-
-
-def test_no_more_is_read_ahead_than_can_be_used_soon() -> None:
-    made: list[int] = []
-    items = batches_module.ahead(lambda item: made.append(item), range(100))
-    next(items)
-    time.sleep(0.1)
-    assert made == [0, 1, 2]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -1242,27 +969,6 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(held_and_mapped: tuple[Split, Spl
             assert torch.equal(images, on_gpu.cpu()) and torch.equal(labels, labels_on_gpu.cpu())
 
 
-# --- conf/dataset ----------------------------------------------------------------------------------------
-
-FILES = sorted((ROOT / "conf" / "dataset").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_dataset_file_has_the_same_keys_and_names_parameters_of_its_source(file: Path) -> None:
-    settings = yaml.safe_load(file.read_text())
-    assert list(settings) == [
-        *("name", "epochs", "path", "size", "channels"),
-        *("train_samples", "val_fraction", "split_seed", "augmentation", "source"),
-    ]
-    assert settings["name"] == file.stem
-    assert list(settings["augmentation"]) == ["hflip", "vflip", "translate"]
-    assert settings["source"]["path"] == "${dataset.path}"
-    module, _, function = settings["source"].pop("_target_").rpartition(".")
-    assert module == "aerl.data.sources"
-    parameters = inspect.signature(getattr(sources, function)).parameters
-    assert set(settings["source"]) == set(parameters) - {"data_dir"}
-
-
 # --- Real images -----------------------------------------------------------------------------------------
 
 
@@ -1280,47 +986,3 @@ def test_ten_thousand_real_cifar_images(tmp_path: Path) -> None:
     assert data.class_names[3:6] == ("cat", "deer", "dog")
     assert data.mean == pytest.approx([0.49, 0.48, 0.45], abs=0.02)
     assert data.std == pytest.approx([0.25, 0.24, 0.26], abs=0.02)
-
-
-@needs_real_images
-def test_real_images_at_224_pixels_are_mapped(tmp_path: Path) -> None:
-    file = REAL / "imagenet100-tiny" / "validation.parquet"
-    data = ready(tmp_path, read(file), size=224, channels=3, memory_limit=64 << 20)
-    assert data.image_shape == (3, 224, 224)
-    assert data.num_classes == 100
-    assert data.train.mapped and len(data.train) == 1440
-    images, labels = next(iter(Batches(data.train, 32).epoch(seeded(0))))
-    order = torch.randperm(len(data.train), generator=seeded(0))[:32]
-    assert torch.equal(images, data.train.images[order]) and torch.equal(labels, data.train.labels[order])
-
-
-MEASURE = """
-import pathlib, sys, torch
-from functools import partial
-from aerl.data import prepare, sources
-# Not ru_maxrss, which a process inherits from the one that started it.
-status = pathlib.Path("/proc/self/status")
-peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-before = peak()
-path, size, limit = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-data = prepare(read(path), identity={"path": path}, data_dir=sys.argv[1],
-               name="set", size=size, channels=3, val_fraction=0.1, split_seed=42, memory_limit=limit)
-print(data.train.mapped, peak() - before)
-"""
-
-
-@pytest.mark.slow
-@needs_real_images
-@pytest.mark.parametrize(
-    ("name", "size", "limit", "mapped", "megabytes"),
-    [("cifar10", 32, 2 << 30, "False", 700), ("imagenet100-tiny", 224, 1 << 30, "True", 500)],
-)
-def test_memory_stays_bounded(tmp_path: Path, name: str, size: int, limit: int, mapped: str, megabytes: float) -> None:
-    """Above an interpreter with torch imported, in MB: CIFAR-10 is 184 of them, the other set 2,258."""
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(REAL / name), str(size), str(limit)]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "unpacked")}
-    for _ in range(2):  # prepared, then read from the cache
-        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
-        was_mapped, used = output.stdout.split()
-        assert was_mapped == mapped
-        assert float(used) < megabytes

@@ -1,11 +1,13 @@
-"""What one job of a multirun sets up is not the next one's, and what a machine lacks is said before a run begins."""
+"""What hardware= sets: for one job of a multirun and not the next, and what it does to training."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
-from aerl.runtime.device import set_up
+from aerl.runtime.device import Hardware, set_up
+from aerl.training.loop import Recipe, build_optimizer
 
 PLAIN = {
     "device": "cpu", "precision": "fp32", "tf32": False, "channels_last": True, "compile": False, "threads": None,
@@ -41,9 +43,48 @@ def test_a_setting_of_one_job_is_not_the_next_ones(change):
     assert settings() == before
 
 
+QUICK = ("trainer.epochs=1", "attack=fgsm", "analysis=none", "logger=none", "evaluation.samples=20",
+         "dataset.train_samples=64", "name=r")  # fmt: skip
+
+
+def weights(folder):
+    return torch.load(folder / "runs/r/checkpoints/best.pt")["model"]
+
+
 @pytest.mark.slow
-def test_without_a_compiler_compile_ends_in_one_line_before_the_run(launch, tmp_path):
-    done = launch("hardware.compile=true", "trainer.epochs=1", "attack=none", "analysis=none", CXX="/no/such/compiler")
+def test_a_deterministic_run_is_the_same_to_the_bit(launch, tmp_path):
+    runs = []
+    for _ in range(2):
+        done = launch(
+            "hardware.deterministic=true", "trainer=rl_adv", "trainer.adversary.start_epoch=0", *QUICK, "overwrite=true"
+        )
+        assert done.returncode == 0, done.stderr
+        runs.append(weights(tmp_path))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_fast_run_trains_with_an_adversary(launch, tmp_path):
+    """bf16 and torch.compile, on the CPU too; the weights stay float32 and load without the compiler's names."""
+    done = launch("hardware=fast", "trainer=sl_adv", "trainer.adversary.start_epoch=0", "trainer.batch_size=32", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(tmp_path).values())
+    assert not any("_orig_mod" in name for name in weights(tmp_path))
+
+
+@pytest.mark.slow
+def test_without_a_compiler_fast_ends_in_one_line_before_the_run(launch, tmp_path):
+    done = launch("hardware=fast", "trainer.epochs=1", "attack=none", "analysis=none", CXX="/no/such/compiler")
     (line,) = done.stderr.splitlines()[-1:]
-    assert done.returncode == 1 and line.startswith("error: hardware.compile=true: ")
+    assert done.returncode == 1 and line.startswith("error: hardware.compile=true: ") and "compiler" in line
     assert "Traceback" not in done.stderr and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+def test_fused_is_for_optimizers_that_have_it_on_a_gpu(monkeypatch, device, fused):
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda self, params, fused=None: seen.append(fused))
+    recipe = Recipe(epochs=1, batch_size=1, optimizer=torch.optim.AdamW, objective=lambda: None)
+    build_optimizer(recipe, torch.nn.Linear(1, 1), Hardware(torch.device(device), fused=True))
+    assert seen == [fused]

@@ -21,8 +21,8 @@ from aerl.build import attack
 from aerl.config.compose import read
 from aerl.runtime.device import stream
 from aerl.tracking.results import ResultLog, read_results
-from aerl.training.loop import Adversary, train_step
-from aerl.training.objectives import Labels
+from aerl.training.loop import TrainStep
+from aerl.training.objectives import Labels, adversarial_training, policy_gradient, trades
 from tests.conftest import ROOT
 
 QUICK = {"samples": 40, "steps": 30, "queries": 150}
@@ -65,11 +65,14 @@ def digits():
     return torch.from_numpy(images[order])[:, None], torch.from_numpy(data.target[order])
 
 
-@pytest.fixture(scope="module")
-def trained(digits):
-    """`trained(epochs=6, adversary=None, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
+CLEAN = (partial(policy_gradient, weight=0.0), None)
 
-    def train(epochs=6, adversary=None, activation=nn.ReLU, temperature=1.0):
+
+@pytest.fixture(scope="module")
+def trained(digits, hardware):
+    """`trained(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
+
+    def train(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1.0):
         images, labels = digits
         generator = stream(0, "masking tests")
         with torch.random.fork_rng([]):
@@ -80,12 +83,14 @@ def trained(digits):
                 nn.Linear(384, 48), activation(), nn.Linear(48, 10),
             )  # fmt: skip
             cooled = Apply(net, after=lambda logits: logits / temperature)
+            objective, attack = defence
+            step = TrainStep(cooled, partial(objective, act=Labels(), probability_floor=0.0), hardware)
             optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
             for _ in range(epochs):
                 for batch in torch.randperm(1400, generator=generator).split(64):
                     optimizer.zero_grad()
                     x, y = images[batch].float() / 255, labels[batch]
-                    train_step(cooled, x, y, Labels(), generator, adversary=adversary).loss.backward()
+                    step(x, y, generator, attack)[0].backward()
                     optimizer.step()
             optimizer.zero_grad()
         return net
@@ -134,12 +139,8 @@ def audit(context):
     return run
 
 
-def adversary(norm, eps, objective, weight=1.0):
-    climb = partial(
-        pgd, norm=norm, eps=eps, steps=3, step_size=eps / 2, loss="kl" if objective == "kl" else "ce",
-        drop_fooled=False, keep="last",
-    )  # fmt: skip
-    return Adversary(climb, weight, 0, objective)
+def climb(norm, eps, loss="ce"):
+    return partial(pgd, norm=norm, eps=eps, steps=3, step_size=eps / 2, loss=loss, drop_fooled=False, keep="last")
 
 
 # ------------------------------------------------------------------------------- masked, and known to be
@@ -227,8 +228,11 @@ def test_probabilities_are_told_from_logits(plain, audit):
 @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
 @pytest.mark.parametrize("training", ["supervised", "PGD", "TRADES"])
 def test_honest_training_shows_no_sign(training, norm, eps, plain, trained, audit):
-    given = {"PGD": adversary(norm, eps, "alone"), "TRADES": adversary(norm, eps, "kl", weight=4.0)}
-    net = trained(epochs=4, adversary=given[training]) if training in given else plain
+    given = {
+        "PGD": (adversarial_training, climb(norm, eps)),
+        "TRADES": (partial(trades, weight=4.0), climb(norm, eps, "kl")),
+    }
+    net = trained(epochs=4, defence=given[training]) if training in given else plain
     told, checks = audit(net, norm=norm, eps=eps)
     assert [name for name, check in checks.items() if check["flag"]] == []
     assert told["verdict"] == "no sign"

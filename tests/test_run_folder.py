@@ -121,7 +121,7 @@ def test_no_damaged_file_of_a_finished_run_is_believed(run, damage, caplog):
             assert "\n" not in str(error.value)
         # Tables over runs, and other runs that take this one, believe no more.
         if name in ("summary.json", "config.yaml", "outcomes.npz", "results.jsonl"):
-            assert any(name in line for line in runs.overview([run]).doubts), name
+            assert any(name in line for line in runs.overview([run]).warnings), name
         if name in ("summary.json", "config.yaml"):
             with pytest.raises(UserError):
                 compose_module.of_run(str(run), "sources")

@@ -24,7 +24,7 @@ ON_SLURM = (
 )
 
 
-def told(*command: str) -> str:
+def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -86,7 +86,7 @@ def test_a_job_disturbed_in_mid_training_ends_as_if_undisturbed(launch, backgrou
     wait_for((tmp_path / "runs/cut/results.jsonl").exists, process)
     ((job,),) = ([path.parent.name] for path in tmp_path.glob("runs/slurm/*/*_log.out"))
     if event == "requeue":
-        told("scontrol", "requeue", job)
+        output_of("scontrol", "requeue", job)
     wait_for(lambda: waits(job), process)
     wait_for(lambda: not waits(job) and summary_of(tmp_path / "runs/cut")["status"] == "finished", process, 600)
     output, errors = process.communicate(timeout=60)
@@ -127,10 +127,10 @@ def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, t
         for task in (0, 1):
             wait_for((tmp_path / f"runs/job{task}/results.jsonl").exists, sleeper)
         # The job whose number is that of the whole array.
-        task = re.findall(rf"JobId={array} .*ArrayTaskId=(\d)", told("scontrol", "show", "job", array))[0]
-        told("scancel", "--signal=TERM", f"{array}_{task}")
+        task = re.findall(rf"JobId={array} .*ArrayTaskId=(\d)", output_of("scontrol", "show", "job", array))[0]
+        output_of("scancel", "--signal=TERM", f"{array}_{task}")
         wait_for(lambda: waits(f"{array}_{task}"), sleeper)
-        wait_for(lambda: not told("squeue", "-h", "-j", array), sleeper, 300)
+        wait_for(lambda: not output_of("squeue", "-h", "-j", array), sleeper, 300)
     finally:
         sleeper.kill()
         sleeper.wait()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.data import Split, subset
-from aerl.evaluation.evaluate import right
+from aerl.evaluation.outcomes import right
 from aerl.report import figures
 from aerl.runtime.device import Hardware
 from aerl.runtime.files import write_csv

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator
 
 from aerl.analyses import AnalysisContext
-from aerl.evaluation.evaluate import right
+from aerl.evaluation.outcomes import right
 from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.runtime.files import inside, load_arrays
 from aerl.tracking.results import Result, changed_files, read_config, read_summary

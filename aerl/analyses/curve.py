@@ -12,7 +12,7 @@ from aerl.analyses import AnalysisContext
 from aerl.attacks import SampleGenerator, pgd, predictions
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
-from aerl.evaluation.evaluate import Attacked
+from aerl.evaluation.outcomes import Attacked
 from aerl.evaluation.statistics import proportion
 from aerl.report.figures import BLACK, trainer_colour
 from aerl.tracking.results import Result

@@ -9,24 +9,12 @@ from aerl.attacks.modes import NoGradient, attacking, collect_warnings, evaluati
 from aerl.attacks.noise import noise
 from aerl.attacks.paper import PaperPGD
 from aerl.attacks.pgd import pgd
+from aerl.attacks.protocol import Attack, AttackSpec
 from aerl.attacks.random import BatchGenerator, Noise, SampleGenerator
 from aerl.attacks.transfer import Crafted, Transfer
 
 __all__ = [
-    "AutoAttack",
-    "BatchGenerator",
-    "Crafted",
-    "NoGradient",
-    "Noise",
-    "PaperPGD",
-    "SampleGenerator",
-    "Transfer",
-    "attacking",
-    "collect_warnings",
-    "evaluating",
-    "frozen",
-    "noise",
-    "pgd",
-    "predictions",
-    "warn",
-]
+    "Attack", "AttackSpec", "AutoAttack", "BatchGenerator", "Crafted", "NoGradient", "Noise", "PaperPGD",
+    "SampleGenerator", "Transfer", "attacking", "collect_warnings", "evaluating", "frozen", "noise", "pgd",
+    "predictions", "warn",
+]  # fmt: skip

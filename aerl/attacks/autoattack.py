@@ -3,9 +3,10 @@
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +30,7 @@ _TOLERANCE = 1e-6  # float32 rounding of image + perturbation, in units of the i
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack:
-    """AutoAttack as `attack(model, x, y, *, generator)`; its settings are checked when it is made.
+    """AutoAttack as `attack(model, x, y, *, generator)`.
 
     version: which components run, with which of the library's settings: "standard" (APGD-CE, targeted
         APGD-DLR, targeted FAB, Square), "plus" (also the untargeted ones, with restarts), "rand" (APGD-CE
@@ -37,19 +38,18 @@ class AutoAttack:
         (five restarts of APGD and FAB) for the components in `attacks`.
     attacks: the components to run, in order; null means those of the version.
     queries: forward passes that Square may spend on a sample.
-    batch_size: samples attacked at a time. A batch shares its random numbers, so that, unlike PGD's, the
-        outcome may depend on this and on the order of the samples.
+    batch_size: samples attacked at a time. A batch shares its random numbers, so the outcome may depend on this
+        and on the order of the samples.
 
-    Each component works on what the ones before have left, and a robust sample comes back as its clean
-    image: no source of transfer attacks. Which samples are fooled is the library's finding; the model is not
-    asked about a sample any more once APGD has fooled it, so that its image is the first that does and not,
-    as in the library, the last.
+    Each component works on what the ones before have left. A robust sample comes back as its clean image, so this
+    is no source of transfer attacks; a sample that APGD fools comes back as its first adversarial image, where the
+    library returns the last.
 
     Few classes: targeted components aim at min(9, K - 1) classes. Targeted DLR needs four classes and is
     replaced by plain DLR for three; DLR needs three and is left out for two. Square in L2 needs images of
-    5 pixels. Each omission is told through `aerl.attacks.warn`, as are AutoAttack's own doubts (randomised
-    model, probabilities for logits, zero gradients, ...). An image whose logits are not finite is misclassified;
-    what is not finite in a gradient is not followed. Both are reported.
+    5 pixels. Each omission is a warning, as are AutoAttack's own doubts (randomised model, probabilities for
+    logits, zero gradients, ...), logits that are not finite, which count as misclassified, and gradients that are
+    not finite, which are not followed.
     """
 
     eps: NonNegative
@@ -70,9 +70,9 @@ class AutoAttack:
     def stages(self, model: nn.Module, x: Tensor) -> list["AutoAttack"]:
         """One AutoAttack for each component that can run on `model` and images like x (B, C, H, W), in order.
 
-        To run each over the whole test set, in batches of `batch_size` of the samples that the ones before
-        have left, in their order, is what the library does with a whole test set: the outcomes are the same.
-        x may be empty. Raises UserError if no component can run.
+        Running each over the test set, in batches of `batch_size` of the samples that the ones before have
+        left, is what the library does: the outcomes are the same. x may be empty. Raises UserError if no component
+        can run.
         """
         with attacking(model):
             components = self._components(count_classes(model, x), x)
@@ -82,27 +82,10 @@ class AutoAttack:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
 
         Raises UserError if no component can run on so few classes, also for an empty batch; NoGradient if a
-        component other than Square meets logits that do not depend differentiably on the images.
+        component other than Square gets logits that do not depend differentiably on the images.
         """
-
-        def logits(images: Tensor) -> Tensor:
-            if images.requires_grad:
-                images = images.view_as(images)
-                images.register_hook(_finite)  # type: ignore[no-untyped-call]
-            # A copy, since Square writes into what it gets.
-            output: Tensor = model(images.to(x.dtype)).to(torch.float32, copy=True)
-            finite = output.detach().isfinite().all(1)
-            if not finite.all():
-                warn(NOT_FINITE)
-                # The library shall see a wrong answer: one for the label of the nearest clean image.
-                nearest = torch.cdist(images.detach().flatten(1), x.to(images).flatten(1)).argmin(1)
-                wrong = F.one_hot((y[nearest] + 1) % output.shape[1], output.shape[1]).to(output)
-                output = torch.where(finite[:, None], output, wrong)
-            return output
-
+        logits = partial(_logits, model, x, y)
         with attacking(model), _contained():
-            from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
-
             classes = count_classes(logits, x)
             components = self._components(classes, x)
             if len(x) == 0 or self.eps == 0:
@@ -112,25 +95,24 @@ class AutoAttack:
             if components != ["square"]:
                 probe = clean[:1].clone().requires_grad_()
                 input_gradient(logits(probe), probe)  # or NoGradient, where the library would crash
-            # A new object each time: a run of targeted FAB changes the restarts of FAB for good.
-            library = Library(
-                logits,
-                device=x.device,
-                eps=self.eps,
-                norm=self.norm,
-                seed=generator.seed,
-                version=self.version,
-            )
+            library = self._library(logits, classes, generator.seed, x.device)
             library.attacks_to_run = components
-            library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
-            library.square.n_queries = self.queries
-            shape = library.square.eta
-            library.square.eta = lambda side: shape(side).as_subclass(_Tile)
-            if self.version != "rand":  # which averages over several passes, none of which decides alone
-                _drop_fooled(library.apgd, classes)
-                _drop_fooled(library.apgd_targeted, classes)
             found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
             return self._valid(found, x)
+
+    def _library(self, logits: Callable[[Tensor], Tensor], classes: int, seed: int, device: torch.device) -> Any:
+        """A new object for each batch: a run of targeted FAB changes the restarts of FAB for good."""
+        from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
+
+        library = Library(logits, device=device, eps=self.eps, norm=self.norm, seed=seed, version=self.version)
+        library.apgd_targeted.n_target_classes = library.fab.n_target_classes = min(9, classes - 1)
+        library.square.n_queries = self.queries
+        eta = library.square.eta
+        library.square.eta = lambda side: eta(side).as_subclass(_Tile)
+        if self.version != "rand":  # which averages over several passes, none of which decides alone
+            _drop_fooled(library.apgd, classes)
+            _drop_fooled(library.apgd_targeted, classes)
+        return library
 
     def _components(self, classes: int, x: Tensor) -> list[Component]:
         """What to run on a model of so many classes and on images like x (B, C, H, W)."""
@@ -161,6 +143,25 @@ class AutoAttack:
         return torch.where(valid[:, None, None, None], found, x)
 
 
+def _logits(model: nn.Module, x: Tensor, y: Tensor, images: Tensor) -> Tensor:
+    """The model's logits as the library takes them: of float32 images near x (B, C, H, W), of classes y, finite.
+
+    The library takes NaN for a right answer. Where a logit is not finite it gets a wrong one instead: for the label
+    of the nearest clean image.
+    """
+    if images.requires_grad:
+        images = images.view_as(images)
+        images.register_hook(_finite)  # type: ignore[no-untyped-call]
+    output: Tensor = model(images.to(x.dtype)).to(torch.float32, copy=True)  # Square writes into what it gets
+    finite = output.detach().isfinite().all(1)
+    if finite.all():
+        return output
+    warn(NOT_FINITE)
+    nearest = torch.cdist(images.detach().flatten(1), x.to(images).flatten(1)).argmin(1)
+    wrong = F.one_hot((y[nearest] + 1) % output.shape[1], output.shape[1]).to(output)
+    return torch.where(finite[:, None], output, wrong)
+
+
 def _finite(gradient: Tensor) -> Tensor:
     if not gradient.isfinite().all():
         warn(NOT_FINITE)
@@ -168,10 +169,10 @@ def _finite(gradient: Tensor) -> Tensor:
 
 
 class _Tile(Tensor):
-    """A tile of Square's first perturbation in L2, cut off where it reaches beyond the image.
+    """A tile of Square's first perturbation in L2, cut off at the border of the image.
 
-    The library lays h // s tiles of side s = h // 5 from (h - 5 s) // 2 on, in both directions, and adds each whole
-    to what the image has of its place. At some sizes the last ones do not fit, and torch refuses.
+    The library adds h // s tiles of side s = h // 5, from pixel (h - 5 s) // 2 on, in both directions. At some image
+    sizes the last ones do not fit, and torch refuses.
     """
 
     @classmethod
@@ -183,12 +184,12 @@ class _Tile(Tensor):
 
 
 def _drop_fooled(apgd: Any, classes: int) -> None:
-    """Let the library's `apgd` ask the model only about samples that it has not fooled yet in the same run.
+    """Make the library's `apgd` query the model only about samples that it has not fooled yet in the same run.
 
-    It goes on to step all of its samples, each by its own gradient. For a fooled one it is given the logits
-    of a right answer that depends on nothing: then it keeps the image that fooled the model.
+    It still steps all of its samples, each by its own gradient. For a fooled one it gets the logits of a right
+    answer that depends on nothing, so that it keeps the image that fooled the model.
     """
-    ask, whole_run = apgd.model, apgd.attack_single_run
+    query, run = apgd.model, apgd.attack_single_run
 
     def attack_single_run(x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple[Tensor, ...]:
         resists = torch.ones_like(y, dtype=torch.bool)
@@ -198,15 +199,15 @@ def _drop_fooled(apgd: Any, classes: int) -> None:
             logits = right + 0 * images.flatten(1)[:, :1]  # so that there is a gradient: zero
             rows = resists.nonzero().flatten()
             if len(rows):
-                logits = logits.index_put((rows,), ask(images[rows]))
+                logits = logits.index_put((rows,), query(images[rows]))
             resists.logical_and_(logits.detach().argmax(1) == y)
             return logits
 
         apgd.model = model
         try:
-            found: tuple[Tensor, ...] = whole_run(x, y, x_init)
+            found: tuple[Tensor, ...] = run(x, y, x_init)
         finally:
-            apgd.model = ask
+            apgd.model = query
         return found
 
     apgd.attack_single_run = attack_single_run
@@ -222,34 +223,23 @@ def _contained() -> Iterator[None]:
     from pyautoattack import checks
 
     logger = logging.getLogger("auto-attack")
-    level, propagate, tracer = logger.level, logger.propagate, sys.gettrace()
-    collector = _Collector()
+    level, tracer = logger.level, sys.gettrace()
     cuda = [torch.cuda.current_device()] if torch.cuda._initialized else []
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger.addHandler(collector)
+    logger.addFilter(_as_warning)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
     try:
         with torch.random.fork_rng(cuda):
             yield
     finally:
         sys.settrace(tracer)
-        logger.removeHandler(collector)
+        logger.removeFilter(_as_warning)
         logger.setLevel(level)
-        logger.propagate = propagate
-        for message in collector.messages:
-            warn(message)
 
 
-class _Collector(logging.Handler):
-    """Keeps the library's warnings, each once, without the counts that would make every batch's differ."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note a warning. The one about DLR with three classes means targeted DLR, which we do not run."""
-        message = re.sub(r" See \S+ for details\.| of -?[\d.]+%|(?<=there are )\d+ ", "", record.getMessage())
-        if "not possible to use" not in message:
-            self.messages["AutoAttack: " + message.strip()] = None
+def _as_warning(record: logging.LogRecord) -> bool:
+    """A filter that turns the library's messages into warnings, without the counts that differ in every batch."""
+    message = re.sub(r" See \S+ for details\.| of -?[\d.]+%|(?<=there are )\d+ ", "", record.getMessage())
+    if "not possible to use" not in message:  # with three classes targeted DLR, which we do not run
+        warn(f"AutoAttack: {message.strip()}")
+    return False

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,7 @@ _log = logging.getLogger("aerl.attacks")
 
 
 class NoGradient(UserError):
-    """The model's logits do not depend differentiably on its images: only a black-box attack can judge it."""
+    """The model's logits do not depend differentiably on its images: only a black-box attack can evaluate it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -108,19 +108,19 @@ def full_precision() -> Iterator[None]:
     while the two disagree, so both are set, and both restored.
     """
     backends: Any = torch.backends
-    owners: list[Any] = [
-        backends.cuda.matmul,
-        getattr(backends.cudnn, "conv", None),
-        getattr(backends.cudnn, "rnn", None),
-        getattr(backends.mkldnn, "matmul", None),
-        getattr(backends.mkldnn, "conv", None),
-    ]
+    owners = [backends.cuda.matmul]
+    owners += [getattr(backends.cudnn, name, None) for name in ("conv", "rnn")]
+    owners += [getattr(backends.mkldnn, name, None) for name in ("matmul", "conv")]
     modern = [(owner, owner.fp32_precision) for owner in owners if hasattr(owner, "fp32_precision")]
     with ExitStack() as stack, warnings.catch_warnings():
         # torch 2.9 calls the old switches deprecated; they are used only to keep both in step.
         warnings.filterwarnings("ignore", message=".*TF32 behavior.*")
-        matmul = _legacy(torch.get_float32_matmul_precision, default="highest")
-        cudnn = _legacy(lambda: backends.cudnn.allow_tf32, default=True)
+        # torch's defaults where the user has set the new switches to something that the old ones cannot say.
+        matmul, cudnn = "highest", True
+        with suppress(RuntimeError):
+            matmul = torch.get_float32_matmul_precision()
+        with suppress(RuntimeError):
+            cudnn = backends.cudnn.allow_tf32
         try:
             torch.set_float32_matmul_precision("highest")
             backends.cudnn.allow_tf32 = False
@@ -137,25 +137,18 @@ def full_precision() -> Iterator[None]:
                 owner.fp32_precision = precision
 
 
-def _legacy(read: Any, default: Any) -> Any:
-    """The old switch's value, or torch's default where the user has set the new one to something else."""
-    try:
-        return read()
-    except RuntimeError:
-        return default
-
-
 @contextmanager
-def attacking(model: nn.Module) -> Iterator[None]:
+def attacking(model: nn.Module, *, in_training: bool = False) -> Iterator[None]:
     """The state every attack runs in: eval mode, frozen parameters, full precision, gradients on.
 
+    `in_training` keeps the caller's precision: an adversary in a training step computes as the step does.
     Works inside an outer `no_grad`, `inference_mode` or autocast. All of it is restored on leaving,
     also by an exception.
     """
     with (
         evaluating(model),
         frozen(model),
-        full_precision(),
+        nullcontext() if in_training else full_precision(),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -167,10 +160,10 @@ _collected: ContextVar[list[str] | None] = ContextVar("_collected", default=None
 
 @contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Yield a list that receives what the attacks inside have to say about their own result, each once.
+    """Yield a list that receives the warnings of the attacks inside, each once.
 
-    An attack that suspects its number (a randomised model, probabilities for logits, ...) calls `warn`.
-    Outside this context such a message only reaches the logger `aerl.attacks`.
+    An attack that suspects its own number (a randomised model, probabilities for logits, ...) calls `warn`.
+    Outside this context its message only reaches the logger `aerl.attacks`.
     """
     messages: list[str] = []
     token = _collected.set(messages)
@@ -181,7 +174,7 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def warn(message: str) -> None:
-    """Say something about an attack's result: to the log, and to the nearest `collect_warnings`, once."""
+    """Report something about an attack's result: to the log, and to the nearest `collect_warnings`, once."""
     messages = _collected.get()
     if messages is None:
         _log.warning(message)

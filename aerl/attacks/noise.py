@@ -22,16 +22,14 @@ def noise(
 ) -> Tensor:
     """The worst of `draws` random points around each image, or the image itself if none is worse.
 
-    `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Every other
-    point is uniform in the ball of radius `eps`, the others are on its sphere (L2) or at its corners (Linf);
-    all are clipped into [0, 1]. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once
-    it is fooled. That this finds what a gradient-based attack does not is a sign of masked gradients (Athalye
-    et al. 2018, section 3.1).
-
-    A point whose logits are not finite is misclassified, which is reported.
+    `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. The points are in
+    turn on the sphere (L2) or at corners (Linf) of the ball of radius `eps`, and uniform in it; all are clipped into
+    [0, 1]. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once it is fooled. A point whose
+    logits are not finite is misclassified, which is a warning. That this finds what a gradient-based attack does not
+    is a sign of masked gradients (Athalye et al. 2018, section 3.1).
     """
     with attacking(model), torch.no_grad():
-        kept = x.clone()
+        worst = x.clone()
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         index, point = torch.arange(len(x), device=x.device), x  # the samples that are still right
         for draw in range(draws + 1):
@@ -46,6 +44,6 @@ def noise(
                 warn(NOT_FINITE)
             value, wrong = margin(logits, y[index]), predicted != y[index]
             better = (value > highest[index]) | wrong
-            kept[index[better]], highest[index[better]] = point[better], value[better]
+            worst[index[better]], highest[index[better]] = point[better], value[better]
             index = index[~wrong]
-    return kept
+    return worst

@@ -17,14 +17,14 @@ from aerl.types import Count, NonNegative, Norm
 class PaperPGD:
     """PGD to the letter of cleverhans 4 (`projected_gradient_descent` around `fast_gradient_method`).
 
-    It differs from `pgd` in what it must not do for a number to be believed: its images may leave [0, 1]; the
-    loss is the mean over a batch, and a gradient whose norm is then under 1e-6 is not brought to full length,
-    so that a confident network looks robust; the last iterate counts, also if an earlier one had fooled the
-    model. So its outcome is never part of a worst case (`counts`).
+    It differs from `pgd` in what makes a number unreliable: its images may leave [0, 1]; the loss is the mean over
+    a batch, and a gradient whose norm is then under 1e-6 is not brought to full length, so that a confident network
+    looks robust; the last iterate counts, even if an earlier one had fooled the model. So its outcome is never part
+    of a worst case (`counts`).
 
-    eps, step_size: lengths in units of the images' range; a step_size of none means eps / 10.
-    batch_size: what the summed cross-entropy is divided by, also where fewer images are attacked together:
-        no outcome depends on what else is in the batch.
+    eps, step_size: lengths in units of the images' range; a step_size of None means eps / 10.
+    batch_size: what the summed cross-entropy is divided by, also where fewer images are attacked together, so
+        that no outcome depends on the rest of the batch.
     """
 
     counts: ClassVar[bool] = False

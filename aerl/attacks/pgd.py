@@ -30,6 +30,7 @@ def pgd(
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
     eot: Count = 1,
+    in_training: bool = False,
     start: Tensor | None = None,
     observe: Callable[[int, Tensor, Tensor, Tensor | None], object] | None = None,
 ) -> Tensor:
@@ -37,9 +38,9 @@ def pgd(
 
     `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Returns
     images like `x`, each within `eps` of it in `norm` and within [0, 1]. All lengths are in units of the
-    images' range. What `generator` gives a sample decides its starting points.
+    images' range. `generator` decides the starting points, sample by sample.
 
-    step_size: length of a step; none means eps / 10.
+    step_size: length of a step; None means eps / 10.
     restarts: runs from new starting points, each with the samples that are not fooled yet.
     random_start: start uniformly in the ball, not at x. One step from x is FGSM (Goodfellow et al. 2015,
         section 4).
@@ -47,8 +48,7 @@ def pgd(
         does not stall on a saturated softmax as `ce` itself does. `kl` ignores `y` and needs a random start.
     targeted: MultiTargeted (Gowal et al. 2019, section 3): restart r aims at the r-th most likely wrong
         class of the clean image, and any misclassification counts. With `loss="margin"` the surrogate is
-        the paper's, z_target - z_y. With fewer wrong classes than restarts it aims at each of them once, and
-        says so.
+        the paper's, z_target - z_y. With fewer wrong classes than restarts, each is the target once: a warning.
     drop_fooled: a sample leaves at its first misclassified iterate, or unperturbed if it is wrong to
         begin with, and the batch goes on without it: cheaper, and the same samples are fooled.
     keep: "worst" returns the iterate of the highest loss, where any misclassified one beats all others;
@@ -56,14 +56,16 @@ def pgd(
     eot: forward passes per step, for randomised models. Loss and gradient are averaged over them (expectation
         over transformation, Athalye et al. 2018, section 4.2), and a sample is misclassified if the mean of
         their softmax is.
+    in_training: for a training step, which must not wait for the device, and keeps its precision (autocast, TF32):
+        neither the range of the images is checked, nor is anything reported that is not finite. With `drop_fooled`
+        it still waits. Set by aerl.
+    start: images like x, projected into ball and box, from which the first run starts. For callers in Python.
     observe: called at every iterate with the number of the step, the rows of x (b,) that are under attack,
         their logits (b, K) and the gradient (b, C, H, W) that the next step follows, None at the last iterate.
         For callers in Python.
-    start: images like x from which the first run starts, instead of at random or at x; they are projected into
-        the ball and the box. For callers in Python.
 
     An image whose logits are not finite is misclassified; what is not finite in a gradient is not followed. Both
-    are reported. Raises UserError for settings that do not go together or with the number of classes, also for
+    are warnings. Raises UserError for settings that do not go together or with the number of classes, also for
     an empty batch; for images outside [0, 1]; NoGradient for logits that do not depend on the images.
     """
     if restarts > 1 and not (random_start or targeted):
@@ -81,9 +83,10 @@ def pgd(
             restarts = classes - 1
     if len(x) == 0 or eps == 0:
         return x.clone()
-    low, high = (bound.item() for bound in x.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
+    if not in_training:
+        low, high = (bound.item() for bound in x.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1] and normalised in the model")
     if start is not None and start.shape != x.shape:
         raise UserError(f"start={tuple(start.shape)}: must have the images' shape {tuple(x.shape)}")
     length = eps / 10 if step_size is None else step_size
@@ -96,7 +99,7 @@ def pgd(
             value = -objective(logits, aim) if targeted else objective(logits, aim)
             return logits, value, input_gradient(value, point, sound) if climbing else point
 
-    with attacking(model), torch.no_grad():
+    with attacking(model, in_training=in_training), torch.no_grad():
         kept, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         sound = torch.ones((), dtype=torch.bool, device=x.device)
@@ -114,7 +117,8 @@ def pgd(
 
         for restart in range(restarts):
             # The samples under attack; all tensors of the loop below have one row for each of them.
-            index = (~fooled).nonzero().squeeze(1)
+            everyone = restart == 0 and not drop_fooled
+            index = torch.arange(len(x), device=x.device) if everyone else (~fooled).nonzero().squeeze(1)
             if len(index) == 0:
                 break
             origin, label, aim = x[index], y[index], targets[index, restart]
@@ -164,7 +168,7 @@ def pgd(
                     point = clip(origin, delta, norm, eps)
             kept[index], highest[index], fooled[index] = best if judged else point, best_loss, hit
 
-        if not sound:
+        if not in_training and not sound:
             warn(NOT_FINITE)
     return kept
 

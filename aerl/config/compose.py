@@ -1,7 +1,7 @@
-"""The composed YAML as a checked configuration, with what a run that is judged brings along."""
+"""The composed YAML as a checked configuration, with dataset and model of the run whose checkpoint is evaluated."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from aerl.config.errors import UNPRINTABLE, omegaconf_line, pydantic_line, short
 from aerl.config.names import leaves
 from aerl.config.schema import Config
-from aerl.remote import local
+from aerl.hub import local
 from aerl.tracking.results import read_config, read_summary
 from aerl.types import UserError, first_line
 
@@ -24,24 +24,25 @@ def read(cfg: DictConfig) -> Config:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(omegaconf_line(error)) from error
-    for key, text in _texts(container):
-        if UNPRINTABLE.search(text):
-            raise UserError(f"{key}={short(text)}: has a control character, or a byte that is no text in this locale")
+    for key, value in leaves(container, lists=True):
+        if isinstance(value, str) and UNPRINTABLE.search(value):
+            raise UserError(f"{key}={short(value)}: has a control character, or a byte that is no text in this locale")
     try:
         config = Config.model_validate(container)
     except ValidationError as error:
         raise UserError(pydantic_line(error)) from error
-    _check_radius("eps", config.norm, config.eps)
-    attacks = {f"attack.{name}": spec for name, spec in config.attack.items()}
+    attacks: dict[str, Mapping[str, Any]] = {f"attack.{name}.": spec for name, spec in config.attack.items()}
     if config.trainer and config.trainer.adversary:
-        attacks["trainer.adversary.attack"] = config.trainer.adversary.attack
-    for key, spec in attacks.items():
-        _check_radius(f"{key}.eps", spec.get("norm"), spec.get("eps"))
+        attacks["trainer.adversary.attack."] = config.trainer.adversary.attack
+    for key, spec in {"": {"norm": config.norm, "eps": config.eps}, **attacks}.items():
+        norm, eps = spec.get("norm"), spec.get("eps")
+        if norm == "Linf" and isinstance(eps, int | float) and eps > 1:
+            raise UserError(f"{key}eps={short(eps)}: pixels are in [0, 1]; did you mean {eps:g}/255?")
     return config
 
 
 def inherit_from_checkpoint(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
-    """With trainer=none and the checkpoint of a run: that run's dataset and model, unless chosen here."""
+    """With trainer=none and the checkpoint of a run: that run's dataset and model, unless the overrides set them."""
     if cfg.trainer is not None or cfg.checkpoint in (None, "own") or OmegaConf.is_config(cfg.checkpoint):
         return cfg
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
@@ -52,9 +53,7 @@ def inherit_from_checkpoint(cfg: DictConfig, overrides: Collection[str]) -> Dict
     try:
         return _taken_from(folder, groups, overrides)
     except UserError as error:
-        raise UserError(
-            f"checkpoint={cfg.checkpoint}: {error}; state dataset= and model= on the command line"
-        ) from error
+        raise UserError(f"checkpoint={cfg.checkpoint}: {error}; set dataset= and model= yourself") from error
 
 
 def of_run(run: str, key: str) -> Config:
@@ -72,33 +71,31 @@ def of_run(run: str, key: str) -> Config:
 
 
 def origin(checkpoint: str | None) -> dict[str, Any] | None:
-    """Which run the judged model comes from: its `folder`, `run_id`, `trainer` and `seed`; None if from none."""
+    """The run that trained the model of a checkpoint: its `folder`, `run_id`, `trainer` and `seed`; None if unknown."""
     folder = None if checkpoint in (None, "own") else _run_folder(checkpoint)
     if folder is None:
         return None
-    told = read_summary(folder) or {}
-    trained = told.get("origin") or told  # a run that judges may itself have judged another one's model
+    summary = read_summary(folder) or {}
+    trained = summary.get("origin") or summary  # it may itself have evaluated another run's model
     return {"folder": str(folder)} | {key: trained.get(key) for key in ("run_id", "trainer", "seed")}
 
 
 def run_names(runs: Sequence[str]) -> list[str]:
-    """A short name for each of these runs, of [a-z0-9_.-]: the shortest that tells them all apart.
+    """A name for each of these runs, of [a-z0-9_.-]: the first of these that differs for all of them.
 
-    Trainer and seed (rl_seed0), with the model before (cnn_rl_seed0), the folder's name, that with its
-    parent's, or else trainer, seed and a number.
+    Trainer and seed (rl_seed0), the model before that (cnn_rl_seed0), the folder's name, also with its parent's, or
+    trainer, seed and a number.
     """
     candidates = []
     for run in runs:
         folder = _run_folder(run) or Path(run)
         summary = read_summary(folder) or {}
-        short = f"{summary.get('trainer')}_seed{summary.get('seed')}"
+        trained = f"{summary.get('trainer')}_seed{summary.get('seed')}"
         place = folder.resolve()
-        names = [short, f"{summary.get('model')}_{short}", place.name, f"{place.parent.name}_{place.name}"]
+        names = [trained, f"{summary.get('model')}_{trained}", place.name, f"{place.parent.name}_{place.name}"]
         candidates.append([re.sub(r"[^a-z0-9_.-]+", "-", name.lower()).strip("-") for name in names])
-    for alike in zip(*candidates, strict=True):
-        if len(set(alike)) == len(alike):
-            return list(alike)
-    return [f"{names[0]}_{number}" for number, names in enumerate(candidates, start=1)]
+    numbered = [f"{names[0]}_{number}" for number, names in enumerate(candidates, start=1)]
+    return next((list(names) for names in zip(*candidates, strict=True) if len(set(names)) == len(names)), numbered)
 
 
 def _run_folder(checkpoint: str) -> Path | None:
@@ -115,46 +112,24 @@ def _taken_from(folder: Path, groups: Collection[str], overrides: Collection[str
     """
     try:
         options = (read_summary(folder) or {})["choices"]
-        saved = read_config(folder)
         wanted = [f"{group}={options[group]}" for group in groups]
-        values = {group: dict(leaves(saved[group])) for group in groups}  # type: ignore[index, call-overload]
+        saved = read_config(folder)
+        values = dict(leaves({group: dict(saved[group].items()) for group in groups}))
         if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in wanted):
             raise ValueError(f"{wanted} is no choice of options")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"its config.yaml or summary.json is damaged ({first_line(error)})") from error
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    taken = compose("config", overrides=[*wanted, *overrides])
-    for group in groups:
-        for key, value in values[group].items():
-            path = f"{group}.{key}"
-            here = OmegaConf.select(taken, path, default=None)
-            if path in chosen or value == here:
-                continue
-            # A key is plain names joined by dots: OmegaConf would also understand net[_target_].
-            plain = re.fullmatch(r"[\w.-]+", key) and "${" not in str(value)
-            if not plain or key.rpartition(".")[2] == "_target_":
-                raise UserError(f"its config.yaml says {path}={short(value)}, which is not taken from a run folder")
-            try:
-                OmegaConf.update(taken, path, value, force_add=False)
-            except OmegaConfBaseException as error:
-                raise UserError(f"its config.yaml says {path}={short(value)}, a key unknown here") from error
-    return taken
-
-
-def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a configuration, with its key; of lists also the items, of dictionaries also the keys."""
-    if isinstance(node, str):
-        yield key, node
-    elif isinstance(node, Mapping):
-        for name, value in node.items():
-            yield key, str(name)
-            yield from _texts(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for item in node:
-            yield from _texts(item, key)
-
-
-def _check_radius(key: str, norm: Any, eps: Any) -> None:
-    if norm == "Linf" and isinstance(eps, int | float) and eps > 1:
-        right = f"{eps:g}/255?" if 1 < eps <= 255 else "8/255?"
-        raise UserError(f"{key}={short(eps)}: pixels are in [0, 1], so an Linf ball above 1 holds every image; {right}")
+    cfg = compose("config", overrides=[*wanted, *overrides])
+    for key, value in values.items():
+        if key in chosen or value == OmegaConf.select(cfg, key, default=None):
+            continue
+        # A key is plain names joined by dots: OmegaConf would also understand net[_target_].
+        plain = re.fullmatch(r"[\w.-]+", key) and "${" not in str(value)
+        if not plain or key.rpartition(".")[2] == "_target_":
+            raise UserError(f"its config.yaml says {key}={short(value)}, which is not taken from a run folder")
+        try:
+            OmegaConf.update(cfg, key, value, force_add=False)
+        except OmegaConfBaseException as error:
+            raise UserError(f"its config.yaml says {key}={short(value)}, a key unknown here") from error
+    return cfg

@@ -1,4 +1,4 @@
-"""The jobs of a multirun, composed and checked before the first begins."""
+"""The overrides of a run, and the jobs of a multirun, checked before the first begins."""
 
 import re
 from collections.abc import Sequence
@@ -10,20 +10,11 @@ from aerl.config.errors import explain, short, suggest
 from aerl.types import UserError
 
 # What of Hydra's own configuration has an effect here; aerl keeps its run folders and its log by itself.
-_HYDRA_KEYS = (
-    "launcher",
-    "sweeper",
-    "callbacks",
-    "mode",
-    "searchpath",
-    "sweep.dir",
-    "job.env_set",
-    "job.env_copy",
-)
+_HYDRA_KEYS = ("launcher", "sweeper", "callbacks", "mode", "searchpath", "sweep.dir", "job.env_set", "job.env_copy")
 
 
 def check_overrides(cfg: DictConfig) -> None:
-    """UserError for an override that Hydra would take without a word, and that would have no effect."""
+    """UserError for an override that Hydra accepts, and that would have no effect."""
     from hydra.core.global_hydra import GlobalHydra
 
     for word in [*cfg.hydra.overrides.hydra, *cfg.hydra.overrides.task]:
@@ -33,13 +24,12 @@ def check_overrides(cfg: DictConfig) -> None:
             raise UserError(f"{key}={short(value)}: has no effect here; of Hydra's keys {', '.join(_HYDRA_KEYS)} have")
         if key == "recipe" and value != "null":
             options = GlobalHydra.instance().config_loader().get_group_options("recipe")
-            for name in value.strip("[]").split(","):
-                if name not in options:
-                    raise UserError(f"recipe={short(name)}: no such option; {suggest(name, options)}")
+            if unknown := [name for name in value.strip("[]").split(",") if name not in options]:
+                raise UserError(f"recipe={short(unknown[0])}: no such option; {suggest(unknown[0], options)}")
 
 
 def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
-    """The overrides of every job that a multirun is going to have; None where its sweeper finds them as it goes."""
+    """The overrides of every job of a multirun; None where its sweeper finds them as it goes."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,20 +38,20 @@ def sweep_jobs(cfg: DictConfig) -> list[list[str]] | None:
     if not cfg.hydra.sweeper._target_.endswith(".BasicSweeper"):
         return None
     words = [f"{key}={value}" for key, value in (cfg.hydra.sweeper.params or {}).items()]
+    words += cfg.hydra.overrides.task
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides([*words, *cfg.hydra.overrides.task])
+    overrides = parser.parse_overrides(words)
     try:
-        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except HydraException:  # which the sweeper is about to raise itself
         return None
     if not jobs:
-        raise UserError(f"{' '.join(words + cfg.hydra.overrides.task)}: means no job at all; a list of values is empty")
+        raise UserError(f"{' '.join(words)}: means no job at all; a list of values is empty")
     return jobs
 
 
 def check_jobs(cfg: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
     """Compose and check every job of a multirun before its first begins; UserError names the first wrong one."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -77,10 +67,7 @@ def check_jobs(cfg: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
                 del job["hydra"]
             check(read(job))
         except Exception as error:
-            line = explain(error)
-            if line is None:
+            if (line := explain(error)) is None:
                 raise
             raise UserError(f"{line} (job {number} of {len(jobs)}: {' '.join(words)})") from error
     HydraConfig.instance().cfg = before
-    # Hydra's own check would compose each of them once more.
-    BasicSweeper.validate_batch_is_legal = lambda self, batch: None  # type: ignore[method-assign]

@@ -1,61 +1,53 @@
-"""The schema: every key, its type, its bounds; and every error about them in one line.
+"""The schema: every key, its type and its bounds.
 
-YAML files compose freely. What comes out is checked here, twice and before anything is computed or
-written: the fixed sections against the classes below, and each `_target_` against the signature of what
-it names. A new attack, model or dataset is therefore checked without being listed anywhere.
+What YAML files compose to is checked before anything is computed or written: the fixed sections against the classes
+below, each `_target_` against the signature of what it names (aerl.config.targets).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from aerl.types import (
-    Count,
-    Index,
-    NonNegative,
-    Norm,
-    Number,
-    Positive,
-    Probability,
-    finite,
-    quotient,
-)
+from aerl.types import Count, Index, NonNegative, Norm, Number, Positive, Probability, finite, quotient
 
 
-def _names_its_target(spec: dict[str, Any]) -> dict[str, Any]:
+def _has_target(spec: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(spec.get("_target_"), str):
         raise ValueError("needs a _target_: the dotted name of a function or class")
     return spec
 
 
-Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
-Target = Annotated[dict[str, Setting], AfterValidator(_names_its_target)]
-
-
-def _below(name: str) -> str:
+def _below_runs_dir(name: str) -> str:
     """It becomes part of a run folder's path, which overwrite=true discards."""
     path = Path(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
         raise ValueError("must be the name of a folder below runs_dir")
     for part in path.parts:
-        if part[0] in "-~" or part[-1] in ". ":
-            raise ValueError("must be the name of a folder; it begins with - or ~, or ends with a dot or a space")
-        if len(part.encode()) > _LONGEST_NAME:
-            raise ValueError(f"must be the name of a folder, of at most {_LONGEST_NAME} bytes")
+        if part[0] in "-~" or part[-1] in ". " or len(part.encode()) > 255:  # the limit of Linux's file systems
+            raise ValueError(
+                "must be a folder's name of at most 255 bytes, not begin with - or ~, nor end with . or space"
+            )
     return name
 
 
-_LONGEST_NAME = 255  # bytes; of Linux's file systems
-
-
-Name = Annotated[str, AfterValidator(_below)]
+Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
+Target = Annotated[dict[str, Setting], AfterValidator(_has_target)]
+Name = Annotated[str, AfterValidator(_below_runs_dir)]
 Folder = Annotated[str, Field(min_length=1)]
+
+
+def _metric_name(name: str) -> str:
+    """It ends a column of outcomes.npz, after the attack's name and an underscore."""
+    if not re.fullmatch("[a-zA-Z][a-zA-Z0-9]*", name):
+        raise ValueError("must be a name of letters and digits")
+    if name in ("pred", "p", "confidence", "entropy", "l2", "linf"):
+        raise ValueError("is measured in every run; choose another name")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_metric_name)]
 
 
 class Section(BaseModel):
@@ -96,7 +88,6 @@ class Schedule(Section):
 class Adversary(Section):
     start_epoch: Index
     weight: NonNegative
-    objective: Literal["added", "alone", "kl"]
     attack: Target
 
 
@@ -107,6 +98,7 @@ class Trainer(Section):
     optimizer: Target
     schedule: Schedule
     clip: Positive | None
+    objective: Target
     act: Target
     probability_floor: Probability
     adversary: Adversary | None
@@ -126,6 +118,7 @@ class Hardware(Section):
     tf32: bool
     channels_last: bool
     compile: bool
+    fused: bool
     threads: Annotated[Count, Field(le=1024)] | None
     deterministic: bool
     distributed: bool
@@ -154,6 +147,7 @@ class Config(Section):
     model: Model
     trainer: Trainer | None
     attack: dict[str, Target]
+    metric: dict[MetricName, Target]
     analysis: dict[str, Target]
     evaluation: Evaluation
     hardware: Hardware

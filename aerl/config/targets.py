@@ -6,21 +6,10 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from aerl.config.errors import pydantic_line, short, suggest
-from aerl.types import (
-    Number,
-    UserError,
-    finite,
-    first_line,
-)
+from aerl.types import Number, UserError, finite, first_line
 
 
 def bind(
@@ -28,11 +17,9 @@ def bind(
 ) -> functools.partial[Any]:
     """What `spec["_target_"]` names, with the other keys bound to its parameters.
 
-    The values are checked against the annotations of its signature. `given` are values that aerl knows,
-    bound where the signature takes them, and of them `num_classes`, which every library calls so, also where
-    it takes any keyword; `later` names the parameters that the caller will pass. Raises
-    UserError for a target that cannot be imported, a key it does not take, a value of the wrong type or
-    out of range, and a parameter that is nowhere given.
+    `given` are values that aerl knows, bound where the signature takes them (`num_classes` also where it takes any
+    keyword); `later` names the parameters that the caller will pass. Raises UserError for a target that cannot be
+    imported, a key it does not take, a value that its annotation does not allow, and a parameter without a value.
     """
     target = _locate(spec["_target_"], key)
     try:
@@ -75,8 +62,6 @@ def _locate(name: str, key: str) -> Callable[..., Any]:
 
 def _checked(value: Any, hint: Any, key: str) -> Any:
     try:
-        if isinstance(hint, type) and issubclass(hint, BaseModel):
-            return hint.model_validate(value)
         checked = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         if type(checked) in (int, float):
             TypeAdapter(Number).validate_python(value)  # also where the annotation is a bare float

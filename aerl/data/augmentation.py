@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from aerl.runtime.ddp import Share
 from aerl.types import Probability
 
 
@@ -14,7 +13,6 @@ def augment(
     hflip: Probability,
     vflip: Probability,
     translate: Probability,
-    share: Share | None = None,
 ) -> Tensor:
     """Flip and shift each image of uint8 (B, C, H, W) by its own draw; what moves in from outside is black.
 
@@ -22,13 +20,11 @@ def augment(
     round(U(-translate * side, translate * side)) whole pixels each way, which with the flips before it is
     torchvision's RandomHorizontalFlip, RandomVerticalFlip, RandomAffine(0, (translate, translate)).
     `generator` lives on the device of the images. With all three at 0 the images come back untouched.
-    Where the images are a `share` of a batch, the draws are made for all of it.
     """
     if hflip == vflip == translate == 0:
         return images
     batch, channels, height, width = images.shape
-    draw = torch.rand(4, share.whole if share else batch, 1, generator=generator, device=images.device)
-    draw = draw[:, share.rows] if share else draw
+    draw = torch.rand(4, batch, 1, generator=generator, device=images.device)
     rows, row_inside = _origin(height, draw[0] < vflip, draw[1], translate)
     columns, column_inside = _origin(width, draw[2] < hflip, draw[3], translate)
     # One gather does it all: which pixel of the image each pixel of the result is, the same for each channel.

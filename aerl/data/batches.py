@@ -1,18 +1,13 @@
 """Batches of a split, on the device, in an order that depends on the generator alone."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from aerl.data.splits import Split
-from aerl.runtime.ddp import Share, share
-
-Item = TypeVar("Item")
-Made = TypeVar("Made")
+from aerl.runtime import ddp
 
 
 def to_unit(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -24,10 +19,10 @@ class Batches:
     """Iterates over a split: `for images, labels in Batches(split, 256, device).epoch(generator)`.
 
     Images come as uint8 (B, C, H, W), labels as int64 (B,), both on `device`; `len` is the number of batches
-    of an epoch. They are to be read only: a batch in order is a view of the split itself.
+    of an epoch. Do not write to them: a batch in order is a view of the split itself.
 
-    A split in memory moves to the device once, if it fits in half of what is free there. One that is mapped,
-    or too large for that, is read ahead by a thread. The order of the samples is the same either way.
+    A split in memory moves to the device once if it fits in half of what is free there. A split that is mapped or
+    larger stays where it is, and a thread reads the next batch. The order of the samples is the same.
     """
 
     def __init__(
@@ -41,7 +36,7 @@ class Batches:
     ) -> None:
         """`drop_last` leaves out an incomplete last batch, unless it is the only one.
 
-        `shared`: of every batch, only the share of this process, where there are several.
+        `shared`: of every batch, only the share of this process if there are several.
         """
         self.batch_size = batch_size
         self.device = torch.device(device)
@@ -67,51 +62,36 @@ class Batches:
         order = torch.arange(self.size) if in_order else torch.randperm(self.size, generator=generator)
         order = order.to(self.labels.device)
         rows = [order[span] for span in spans]
-        return map(self._select, rows) if self.resident else ahead(self._read, rows)
-
-    def share(self, batch: int) -> Share | None:
-        """What of batch number `batch` this process has; None where that is all of it."""
-        first = batch * self.batch_size
-        return share(min(self.batch_size, self.used - first)) if self.shared else None
+        return map(self._select, rows) if self.resident else self._read_ahead(rows)
 
     def _span(self, batch: int) -> slice:
-        first, part = batch * self.batch_size, self.share(batch)
-        if part is None:
-            return slice(first, min(first + self.batch_size, self.used))
-        return slice(first + part.first, first + part.last)
+        first = batch * self.batch_size
+        size = min(self.batch_size, self.used - first)
+        rank, processes = (ddp.rank(), ddp.world_size()) if self.shared else (0, 1)
+        return slice(first + rank * size // processes, first + (rank + 1) * size // processes)
 
     def _select(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.images.index_select(0, rows), self.labels.index_select(0, rows)
 
-    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from a map, in ascending order of the rows because that is how a disk is read fastest."""
-        images = torch.empty(
-            (len(rows), *self.images.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
-        for place in rows.argsort().tolist():
-            images[place].copy_(self.images[int(rows[place])])
-        labels = self.labels.index_select(0, rows)
-        return images.to(self.device, non_blocking=True), labels.to(self.device)
+    def _read_ahead(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches that are not on the device; the next one is read while one is used."""
+        pin = self.device.type == "cuda"
+
+        def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+            images, labels = self._select(rows)
+            images = images.pin_memory() if pin else images
+            return images.to(self.device, non_blocking=True), labels.to(self.device)
+
+        with ThreadPoolExecutor(1) as pool:
+            previous = None
+            for rows in batches:
+                current = pool.submit(read, rows)
+                if previous is not None:
+                    yield previous.result()
+                previous = current
+            if previous is not None:
+                yield previous.result()
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] // 2
-
-
-def ahead(make: Callable[[Item], Made], items: Iterable[Item], *, workers: int = 1) -> Iterator[Made]:
-    """`map` in order, with the next items already made by threads: two more than there are threads.
-
-    An exception of `make` is raised here, where its result was due. The threads end with the iterator, also
-    when its consumer stops early.
-    """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="aerl-ahead")
-    pending: deque[Future[Made]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(make, item))
-            if len(pending) > workers + 1:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

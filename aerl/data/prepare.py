@@ -1,14 +1,12 @@
-"""Prepared datasets: checked, split, resized, and written once as plain .npy files under `data_dir`.
+"""Prepared datasets: checked, split, resized, and written once as .npy files under `data_dir`.
 
     <data_dir>/prepared/<name>-<key>/{train,val,test}_{images,labels}.npy, meta.json
 
 The key is `aerl.tracking.fingerprint` of all that decides the content, so that nothing stale is ever read. A folder
-appears under its name complete or not at all. meta.json holds the SHA-256 of itself and of the arrays, which
-are checked in full when their files have been touched since the last check. Starting from a prepared folder
-needs neither the source nor its libraries.
+appears under its name complete or not at all. meta.json holds the SHA-256 of itself and of the arrays; an array is
+checked again if its file was touched since. A prepared folder needs neither the source nor its libraries.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,44 +15,31 @@ import math
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from aerl.data.batches import ahead
-from aerl.data.sources import Labels, Source, Table, few, one_line, stratified_split
+from aerl.data.sources import Images, Rows, Source, few, one_line, stratified_split
 from aerl.data.splits import DataSplits, Split
 from aerl.runtime.files import atomic_write
 from aerl.tracking.fingerprint import fingerprint, stamp
 from aerl.types import UserError
 
 Pixels = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
-BLOCK = 4 << 20  # bytes of images that are decoded and written at once
+BLOCK = 128  # images that one thread decodes at a time
 PARTS = ("train", "val", "test")
 GREY = ("1", "L", "LA", "La")  # PIL's modes without colour
 
 log = logging.getLogger("aerl")
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How a source becomes splits."""
-
-    size: int | None
-    channels: Literal[1, 3] | None
-    val_fraction: float
-    split_seed: int
 
 
 def prepare(
@@ -69,171 +54,171 @@ def prepare(
     split_seed: int,
     memory_limit: int = 2 << 30,
 ) -> DataSplits:
-    """The three splits of a dataset, from the cache where they are there already.
+    """The three splits of a dataset, from the cache if they are there already.
 
     `identity` says what `source` opens (its target and keyword arguments, in JSON's types); a file or folder
     named by an argument counts with what the file system notes about it. `val_fraction` of the training images, in
     (0, 1), become the validation split, stratified by class. `size` scales each image so that its shorter
     side fits and cuts out the middle, size x size; None takes them as they are. `channels` None takes what
     the first training image has. The splits are held in memory if all three together have at most
-    `memory_limit` bytes; else they are memory-mapped, and pages of them are in memory while they are used.
+    `memory_limit` bytes; else they are memory-mapped.
 
-    Raises UserError for images or labels that cannot be trained on, and when `data_dir` cannot be written.
+    Raises UserError for images or labels that cannot be trained on, and if `data_dir` cannot be written.
     """
-    recipe = _Recipe(size, channels, val_fraction, split_seed)
+    recipe: dict[str, Any] = {
+        "size": size,
+        "channels": channels,
+        "val_fraction": val_fraction,
+        "split_seed": split_seed,
+    }
     where = f"dataset.path={identity['path']}" if identity.get("path") else f"dataset={name}"
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:100]
     try:
-        key = fingerprint(identity, asdict(recipe))
+        key = fingerprint(identity, recipe)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({one_line(error)})") from error
     folder = Path(data_dir).expanduser() / "prepared" / f"{slug}-{key}"
-    splits = _load(folder, memory_limit, logging.DEBUG)
-    if splits is not None:
-        return splits
+    if (data := _load(folder, memory_limit, logging.DEBUG)) is not None:
+        return data
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_name(f".{slug}.lock"), name):
-            splits = _load(folder, memory_limit)  # another process may just have finished it
-            if splits is None:
-                with _appearing(folder) as scratch:
-                    _build(source, scratch, name, where, recipe)
-                splits = _load(folder, memory_limit)
-    except OSError as error:  # a fault of the source has become a UserError before it gets here
+        with _locked(folder.with_name(f".{slug}.lock"), name):
+            data = _load(folder, memory_limit)  # another process may just have finished it
+            if data is None:
+                with _scratch(folder) as scratch:
+                    _build(source, scratch, name, where, **recipe)
+                data = _load(folder, memory_limit)
+    except OSError as error:  # an OSError of the source has become a UserError before it gets here
         raise UserError(f"data_dir={data_dir}: cannot hold the prepared data of {name} ({one_line(error)})") from error
-    if splits is None:
+    if data is None:
         raise UserError(f"data_dir={data_dir}: {folder} is damaged and cannot be replaced; remove it")
-    return splits
+    return data
 
 
 @contextmanager
-def _alone(lock: Path, name: str) -> Iterator[None]:
-    """Let one process at a time download and prepare a dataset; the others wait and find it done."""
-    with lock.open("a") as file:
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Let one process at a time download and prepare a dataset; the others wait and then find it done."""
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.info("another process is preparing %s: waiting for it", name)
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # then two may prepare the same, and the first to finish wins
-            log.info("%s cannot be locked (%s)", lock, one_line(error))
+        except OSError as error:  # no locks there: two processes may prepare the same, and the first to finish wins
+            log.info("%s cannot be locked (%s)", path, one_line(error))
         yield
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` if the block succeeds."""
+    for old in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed: we hold the lock
+        shutil.rmtree(old, ignore_errors=True)
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if folder.exists():  # damaged, or of a faster process where locks do not work
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------
 
 
 def _load(folder: Path, memory_limit: int, level: int = logging.WARNING) -> DataSplits | None:
-    """The prepared splits, or None where there are none or they are damaged, which is logged at this level."""
-    if not os.path.lexists(folder):
+    """The prepared splits, or None if there are none or they are damaged, which is logged at this level."""
+    if not folder.exists():
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.pop("sha256") != _sha256(meta):
             raise ValueError("meta.json is not what was written")
-        _check(folder, meta)
-        entries = meta["arrays"]
-        mapped = sum(math.prod(entries[f"{part}_images"]["shape"]) for part in PARTS) > memory_limit
-        train, val, test = (_load_split(folder, part, entries, mapped) for part in PARTS)
+        mapped = sum(math.prod(meta["arrays"][f"{part}_images"]["shape"]) for part in PARTS) > memory_limit
+        splits = {}
+        for part in PARTS:
+            images = _load_array(folder / f"{part}_images.npy", meta, mapped)
+            labels = _load_array(folder / f"{part}_labels.npy", meta, False)
+            splits[part] = Split(torch.from_numpy(images), torch.from_numpy(labels), mapped)
         names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
-        return DataSplits(train, val, test, names, mean, std, meta["digest"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.log(level, "the prepared data in %s is damaged (%s) and is made anew", folder, one_line(error))
+        return DataSplits(**splits, class_names=names, mean=mean, std=std, digest=meta["digest"])
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        log.log(level, "the prepared data in %s are damaged (%s) and are prepared again", folder, one_line(error))
         return None
 
 
-def _check(folder: Path, meta: dict[str, Any]) -> None:
-    """ValueError unless the arrays are those that were written. Files that nobody has touched are not read."""
-    news = False
-    for name, entry in meta["arrays"].items():
-        path = folder / f"{name}.npy"
-        began, now = time.time_ns(), stamp(path)
-        if now == entry["checked"]:
-            continue
-        with path.open("rb") as file:
-            file.seek(-entry["bytes"], os.SEEK_END)
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ValueError(f"{path.name} is not what was written")
-        entry["checked"] = _settled(now, began)
-        news = news or entry["checked"] is not None
-    if news:
-        with contextlib.suppress(UserError):  # a folder that is read-only is checked again at every start
-            _write_meta(folder, meta)
+def _load_array(path: Path, meta: Mapping[str, Any], mapped: bool) -> npt.NDArray[Any]:
+    entry = meta["arrays"][path.stem]
+    # Copy on write: torch wants memory that may be written to.
+    array: npt.NDArray[Any] = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
+    dtype = np.uint8 if path.stem.endswith("images") else np.int64
+    same_form = array.dtype == dtype and list(array.shape) == entry["shape"]
+    if not same_form or (stamp(path) != entry["checked"] and _content(array) != entry["sha256"]):
+        raise ValueError(f"{path.name} is not what was written")
+    return array
 
 
-def _settled(noted: list[int], now: int) -> list[int] | None:
-    """The stamp of a file that has been left alone for a second: a further write cannot have the same one."""
-    _, modified, changed, _ = noted
-    return noted if max(modified, changed) < now - 10**9 else None
+def _content(array: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(array.reshape(-1).data).hexdigest()
 
 
-def _load_split(folder: Path, part: str, entries: Mapping[str, Any], mapped: bool) -> Split:
-    images, labels = (_load_array(folder, f"{part}_{kind}", entries, mapped) for kind in ("images", "labels"))
-    return Split(torch.from_numpy(images), torch.from_numpy(labels), mapped)
-
-
-def _load_array(folder: Path, name: str, entries: Mapping[str, Any], mapped: bool) -> npt.NDArray[Any]:
-    """The last bytes of the file: what comes before them, the header, is for other programs."""
-    path, shape, size = folder / f"{name}.npy", tuple(entries[name]["shape"]), entries[name]["bytes"]
-    dtype, start = (np.uint8 if name.endswith("images") else np.int64), path.stat().st_size - size
-    if mapped and dtype is np.uint8:  # copy on write: torch wants memory that may be written to
-        return np.memmap(path, dtype, mode="c", offset=start, shape=shape)
-    return np.fromfile(path, dtype, offset=start).reshape(shape)
-
-
-def _sha256(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
-    atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _sha256(meta)}, indent=1))
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 # --- Building --------------------------------------------------------------------------------------------
 
 
-def _build(source: Callable[[], Source], folder: Path, name: str, where: str, recipe: _Recipe) -> None:
+def _build(
+    source: Callable[[], Source],
+    folder: Path,
+    name: str,
+    where: str,
+    *,
+    size: int | None,
+    channels: int | None,
+    val_fraction: float,
+    split_seed: int,
+) -> None:
     """Open the source and write the prepared data into an empty folder."""
     origin = _open(source, where)
-    _, taken = stratified_split(
-        origin.train.labels,
-        recipe.val_fraction,
-        recipe.split_seed,
-        where=f"dataset.val_fraction={recipe.val_fraction}",
-    )
-    in_val = np.zeros(len(origin.train.labels), dtype=bool)
-    in_val[taken] = True
-    form = _form(origin.train, recipe, where)
-    sizes = f"{len(in_val) - len(taken):,} train, {len(taken):,} val and {len(origin.test.labels):,} test images"
-    classes = f"{len(origin.class_names):,} classes ({few(origin.class_names)})"
-    progress = _Progress(name, len(in_val) + len(origin.test.labels), f"{sizes} of {classes}")
-    splits = (
-        ("train", origin.train, {"train": ~in_val, "val": in_val}),
-        ("test", origin.test, {"test": np.ones(len(origin.test.labels), dtype=bool)}),
-    )
+    train, val = stratified_split(origin.train.labels, val_fraction, split_seed, f"dataset.val_fraction={val_fraction}")
+    test = np.arange(len(origin.test.labels))
+    log.info(
+        "preparing %s: %s train, %s val and %s test images of %s classes (%s)", name, f"{len(train):,}",
+        f"{len(val):,}", f"{len(test):,}", f"{len(origin.class_names):,}", few(origin.class_names),
+    )  # fmt: skip
+    try:  # what the settings leave open is that of the first training image
+        first = _picture(origin.train.images[0])
+        grey = channels == 1 or (channels is None and first.mode in GREY)
+        convert = partial(_convert, size=size, grey=grey, lossy=channels is not None)
+        shape = convert(first).shape
+    except Exception as error:
+        raise UserError(f"{where}: train image 0 cannot be used ({one_line(error)})") from error
     arrays: dict[str, Any] = {}
-    for split, table, parts in splits:
-        writers = _write_images(table, parts, form, folder, f"{where}: {split}", progress)
-        for part, mask in parts.items():
-            arrays[f"{part}_images"] = writers[part].entry()
-            arrays[f"{part}_labels"] = _write_labels(table.labels[mask], folder / f"{part}_labels.npy")
-            if (writers[part].histogram > 0).sum(axis=1).max() == 1:
-                alike = f"{where}: all pixels of the {part} images have the same value"
-                if part == "train":
-                    raise UserError(alike)
-                log.warning(alike)
-        if split == "train":
-            mean, std = writers["train"].mean_and_std()
+    for part, table, rows in zip(PARTS, (origin.train, origin.train, origin.test), (train, val, test), strict=True):
+        split = f"{where}: {'test' if part == 'test' else 'train'}"
+        images = _write_images(folder / f"{part}_images.npy", table.images, rows, convert, shape, split)
+        if part == "train":
+            mean, std = _mean_and_std(images)
+            if max(std) == 0:
+                raise UserError(f"{where}: all pixels of the train images have the same value")
+        labels = table.labels[rows]
+        atomic_write(folder / f"{part}_labels.npy", partial(np.save, arr=labels))
+        for array, kind in ((images, "images"), (labels, "labels")):
+            arrays[f"{part}_{kind}"] = {"shape": array.shape, "sha256": _content(array)}
     names = list(origin.class_names)
-    digest = _sha256([names, [[name, arrays[name]["shape"], arrays[name]["sha256"]] for name in sorted(arrays)]])
-    for name, entry in arrays.items():
-        entry["checked"] = _settled(stamp(folder / f"{name}.npy"), time.time_ns())
+    digest = _sha256([names, [[key, arrays[key]["shape"], arrays[key]["sha256"]] for key in sorted(arrays)]])
+    for key, entry in arrays.items():
+        entry["checked"] = stamp(folder / f"{key}.npy")
     meta = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
-    _write_meta(folder, meta)
+    atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _sha256(meta)}, indent=1))
 
 
 def _open(source: Callable[[], Source], where: str) -> Source:
-    """Open a source and check all that can be told without decoding its images."""
+    """Open a source and check all that can be checked without decoding its images."""
     try:
         origin = source()
     except UserError:
@@ -263,176 +248,71 @@ def _open(source: Callable[[], Source], where: str) -> Source:
     return origin
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What every image of a dataset becomes: uint8 of `shape` (C, H, W), which `convert` makes."""
-
-    shape: tuple[int, ...]
-    convert: Callable[[Any], Pixels]
-    threads: int
-
-
-def _form(table: Table, recipe: _Recipe, where: str) -> _Form:
-    """The form of a dataset: what the recipe leaves open is that of its first training image."""
-    try:
-        first = _picture(table.images[0])
-        channels = recipe.channels or (1 if first.mode in GREY else 3)
-        convert = partial(_convert, size=recipe.size, channels=channels, lossy=recipe.channels is not None)
-        shape = convert(first).shape
-    except Exception as error:
-        raise UserError(f"{where}: train image 0 cannot be used ({one_line(error)})") from error
-    # PIL lets other threads run while it works on a large image; for small ones they are in the way.
-    large = max(*first.size, *shape) >= 100
-    return _Form(shape, convert, min(8, os.cpu_count() or 1) if large else 1)
-
-
 def _picture(image: Any) -> Any:
     """A PIL image, of a PIL image or of an array (H, W) or (H, W, C)."""
     from PIL import Image
 
     if not isinstance(image, np.ndarray):
         return image
-    return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    return Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
 
 
-def _convert(image: Any, *, size: int | None, channels: int, lossy: bool) -> Pixels:
-    """The pixels (C, H, W) of one image, ValueError if it has none. Colour is given up only if `lossy`."""
+def _convert(image: Any, *, size: int | None, grey: bool, lossy: bool) -> Pixels:
+    """The pixels (C, H, W) of one image. Raises ValueError for deep pixels, and for colour that would be lost.
+
+    `lossy` allows to turn colour into grey.
+    """
     from PIL import Image, ImageOps
 
     picture = _picture(image)
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"its pixels have more than 8 bits: PIL mode {picture.mode}")
-    if channels == 1 and picture.mode not in GREY and not lossy:
+    if grey and picture.mode not in GREY and not lossy:
         raise ValueError("it is in colour and the first is not: set dataset.channels to 1 or 3")
-    mode = "L" if channels == 1 else "RGB"
-    if picture.mode != mode:
-        picture = picture.convert(mode)
-    if size is not None and picture.size != (size, size):
+    picture = picture.convert("L" if grey else "RGB")
+    if size is not None:
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
 
 def _write_images(
-    table: Table, parts: Mapping[str, Mask], form: _Form, folder: Path, where: str, progress: "_Progress"
-) -> dict[str, "_Writer"]:
-    """Write to each part the rows its mask has, going through the images once and in order."""
-    rows = range(len(table.images))
-    step = max(1, BLOCK // math.prod(form.shape))
-    spans = [rows[start : start + step] for start in range(0, len(rows), step)]
-    blocks = ahead(partial(_decode, table, form, where), spans, workers=form.threads)
-    with ExitStack() as stack:
-        writers = {
-            part: _Writer(stack.enter_context(_durable(folder / f"{part}_images.npy")), int(mask.sum()), form.shape)
-            for part, mask in parts.items()
-        }
-        for span, block in zip(spans, blocks, strict=True):
-            for part, mask in parts.items():
-                writers[part].append(block[mask[span.start : span.stop]])
-            progress.add(len(span))
-    return writers
+    path: Path, images: Images, rows: Rows, convert: Callable[[Any], Pixels], shape: tuple[int, ...], where: str
+) -> Pixels:
+    """Write these rows as an .npy file (N, C, H, W), which is returned as a memory map."""
+    written = np.lib.format.open_memmap(path, "w+", np.uint8, shape=(len(rows), *shape))
+    with path.open("r+b") as file:  # a full disk is an OSError here; later it would kill the process
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+    def write(block: range) -> None:
+        for place in block:
+            row = int(rows[place])
+            try:
+                pixels = convert(images[row])
+            except Exception as error:  # an array or PIL image of anybody's code
+                raise UserError(f"{where} image {row} cannot be used ({one_line(error)})") from error
+            if pixels.shape != shape:
+                raise UserError(
+                    f"dataset.size=null: {where} image {row} has {pixels.shape[2]}x{pixels.shape[1]} pixels and the "
+                    f"first one {shape[2]}x{shape[1]}; set dataset.size to the side that all should have"
+                )
+            written[place] = pixels
+
+    blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(write, blocks))
+    written.flush()
+    return written
 
 
-def _decode(table: Table, form: _Form, where: str, span: range) -> Pixels:
-    """The images of these rows, (N, C, H, W)."""
-    block = np.empty((len(span), *form.shape), dtype=np.uint8)
-    for place, row in enumerate(span):
-        try:
-            pixels = form.convert(table.images[row])
-        except Exception as error:  # PIL and its plug-ins raise nearly everything for a damaged file
-            raise UserError(f"{where} image {row} cannot be used ({one_line(error)})") from error
-        if pixels.shape != form.shape:
-            height, width = pixels.shape[1:]
-            raise UserError(
-                f"dataset.size=null: {where} image {row} has {width}x{height} pixels and the first one "
-                f"{form.shape[2]}x{form.shape[1]}; set dataset.size to the side that all should have"
-            )
-        block[place] = pixels
-    return block
-
-
-class _Writer:
-    """The image file of one part, written block by block and measured meanwhile.
-
-    Plain writes: a full disk is an OSError to them, but kills a process that writes through a memory map.
-    """
-
-    def __init__(self, file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
-        self.file, self.shape, self.sha256 = file, (count, *shape), hashlib.sha256()
-        self.histogram = np.zeros((shape[0], 256), dtype=np.int64)  # of the values of each channel
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    def append(self, block: Pixels) -> None:
-        self.file.write(block.data)
-        self.sha256.update(block.tobytes())
-        for channel, counts in enumerate(self.histogram):
-            counts += np.bincount(block[:, channel].ravel(), minlength=256)
-
-    def entry(self) -> dict[str, Any]:
-        return _entry(self.shape, math.prod(self.shape), self.sha256)
-
-    def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Of each channel, in [0, 1]; exact, for they come from counts."""
-        values = np.arange(256) / 255
-        share = self.histogram / self.histogram.sum(axis=1, keepdims=True)
-        mean = share @ values
-        std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
-        return mean.tolist(), std.tolist()
-
-
-def _write_labels(labels: Labels, path: Path) -> dict[str, Any]:
-    with _durable(path) as file:
-        np.save(file, labels)
-    return _entry(labels.shape, labels.nbytes, hashlib.sha256(labels.tobytes()))
-
-
-def _entry(shape: tuple[int, ...], size: int, sha256: Any) -> dict[str, Any]:
-    """What meta.json says about an array; `checked` is the stamp of its file when that was read last."""
-    return {"shape": list(shape), "bytes": size, "sha256": sha256.hexdigest(), "checked": None}
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file whose content is on the disk when the block has ended."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block succeeds and vanishes when it does not."""
-    # What is there now is damaged, or was left by a process that was killed: we hold the lock.
-    for left in (folder, *folder.parent.glob(f".{folder.name}.*")):
-        if left.is_symlink() or left.is_file():
-            left.unlink()
-        shutil.rmtree(left, ignore_errors=True)
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another was quicker, where locks do not work: its is as good
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-class _Progress:
-    """A log line at the start, and one for every tenth of a preparation that takes long."""
-
-    def __init__(self, name: str, total: int, content: str) -> None:
-        self.name, self.total, self.done, self.tenths = name, total, 0, 0
-        self.started = time.monotonic()
-        log.info("preparing %s: %s", name, content)
-
-    def add(self, count: int) -> None:
-        self.done += count
-        tenths = 10 * self.done // self.total
-        if tenths > self.tenths and time.monotonic() - self.started > 5:
-            log.info("preparing %s: %d %%", self.name, 10 * tenths)
-        self.tenths = tenths
+def _mean_and_std(images: Pixels) -> tuple[list[float], list[float]]:
+    """Of each channel, in [0, 1]; exact, because they come from counts of the 256 values."""
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for image in images:
+        for channel, pixels in enumerate(image):
+            counts[channel] += np.bincount(pixels.reshape(-1), minlength=256)
+    values = np.arange(256) / 255
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    return mean.tolist(), std.tolist()

@@ -1,100 +1,253 @@
-"""Per-sample outcomes of every attack, their worst case, and confidence intervals."""
+"""Evaluation: predict the test images, attack them, and store every outcome as soon as it is known."""
 
-import math
-import re
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aerl.attacks import NoGradient, SampleGenerator, attacking, predictions, warn
-from aerl.data import Split, to_unit
-from aerl.evaluation.statistics import proportion
+from aerl.attacks import Attack, AttackSpec, NoGradient, SampleGenerator, attacking, collect_warnings, predictions, warn
+from aerl.data import Split, rows, subset, to_unit
+from aerl.evaluation.integrity import ModelGuard, adversarial_images
+from aerl.evaluation.metrics import BUILT_IN, Metric, measure
+from aerl.evaluation.outcomes import Attacked, Outcomes, Policy, accuracy, check_within, so_far
+from aerl.evaluation.resume import Saver, Stage, finished, interrupted
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import Hardware, is_out_of_memory, seed_from
-from aerl.types import UserError, foreign_code, is_foreign
+from aerl.runtime.files import load_arrays, save_arrays
+from aerl.runtime.progress import progress
+from aerl.tracking.run_folder import Record, unattacked
+from aerl.types import UserError, foreign_code, is_foreign, named
 
-Attack = Callable[..., Tensor | dict[str, Tensor]]
-Outcomes = dict[str, np.ndarray]
-Policy = Literal["argmax", "sample"]
-PER_SAMPLE = ("pred", "p", "confidence", "entropy", "l2", "linf")
+if TYPE_CHECKING:
+    from aerl.build import Parts
+    from aerl.config.schema import Config
+
+log = logging.getLogger("aerl")
 
 
-@dataclass
-class Attacked:
-    """What one attack, or none, makes of all samples.
+# --- A run -----------------------------------------------------------------------------------------------
 
-    pred int64 (N,), the class of the largest logit; of the softmax, p float32 (N,), the probability of the
-    label, confidence float32 (N,), the largest probability, and entropy float32 (N,), in bits; l2 and linf
-    float32 (N,), the perturbation's size in units of the images' range. Where a logit is not finite, pred is -1,
-    so that the sample is wrong, and p, confidence and entropy are 0. `examples` float32
-    (k, C, H, W) are the first k images as attacked, `outside` how far any pixel left [0, 1], `seconds` of
-    wall time.
+
+def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes, Split]:
+    """All attacks on the test images; returns the outcomes and the images that they are of.
+
+    What an earlier start of this run has finished is read from its files, and an interrupted attack continues.
     """
-
-    pred: np.ndarray
-    p: np.ndarray
-    confidence: np.ndarray
-    entropy: np.ndarray
-    l2: np.ndarray
-    linf: np.ndarray
-    examples: np.ndarray
-    outside: float = 0.0
-    seconds: float = 0.0
-
-    def copy(self) -> "Attacked":
-        """The same samples, to be attacked further."""
-        arrays = {key: getattr(self, key).copy() for key in (*PER_SAMPLE, "examples")}
-        return replace(self, **arrays, outside=0.0, seconds=0.0)
-
-
-@dataclass
-class Stage:
-    """How far an interrupted attack has come: what a rerun needs to go on as if nothing had happened.
-
-    `todo` bool (N,) are the samples of this stage, `done` those of them that have been attacked.
-    """
-
-    number: int
-    todo: np.ndarray
-    done: np.ndarray
-    seconds: float
-    parts: dict[str, Attacked]
+    torch.backends.cudnn.benchmark = False  # batches shrink as samples are fooled: every size would be tuned anew
+    run = _Evaluation(parts, config, record)
+    if record.summary["evaluated"]:
+        record.results.restore(record.summary["results"])
+        return run.outcomes, run.split
+    record.results.restore(record.summary["trained"])  # a killed process may have logged some of what follows
+    run.log_clean()
+    done = {info["of"] for info in record.summary["attacks"].values()}
+    for name, attack in parts.attacks.items():
+        ddp.sync_stop_request()
+        signals.raise_if_stopped()
+        if name in done:
+            log.info("%s: was done before", name)
+        else:
+            run.attack(name, attack)
+        run.log_attack(name)
+    run.finish()
+    return run.outcomes, run.split
 
 
-def predict(model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16) -> Attacked:
+def batch_size(parts: "Parts", config: "Config") -> int:
+    """How many images go through the model at once."""
+    return config.evaluation.batch_size or (512 if parts.hardware.device.type == "cuda" else 128)
+
+
+class _Evaluation:
+    """The evaluation of one run: the outcomes so far, and the files that hold them."""
+
+    def __init__(self, parts: "Parts", config: "Config", record: Record) -> None:
+        self.parts, self.config, self.record = parts, config, record
+        self.policy, samples = config.evaluation.policy, config.evaluation.samples
+        self.metrics = {**BUILT_IN, **parts.metrics}
+        self.batch_size = batch_size(parts, config)
+        self.split = subset(parts.data.test, samples)
+        with signals.stop_immediately():
+            self.clean = ddp.broadcast_from_main(
+                lambda: predict(parts.model, self.split, parts.hardware, self.batch_size, metrics=self.metrics)
+            )
+        self.outcomes = ddp.broadcast_from_main(self._stored)
+        if not self.outcomes:
+            record.summary.update(unattacked())
+            index = rows(len(parts.data.test), samples).numpy()
+            self.outcomes = {"index": index, "label": self.split.labels.numpy(), **self.clean.columns("clean")}
+            save_arrays(record.folder / "outcomes.npz", self.outcomes)
+
+    def _stored(self) -> Outcomes:
+        """What an earlier start has found; nothing where that is damaged, which is logged, and so measured again."""
+        done, folder = self.record.summary["attacks"], self.record.folder
+        if not (done or self.record.summary["evaluated"]):
+            return {}
+        try:
+            outcomes, examples = load_arrays(folder / "outcomes.npz"), load_arrays(folder / "examples.npz")
+            missing = [name for name in ("clean", *done) if f"{name}_pred" not in outcomes]
+            missing += [name for name in done if name not in examples]
+            if missing:
+                raise UserError(f"{folder}: outcomes.npz or examples.npz has nothing of {', '.join(missing)}")
+        except UserError as error:
+            log.warning("%s; the attacks begin again", error)
+            return {}
+        return outcomes
+
+    @property
+    def counted(self) -> list[str]:
+        return [part for part, info in self.record.summary["attacks"].items() if info["counts"]]
+
+    def means(self, attack: str, *more: str) -> dict[str, float]:
+        """The means of the configured metrics, and of `more`, over all samples."""
+        names = (*more, *self.parts.metrics)
+        return {f"mean_{name}": float(self.outcomes[f"{attack}_{name}"].mean()) for name in names}
+
+    def log_clean(self) -> None:
+        clean = accuracy(self.outcomes, [], self.policy)
+        self.record.results.log(
+            {"clean_accuracy": clean["value"], **self.means("clean")}, n=len(self.split), split="test"
+        )
+        self.record.save(clean_accuracy=clean)
+
+    def attack(self, name: str, attack: AttackSpec) -> None:
+        """Run one attack, or the rest of it, and store its outcomes."""
+        norm, eps = attack.norm or self.config.norm, self.config.eps if attack.eps is None else attack.eps
+        within = norm == self.config.norm and eps <= self.config.eps * (1 + 1e-6)  # the run's threat model
+        alone = not self.config.evaluation.survivors_only or self.policy == "sample"
+        before = self.clean if alone else so_far(self.outcomes, self.clean, self.counted)
+        with named(f"attack.{name}"), collect_warnings() as warnings:
+            attacked = self._run(name, attack, before, warnings)
+            warnings = list(dict.fromkeys(chain.from_iterable(ddp.gather(warnings))))
+        info = {"of": name, "norm": norm, "eps": eps, "counts": within and attack.counts, "alone": alone,
+                "warnings": warnings}  # fmt: skip
+        self._store(attacked, info)
+
+    def _run(self, name: str, attack: AttackSpec, before: Attacked, warnings: list[str]) -> dict[str, Attacked]:
+        """Behind a progress bar that shows the accuracy so far. The warnings of an earlier start are added."""
+        model, hardware, n = self.parts.model, self.parts.hardware, len(self.split)
+        resume, earlier_warnings = ddp.broadcast_from_main(lambda: interrupted(self.record.folder, name))
+        warnings.extend(earlier_warnings)
+        if self.policy == "sample" and attack.drop_fooled:
+            log.warning("%s: stops at a wrong argmax; attack.%s.drop_fooled=false goes on", name, name)
+        total = n if self.policy == "sample" else int((before.pred == self.split.labels.numpy()).sum())
+        count = len(stages(attack, model, self.split, hardware))
+        start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
+        with progress(name, total=total * count, unit="samples", start=start) as bar:
+            return run_attack(
+                attack, model, self.split, before, hardware,
+                name=name, seed=self.config.seed, batch_size=self.batch_size, policy=self.policy, metrics=self.metrics,
+                progress=lambda advanced, robust: bar.update(advanced, acc=robust / n),
+                resume=resume, save=Saver(self.record.folder, name, warnings),
+            )  # fmt: skip
+
+    def _store(self, attacked: Mapping[str, Attacked], info: Mapping[str, Any]) -> None:
+        """Add one attack to the outcomes and to the run folder; the summary, last, says that it is done."""
+        folder, news = self.record.folder, {}
+        for part, found in attacked.items():
+            check_within(part, found, info["norm"], info["eps"], boxed=info["counts"])
+            self.outcomes |= found.columns(part)
+            robust = accuracy(self.outcomes, [part], self.policy)
+            news[part] = {**info, "robust_accuracy": robust, "seconds": found.seconds}
+        # The first adversarial images of each attack are for figures.
+        examples = load_arrays(folder / "examples.npz") | {part: found.examples for part, found in attacked.items()}
+        save_arrays(folder / "examples.npz", examples)
+        save_arrays(folder / "outcomes.npz", self.outcomes)
+        self.record.save(attacks=self.record.summary["attacks"] | news)
+        finished(folder)
+
+    def log_attack(self, name: str) -> None:
+        for part, info in self.record.summary["attacks"].items():
+            if info["of"] == name:
+                values = {"robust_accuracy": info["robust_accuracy"]["value"], **self.means(part, "l2", "linf"),
+                          "seconds": info["seconds"]}  # fmt: skip
+                source = part.removeprefix("transfer_").removesuffix("_refined") if name == "transfer" else ""
+                self.record.results.log(
+                    values, n=len(self.split), split="test", attack=part, norm=info["norm"], eps=info["eps"],
+                    source=source,
+                )  # fmt: skip
+
+    def finish(self) -> None:
+        """Log the worst case, and say in the summary that the evaluation is complete."""
+        attacks, counted = self.record.summary["attacks"], self.counted
+        worst = accuracy(self.outcomes, counted, self.policy) if counted else None
+        if worst is not None:
+            self.record.results.log({"worst_case_accuracy": worst["value"]}, n=len(self.split), split="test")
+        self.record.advance(
+            robust_accuracy={part: info["robust_accuracy"]["value"] for part, info in attacks.items()},
+            worst_case_accuracy=worst,
+            seconds=self.record.summary["seconds"] | {"attack": sum(info["seconds"] for info in attacks.values())},
+            evaluated=self.record.results.seal(),
+        )
+
+
+# --- The images as they are --------------------------------------------------------------------------------
+
+
+def predict(
+    model: nn.Module,
+    split: Split,
+    hardware: Hardware,
+    batch_size: int,
+    examples: int = 16,
+    metrics: Mapping[str, Metric] = BUILT_IN,
+) -> Attacked:
     """All images as they are, unattacked; fp32, eval mode. Raises UserError for what other people's code raises."""
-    first = to_unit(split.images[:examples]).numpy()
-    n = len(split)
-    p, confidence, entropy, l2, linf = (np.zeros(n, np.float32) for _ in PER_SAMPLE[1:])
-    clean = Attacked(np.zeros(n, np.int64), p, confidence, entropy, l2, linf, first)
+    clean = Attacked.blank(split, metrics, examples)
 
     def work(index: Tensor) -> None:
         x, y = batch(split, index, hardware)
         with reproducible(0, "clean", int(index[0]), device=hardware.device):
-            _record(clean, model, x, x, y, index)
+            _record(clean, model, x, x, y, index, metrics)
 
     with foreign_code("model.net", getattr(model, "net", model)):
-        within_memory(work, torch.arange(n), batch_size)
+        within_memory(work, torch.arange(len(split)), batch_size)
     _warn_not_finite(clean.pred < 0)
     return clean
 
 
-def _warn_not_finite(rows: np.ndarray) -> None:
-    if count := int(rows.sum()):
+def _record(
+    attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor,
+    metrics: Mapping[str, Metric],
+) -> None:  # fmt: skip
+    """Enter one batch of adversarial images, and what the model makes of them, where they belong."""
+    with attacking(model), torch.no_grad():
+        logits = model(x_adv).float()
+        values = {"pred": predictions(logits), **measure(metrics, logits, y)}
+    delta = (x_adv - x).flatten(1)
+    values |= {"l2": delta.norm(dim=1), "linf": delta.abs().amax(1)}
+    attacked.record(index.numpy(), values, x_adv)
+
+
+def _warn_not_finite(samples: np.ndarray) -> None:
+    if count := int(samples.sum()):
         warn(f"{count} images have logits that are not finite; they count as wrong")
+
+
+def batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
+    """Images float32 in [0, 1] (b, C, H, W) and labels (b,) of the samples `index` (b,), on the device."""
+    x = to_unit(split.images[index].to(hardware.device), hardware.memory_format)
+    return x, split.labels[index].to(hardware.device)
+
+
+@contextmanager
+def reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
+    """Seed the global random stream from `words`, for models that draw from it, and restore it afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_from(*words))
+        yield
 
 
 def within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
     """Do `work` on all samples of `index` (n,), at most `limit` at a time; returns the limit that sufficed.
 
-    Where the memory does not, the limit is halved, which is said once, and the work repeated. Raises
+    Where the memory does not suffice, the limit is halved, which is a warning, and the work is repeated. Raises
     UserError where not even one sample fits.
     """
     while len(index):
@@ -121,33 +274,22 @@ def within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> 
     return limit
 
 
-def batch(split: Split, index: Tensor, hardware: Hardware) -> tuple[Tensor, Tensor]:
-    x = to_unit(split.images[index].to(hardware.device), hardware.memory_format)
-    return x, split.labels[index].to(hardware.device)
+# --- One attack --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
-    """A randomised model draws from the global stream: it gets the same one in a rerun, and leaves no trace."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_from(*words))
-        yield
-
-
-def stages(attack: Attack, model: nn.Module, split: Split, hardware: Hardware) -> Sequence[Attack]:
+def stages(attack: AttackSpec, model: nn.Module, split: Split, hardware: Hardware) -> Sequence[Attack]:
     """The attacks of which `attack` consists, each for the samples that the ones before have left."""
-    parts = getattr(attack, "stages", None)
-    if parts is None:
-        return [attack]
-    with foreign_code("stages", attack, getattr(model, "net", model)):
-        found: Sequence[Attack] = parts(model, batch(split, torch.arange(0), hardware)[0])
+    if attack.stages is None:
+        return [attack.call]
+    with foreign_code("stages", attack.call, getattr(model, "net", model)):
+        found = attack.stages(model, batch(split, torch.arange(0), hardware)[0])
         if not found:
             raise UserError(f"stages returned {found}: expected attacks")
         return found
 
 
 def run_attack(
-    attack: Attack,
+    attack: Attack | AttackSpec,
     model: nn.Module,
     split: Split,
     before: Attacked,
@@ -157,85 +299,84 @@ def run_attack(
     seed: int,
     batch_size: int,
     policy: Policy = "argmax",
+    metrics: Mapping[str, Metric] = BUILT_IN,
     progress: Callable[[int, int], None] = lambda advanced, robust: None,
     resume: Stage | None = None,
-    keep: Callable[[Stage], None] = lambda stage: None,
+    save: Callable[[Stage], None] = lambda stage: None,
 ) -> dict[str, Attacked]:
     """Attack every sample that is right in `before`; the others are lost already and stay as they are there.
 
     Returns one `Attacked` under `name`, or one per part under `<name>_<part>` if the attack returns a dict.
-    With policy="sample" no sample is ever surely lost, and all are attacked. After every batch `keep` is
-    given the state, from which `resume` goes on, and `progress` the number of samples done since the last
-    call and of those still right (with stages, each sample counts once in each).
+    With policy="sample" no sample is ever surely lost, and all are attacked. After every batch `save` gets the
+    state, from which `resume` continues, and `progress` the number of samples done since the last call and of
+    those still right (with stages, each sample counts once in each).
 
     Random numbers are keyed by the image, so that neither the batch size nor the order of samples changes an
-    outcome; an attack whose batches do matter, such as AutoAttack, states its own `batch_size`, which is
-    kept to.
+    outcome. An attack whose batches do matter, such as AutoAttack, states its own `batch_size`.
 
     An attack is not trusted: it gets copies, and the outcomes are those of the images as the data has them, of a
-    copy of what it returned, and of a model that it has left alone. Raises UserError for an attack that returns
-    anything but images like those it got (or a dict of them, with the same names for every batch) or alters the
-    model, and for what other people's code raises.
+    copy of what it returned, and of an unaltered model. Raises UserError for an attack that returns anything but
+    images like those it got (or a dict of them, with the same names for every batch) or alters the model, and for
+    what other people's code raises.
     """
     key = f"attack.{name}"
+    attack = AttackSpec.of(attack, key)
     labels = split.labels.numpy()
-    attacks = stages(attack, model, split, hardware)
-    size = setting(attack, "batch_size", None) or batch_size
+    calls = stages(attack, model, split, hardware)
+    limit = size = attack.batch_size or batch_size
+    guard = ModelGuard(model) if is_foreign(attack.call) else None
     todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
-    state = resume or Stage(0, todo, np.zeros(len(split), bool), 0.0, {})
+    state = resume or Stage(0, todo, np.zeros(len(split), bool))
     began = time.monotonic() - state.seconds
-    weights = _tensors(model, clone=True) if is_foreign(attack) else None
-
-    def robust() -> np.ndarray:
-        still: np.ndarray = np.logical_and.reduce([todo, *(a.pred == labels for a in state.parts.values())])
-        return still
 
     def work(index: Tensor) -> None:
         x, y = batch(split, index, hardware)
         with attacking(model), reproducible(seed, name, state.number, int(index[0]), device=hardware.device):
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
-            layers = [] if weights is None else _layers(model)
-            with signals.stop_immediately():  # the state of the last batch is kept; this one is done again
-                found = attacks[state.number](model, x.clone(), y.clone(), generator=noise)
-            if weights is not None:
-                _check_unaltered(model, weights, layers, x, key)
-            images = {f"{name}_{part}" if part else name: own for part, own in _returned(found, x, key)}
+            # The state after the last batch is saved; a batch that a signal cuts short is repeated.
+            with guard.unaltered(x, key) if guard else nullcontext(), signals.stop_immediately():
+                returned = calls[state.number](model, x.clone(), y.clone(), generator=noise)
+            images = {f"{name}_{part}" if part else name: own for part, own in adversarial_images(returned, x, key)}
             if state.parts and images.keys() != state.parts.keys():
-                names = [", ".join(sorted(these)) or "nothing" for these in (images, state.parts)]
-                raise UserError(f"{key}: returned {names[0]}: expected, as for other images, {names[1]}")
+                found, expected = (", ".join(sorted(parts)) for parts in (images, state.parts))
+                raise UserError(f"{key}: returned {found}: expected, as for other images, {expected}")
             for part, x_adv in images.items():
-                _record(state.parts.setdefault(part, before.copy()), model, x, x_adv, y, index)
+                _record(state.parts.setdefault(part, before.copy()), model, x, x_adv, y, index, metrics)
 
-    limit = size
     while True:
         for mine in _rounds(state, size):
             fault = None
             try:
-                with foreign_code(key, attack, getattr(model, "net", model)):
+                with foreign_code(key, attack.call, getattr(model, "net", model)):
                     limit = within_memory(work, torch.from_numpy(mine), limit)
             except UserError as error:
                 fault = error
-            faults = ddp.gather((isinstance(fault, NoGradient), fault and str(fault)))
-            for no_gradient, told in faults:
-                if told and not no_gradient:
-                    raise UserError(told) from fault
-            if any(no_gradient for no_gradient, _ in faults):
+            if not _has_gradient(fault):
                 warn(f"not run: {NoGradient()}")
-                break  # to the next stage: a black-box one can still judge the model
+                break  # to the next stage, which may be a black-box attack
             count = _exchange(state, mine, before)
             state.seconds = time.monotonic() - began
-            progress(count, int(robust().sum()))
+            progress(count, int(state.robust(labels).sum()))
             ddp.sync_stop_request()
-            keep(state)
-        if state.number + 1 == len(attacks):
+            save(state)
+        if state.number + 1 == len(calls):
             break
-        survivors = robust()
-        progress(int(todo.sum() - survivors.sum()), int(survivors.sum()))
-        state = Stage(state.number + 1, survivors, np.zeros(len(split), bool), state.seconds, state.parts)
+        state = state.next(labels)
+        survivors = int(state.todo.sum())
+        progress(int(todo.sum()) - survivors, survivors)
     for attacked in state.parts.values():
         attacked.seconds = state.seconds / len(state.parts)
         _warn_not_finite((attacked.pred < 0) & (before.pred >= 0))
     return state.parts or {name: before.copy()}
+
+
+def _has_gradient(fault: UserError | None) -> bool:
+    """Raise on every process what one of them raised; False where all that is missing is a gradient."""
+    faults = ddp.gather((isinstance(fault, NoGradient), fault and str(fault)))
+    for no_gradient, text in faults:
+        if text and not no_gradient:
+            raise UserError(text) from fault
+    return not any(no_gradient for no_gradient, _ in faults)
 
 
 def _rounds(state: Stage, size: int) -> Iterator[np.ndarray]:
@@ -251,172 +392,20 @@ def _rounds(state: Stage, size: int) -> Iterator[np.ndarray]:
 
 
 def _exchange(state: Stage, mine: np.ndarray, before: Attacked) -> int:
-    """Note what the processes have found in this round, each for its samples; returns how many those were."""
+    """Enter what the processes have found in this round, each for its samples; returns how many those were."""
     first = mine[mine < len(before.examples)]
     news = {
-        part: ({key: getattr(found, key)[mine] for key in PER_SAMPLE}, found.examples[first], found.outside)
+        part: ({key: values[mine] for key, values in found.samples.items()}, found.examples[first], found.outside)
         for part, found in state.parts.items()
     }
     count = 0
-    for rows, shown, told in ddp.gather((mine, first, news)):
-        for part, (columns, examples, outside) in told.items():
+    for index, shown, theirs in ddp.gather((mine, first, news)):
+        for part, (columns, examples, outside) in theirs.items():
             found = state.parts.setdefault(part, before.copy())
             for key, values in columns.items():
-                getattr(found, key)[rows] = values
+                found.samples[key][index] = values
             found.examples[shown] = examples
             found.outside = max(found.outside, outside)
-        state.done[rows] = True
-        count += len(rows)
+        state.done[index] = True
+        count += len(index)
     return count
-
-
-def _returned(found: Any, x: Tensor, key: str) -> Iterator[tuple[str, Tensor]]:
-    """The parts of what an attack returned for images x (B, C, H, W): each its name, "" for a tensor alone, and a
-    copy like x. Raises UserError where it is anything else than images, or has pixels that are not finite."""
-    if not isinstance(found, dict):
-        found = {"": found}
-    if not found or not all(isinstance(part, str) and re.fullmatch(r"[\w.-]*", part) for part in found):
-        raise UserError(f"{key}: returned parts {list(found)}: expected names of letters, digits and any of _.-")
-    for part, images in found.items():
-        where = f"{key}: returned " + (f"as {part} " if part else "")
-        if not isinstance(images, Tensor):
-            raise UserError(f"{where}a {type(images).__name__}: expected a tensor of images, or a dict of them")
-        if images.shape != x.shape:
-            raise UserError(f"{where}images of shape {tuple(images.shape)}: expected {tuple(x.shape)}")
-        if not images.is_floating_point():
-            raise UserError(f"{where}images of {images.dtype}: expected torch.float32, in [0, 1]")
-        own = torch.empty_like(x)
-        with torch.no_grad():
-            own.copy_(images)
-        if bad := int((~own.isfinite()).flatten(1).any(1).sum()):
-            raise UserError(f"{where}NaN or infinite pixels in {bad} of {len(x)} images: expected [0, 1]")
-        yield part, own
-
-
-def _tensors(model: nn.Module, *, clone: bool = False) -> dict[str, Tensor]:
-    """Every parameter and buffer, by its name."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()} if clone else tensors
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    """Of every layer what an attack could exchange: itself, its mode, what it computes and its hooks."""
-    return [
-        (name, id(layer), layer.training, vars(layer).get("forward"), vars(type(layer)).get("forward"),
-         [tuple(hooks) for hooks in (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks)])
-        for name, layer in model.named_modules()
-    ]  # fmt: skip
-
-
-def _check_unaltered(model: nn.Module, weights: dict[str, Tensor], layers: list[Any], x: Tensor, key: str) -> None:
-    """UserError if the model has other `weights` or `layers` than before the attack.
-
-    Values are compared, not tensors' versions, which `.data` leaves as they are; that costs less than a pass. A
-    buffer that the model itself changes in every pass (BatchNorm that is still in training) is left to the probe.
-    """
-    altered = _differing(_tensors(model), weights)
-    if altered and set(altered) <= dict(model.named_buffers()).keys():
-        before = _tensors(model, clone=True)
-        with torch.no_grad(), reproducible(0, key, device=x.device):
-            model(x)
-        own = _differing(_tensors(model), before)
-        weights |= {name: before[name] for name in own}
-        altered = [name for name in altered if name not in own]
-    if _layers(model) != layers:
-        altered.append("layers, their modes or hooks")
-    if altered:
-        raise UserError(f"{key}: altered the model ({altered[0]}): expected to leave it as it is; nothing is counted")
-
-
-def _differing(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
-    """The names under which the two do not have the same values, in the same form."""
-
-    def same(one: Tensor, other: Tensor) -> bool:
-        form = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (one, other)]
-        return form[0] == form[1] and (torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num()))
-
-    both = tensors.keys() & others.keys()
-    return [name for name in {**tensors, **others} if name not in both or not same(tensors[name], others[name])]
-
-
-def _record(attacked: Attacked, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: Tensor) -> None:
-    """Put one batch of adversarial images, and what the model says of them, where they belong."""
-    with attacking(model), torch.no_grad():
-        logits = model(x_adv).float()
-    pred = predictions(logits)
-    rows = index.numpy()  # NumPy takes a tensor of one index for a number
-    delta = (x_adv - x).flatten(1)
-    attacked.pred[rows] = pred.cpu().numpy()
-    softmax = logits.softmax(1).where(pred[:, None] >= 0, 0)
-    attacked.p[rows] = softmax.gather(1, y[:, None]).squeeze(1).cpu().numpy()
-    attacked.confidence[rows] = softmax.amax(1).cpu().numpy()
-    attacked.entropy[rows] = (torch.special.entr(softmax).sum(1) / math.log(2)).cpu().numpy()
-    attacked.l2[rows] = delta.norm(dim=1).cpu().numpy()
-    attacked.linf[rows] = delta.abs().amax(1).cpu().numpy()
-    attacked.outside = max(attacked.outside, -x_adv.min().item(), x_adv.max().item() - 1)
-    shown = rows < len(attacked.examples)
-    attacked.examples[rows[shown]] = x_adv.cpu().numpy()[shown]
-
-
-def setting(attack: Attack, key: str, default: Any) -> Any:
-    """A setting of a built attack: of a function's bound keywords, or of an instance."""
-    return attack.keywords.get(key, default) if isinstance(attack, partial) else getattr(attack, key, default)
-
-
-def accuracy(
-    outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax"
-) -> dict[str, float]:
-    """Mean reward clean and under the worst, per sample, of `attacks`, with its 95 % interval."""
-    rewards = reward(outcomes, attacks, policy)
-    return proportion(float(rewards.sum()), len(rewards))
-
-
-def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
-    """float (N,): the least reward of each sample, clean and under every one of `attacks`.
-
-    A model that deploys the class of its largest logit earns 1 where that is right under all of them. One
-    that draws its class from the softmax earns, in expectation, the probability of the label.
-    """
-    if policy == "sample":
-        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_p"] for name in ("clean", *attacks)])
-        return least
-    return right(outcomes, attacks).astype(float)
-
-
-def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> np.ndarray:
-    """bool (N,): classified rightly clean and under every one of `attacks`."""
-    survived: np.ndarray = outcomes["clean_pred"] == outcomes["label"]
-    for name in attacks:
-        survived = survived & (outcomes[f"{name}_pred"] == outcomes["label"])
-    return survived
-
-
-def attack_names(outcomes: Mapping[str, np.ndarray]) -> list[str]:
-    """The attacks that `outcomes` holds, in the order they were run."""
-    return [key.removesuffix("_pred") for key in outcomes if key.endswith("_pred") and key != "clean_pred"]
-
-
-def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequence[str]) -> Attacked:
-    """Every sample as the first of `attacks` to fool it left it, or unperturbed."""
-    state, survived = clean.copy(), right(outcomes)
-    for name in attacks:
-        fooled = survived & (outcomes[f"{name}_pred"] != outcomes["label"])
-        for key in PER_SAMPLE:
-            getattr(state, key)[fooled] = outcomes[f"{name}_{key}"][fooled]
-        survived &= ~fooled
-    return state
-
-
-def check_within(name: str, attacked: Attacked, norm: str, eps: float, boxed: bool = True) -> None:
-    """An attack that left its ball, or with `boxed` the box [0, 1], proves nothing: a UserError says how far."""
-    reached = float((attacked.l2 if norm == "L2" else attacked.linf).max(initial=0.0))
-    if not reached <= eps * (1 + 1e-4) + 1e-6:
-        raise UserError(
-            f"attack.{name}: left its {norm} ball: a perturbation of {reached:.6g} where eps is {eps:.6g}; "
-            "its result is not counted"
-        )
-    if boxed and not attacked.outside <= 1e-6:
-        raise UserError(
-            f"attack.{name}: left the box: a pixel lies {attacked.outside:.6g} outside [0, 1]; "
-            "its result is not counted"
-        )

@@ -5,15 +5,14 @@ from statistics import NormalDist
 
 
 def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
-    """The exact p of McNemar's test (1947), from the discordant counts alone; 1 where there are none.
+    """The exact p of McNemar's test (1947): under the null hypothesis b is a draw from Binomial(b + c, 1/2).
 
-    `b` samples are right here only, `c` there only: if the two were equally good, b would be a draw from
-    Binomial(b + c, 1/2). Two-sided, or `one_sided` the chance of so large a b. Raises ValueError for a
-    negative count.
+    `b` samples are right in the first model only, `c` in the second only. Two-sided, or `one_sided` the chance of so
+    large a b. Raises ValueError for a negative count.
     """
     if b < 0 or c < 0:
         raise ValueError(f"counts cannot be negative: b={b}, c={c}")
-    n, term, tail = b + c, 1, 0  # whole numbers of any size: exact for any count
+    n, term, tail = b + c, 1, 0  # integers of any size: exact for any count
     for k in range((c if one_sided else min(b, c)) + 1):
         tail += term
         term = term * (n - k) // (k + 1)
@@ -23,10 +22,9 @@ def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
 def paired_difference(both: int, b: int, c: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval, within [-1, 1], of the difference of two proportions of the same samples, (b - c) / n.
 
-    `both` samples are right in both, `b` in the first only, `c` in the second only, `neither` in none.
-    Method 10 of Newcombe, Statistics in Medicine 17 (1998), 2635-2650: Wilson's intervals of the two
-    proportions, joined by their correlation with its continuity correction. Unlike the difference +- z *
-    standard error it has a width where no sample is discordant. Raises ValueError without a sample.
+    `both` samples are right in both, `b` in the first only, `c` in the second only, `neither` in none. Method 10 of
+    Newcombe, Statistics in Medicine 17 (1998), 2635-2650: it has a width also where no sample is discordant. Raises
+    ValueError without a sample.
     """
     n = both + b + c + neither
     if n == 0 or min(both, b, c, neither) < 0:
@@ -50,8 +48,8 @@ def paired_difference(both: int, b: int, c: int, neither: int, confidence: float
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927) for a proportion, within [0, 1]; (0, 1) where nothing was measured.
 
-    Unlike value +- z * standard error it has a width at 0 and at `n` successes, where a robust accuracy
-    often lies. Raises ValueError unless 0 <= successes <= n and 0 < confidence < 1.
+    It has a width also at 0 and at `n` successes, where a robust accuracy often lies. Raises ValueError unless
+    0 <= successes <= n and 0 < confidence < 1.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} samples")
@@ -64,7 +62,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # The two ends that are known exactly are said exactly, whatever the rounding.
+    # Exact at both ends, whatever the rounding.
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
     return low, high

@@ -11,7 +11,6 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#767676",
 )  # fmt: skip
 RIGHT, WRONG = BLUE, VERMILION  # of predictions
-
 _TRAINERS = {
     "sl": BLUE, "sl_adv": SKY, "rl": VERMILION, "rl_adv": ORANGE, "rl_expected": PURPLE,
     "pgd_at": GREEN, "trades": YELLOW,
@@ -19,14 +18,14 @@ _TRAINERS = {
 
 
 def trainer_colour(trainer: str) -> str:
-    """The colour that stands for a trainer in every figure; grey for one that aerl does not know."""
+    """The colour of a trainer in every figure; grey for one that aerl does not know."""
     return _TRAINERS.get(trainer, GREY)
 
 
 def save(figure: Any, folder: Path, name: str, caption: str = "") -> Path:
-    """Write a matplotlib Figure to `folder`, which is made, as `name`.png and, for papers, `name`.pdf.
+    """Write a matplotlib Figure to `folder` as `name`.png, which carries its caption, and, for papers, `name`.pdf.
 
-    The PNG carries its caption. Returns its path. Raises UserError where the disk refuses.
+    Returns the path of the PNG. Raises UserError where the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     png = {"dpi": 130, "metadata": {"Description": caption}}

@@ -1,8 +1,9 @@
-"""The table at the end of a multirun, over exactly its jobs, also those that left no run folder.
+"""The table at the end of a multirun, over exactly its jobs, also those without a run folder.
 
-A Hydra callback notes each job's start and end, one JSON line each, in a folder that has a file for each job;
-`aerl.run` adds the run folder. Hydra itself is not imported: it calls a callback's methods by their names.
-Nothing heavy is imported before a multirun ends.
+A Hydra callback writes what is planned, and when each job starts and ends, to `jobs` in the multirun's folder;
+`aerl.run` adds the run folder. The environment variable AERL_MULTIRUN names that folder to every process of the
+multirun. Hydra itself is not imported: it calls a callback's methods by their names. Nothing heavy is imported before
+a multirun ends.
 """
 
 import contextlib
@@ -21,28 +22,33 @@ from typing import Any
 from aerl.runtime import signals
 from aerl.runtime.ddp import is_main
 
-_manifest: Path | None = None  # the folder of the multirun under way
-_then: list[str] = []  # the run that follows it
+_FOLDER = "AERL_MULTIRUN"
+# Overrides of the jobs that also hold for the run that follows them; dataset and model it takes from theirs.
+_INHERITED = ("norm", "eps", "evaluation", "hardware", "logger", "runs_dir", "data_dir", "overwrite")
 
-# What is overridden for the jobs is also meant for the run that follows them; dataset and model it takes from theirs.
-_CARRIED = ("norm", "eps", "evaluation", "hardware", "logger", "runs_dir", "data_dir", "overwrite")
+
+def _current() -> Path | None:
+    """The folder of the multirun that this process belongs to."""
+    return Path(os.environ[_FOLDER]) if os.environ.get(_FOLDER) else None
 
 
 def note_job(job: int, **news: Any) -> None:
-    """Add to what is known of a job of the multirun under way; without one this does nothing."""
+    """Add to what is known of a job of the current multirun, if there is one."""
+    folder = _current()
     # A requeued job may outlive the folder.
-    if is_main() and _manifest is not None and _manifest.is_dir():
+    if is_main() and folder is not None and (folder / "jobs").is_dir():
         # A file for each job: two machines that append to one file over NFS overwrite each other's lines.
-        with (_manifest / f"{job}.jsonl").open("a") as file:
+        with (folder / "jobs" / f"{job}.jsonl").open("a") as file:
             file.write(json.dumps(news) + "\n")
 
 
-def wish(folder: Path | None = None) -> str | None:
-    """By what name the multirun under way says overwrite=true: the same until all of its jobs are done; else None."""
-    from aerl.report.status import planned_wish
+def overwrite_id() -> str | None:
+    """Names the command that asked for overwrite=true: the same for every repetition of a multirun until all of its
+    jobs are done. None outside of a multirun."""
+    from aerl.report.status import read_plan
 
-    folder = folder or _manifest
-    return None if folder is None else planned_wish(folder)
+    folder = _current()
+    return None if folder is None else read_plan(folder).get("overwrite_id")
 
 
 class Manifest:
@@ -57,51 +63,50 @@ class Manifest:
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config.multirun import check_jobs, sweep_jobs
         from aerl.config.names import sweep_name
-        from aerl.report import status
-        from aerl.report.status import PLAN, planned
+        from aerl.report.status import PLAN, read_jobs, read_plan
         from aerl.runtime.files import atomic_write, writing
 
         if not is_main():
             return
-        global _manifest, _then
         self.on_run_start(config)
         words = list(config.hydra.overrides.task)
         launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
-        command = ["launch.py", *([] if "multirun_sweeps" in " ".join(words) else ["-m"]), *launcher, *words]
-        with _ending_hydra():
-            folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words) / "jobs"
-            jobs = sweep_jobs(config)
-            known = jobs is not None and jobs == planned(folder)
-            if jobs is not None and not known:
+        multirun = [] if "multirun_sweeps" in " ".join(words) else ["-m"]
+        then = [*self.then, *(word for word in words if re.split("[=.]", word)[0] in _INHERITED)] if self.then else []
+        with _exit_on_error():
+            folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words)
+            jobs, before = sweep_jobs(config), read_plan(folder)
+            same = jobs is not None and jobs == before.get("jobs")
+            if jobs is not None and not same:
                 check_jobs(config, jobs)
-            with writing(folder):
-                if known and config.overwrite and all(job.state == "done" for job in status.jobs(folder.parent)):
-                    known = False  # a new wish: all of them begin again
-                plan = {
-                    "command": command,
-                    "jobs": jobs,
-                    "wish": wish(folder) if known else secrets.token_hex(4),
-                }
-                if not known:  # else what is known of them still holds
-                    shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                atomic_write(folder / PLAN, json.dumps(plan))
-        _manifest = self.folder = folder
-        carried = [word for word in words if re.split("[=.]", word)[0] in _CARRIED]
-        _then = [*self.then, *carried] if self.then else []
-        if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time is done in this process
+            if same and config.overwrite and all(job.state == "done" for job in read_jobs(folder)):
+                same = False  # all of them start again
+            plan = {
+                "command": ["launch.py", *multirun, *launcher, *words],
+                "jobs": jobs,
+                "overwrite_id": before.get("overwrite_id") if same else secrets.token_hex(4),
+                "then": then,
+            }
+            with writing(folder / "jobs"):
+                if not same:  # else what is known of the jobs still holds
+                    shutil.rmtree(folder / "jobs", ignore_errors=True)
+                (folder / "jobs").mkdir(parents=True, exist_ok=True)
+                atomic_write(folder / "jobs" / PLAN, json.dumps(plan))
+        self.folder = folder
+        os.environ[_FOLDER] = str(folder)
+        if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time runs in this process
             signals.forward_to_workers()
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
         from aerl.config.multirun import check_overrides
 
-        with _ending_hydra():
+        os.environ.pop(_FOLDER, None)  # inherited from a multirun that this process is no part of
+        with _exit_on_error():
             check_overrides(config)
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
-        global _manifest
-        _manifest = self.folder
         if self.folder is not None:
+            os.environ[_FOLDER] = str(self.folder)
             note_job(config.hydra.job.num, status="started", overrides=list(config.hydra.overrides.task))
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
@@ -109,22 +114,21 @@ class Manifest:
             return
         from aerl.config.errors import explain
 
-        error = job_return._return_value if job_return.status.name == "FAILED" else None
-        if error is None:
-            note_job(config.hydra.job.num, status="finished")
+        if job_return.status.name == "FAILED":
+            error = job_return._return_value
+            text = explain(error) or f"{type(error).__name__}: {error}"
+            note_job(config.hydra.job.num, status="failed", error=text)
         else:
-            told = explain(error) or f"{type(error).__name__}: {error}"
-            note_job(config.hydra.job.num, status="failed", error=told)
+            note_job(config.hydra.job.num, status="finished")
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
 
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        """Hydra leaves this out where a job has failed, so that launch.py calls `conclude` instead."""
+    on_multirun_end = on_run_end  # not called where a job has failed, so launch.py calls `print_table`
 
 
 @contextlib.contextmanager
-def _ending_hydra() -> Iterator[None]:
+def _exit_on_error() -> Iterator[None]:
     """End the process with the error's line: Hydra would warn of an exception in a callback, and go on."""
     from aerl.config.errors import explain
     from aerl.runtime.terminal import full_error, print_error
@@ -141,51 +145,47 @@ def _ending_hydra() -> Iterator[None]:
 
 
 def print_table() -> None:
-    """Print and write the tables over the jobs of the multirun that this process has started, if it has."""
-    if _manifest is None or not _manifest.is_dir():
+    """Print and write the tables over the jobs of the multirun that this process has started, if any."""
+    out = _current()
+    if out is None or not (out / "jobs").is_dir():
         return
-    from aerl.report import page, runs, status
+    from aerl.report import page, runs
+    from aerl.report.status import count_text, list_jobs, read_jobs, read_plan
+    from aerl.report.table import shown
     from aerl.types import UserError
 
-    out = _manifest.parent
-    jobs = status.jobs(out)
-    if all(job.state == "left" for job in jobs):  # told already: the command line was wrong
-        shutil.rmtree(_manifest)
-        with contextlib.suppress(OSError):
+    jobs = read_jobs(out)
+    if all(job.state == "left" for job in jobs):  # the command line was wrong, which is reported already
+        shutil.rmtree(out / "jobs")
+        with contextlib.suppress(OSError):  # an earlier table is there
             out.rmdir()
             out.parent.rmdir()
         return
-    folders = dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None)
-    seen = runs.overview(folders, status.listed(jobs, "failed", "unfinished"))
-    if folders or seen.failed:
-        runs.show(seen)
-    for line in seen.doubts:
+    folders = list(dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None))
+    overview = runs.overview(folders, list_jobs(jobs, "failed", "unfinished"))
+    runs.show(overview)
+    for line in overview.warnings:
         print(line, file=sys.stderr)
     done = all(job.state == "done" for job in jobs)
-    print(f"\n{status.count(jobs)}{'' if done else '; the same command does what is not done'}")
+    print(f"\n{count_text(jobs)}{'' if done else '; the same command does what is not done'}")
     try:
-        runs.write_tables(seen, out)
-        page.write_set(seen, out)
+        runs.write_tables(overview, out)
+        page.write_set(overview, out)
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
     else:
-        print(f"written: {runs.shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
+        print(f"written: {shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
     sys.stdout.flush()
-    if _then and done:
-        _follow([str(folder) for folder in folders])
+    if done and (then := read_plan(out).get("then")):
+        _run_then(then, folders, out)
 
 
-def _follow(folders: Sequence[str]) -> None:
-    """The run that needs all jobs' results; this command fails where it does."""
-    assert _manifest is not None
-    place = {
-        "runs": ",".join(f'"{folder}"' for folder in folders),
-        "first": folders[0],
-        "folder": "/".join(_manifest.parent.parts[-2:]),
-    }
-    command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py"))]
-    command += [word.format_map(place) for word in _then]
-    ours = ("HYDRA_FULL_ERROR", "TORCHELASTIC_RUN_ID")  # of this process alone
+def _run_then(then: Sequence[str], folders: Sequence[Path], out: Path) -> None:
+    """Start the run that needs all jobs' results; this process fails where it does."""
+    runs, folder = ",".join(f'"{folder}"' for folder in folders), "/".join(out.parts[-2:])
+    words = [word.format(runs=runs, first=folders[0], folder=folder) for word in then]
+    command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py")), *words]
+    ours = ("HYDRA_FULL_ERROR", "TORCHELASTIC_RUN_ID", _FOLDER)  # of this process alone
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     if code := subprocess.run(command, env=environment).returncode:
         sys.exit(code)

@@ -1,66 +1,55 @@
-"""report.html of a run and of a set of runs: one file each, without scripts, that asks nothing of any network."""
+"""report.html of a run and of a set of runs: one file each, without scripts, that loads nothing."""
 
 import base64
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from aerl.report import runs
-from aerl.report.figures import trainer_colour
-from aerl.report.table import duration, notes, spent, what
+from aerl.report.table import Grid, attack_grid, comparison_grid, duration, notes, places, shown, time_text, title
 from aerl.runtime.files import atomic_write, inside
 from aerl.tracking.results import read_summary
-from aerl.types import UserError, eps_text, first_line
+from aerl.types import UserError, first_line
+
+if TYPE_CHECKING:  # pandas takes half a second to import
+    from aerl.report.runs import Overview
 
 log = logging.getLogger("aerl")
 
 NAME = "report.html"
-
-# What the page says in a place of its own.
-_NOT_A_NOTE = ("masking", "mechanism", "trust", "time", "files", "page", "W&B")
-_FILES = {
-    "summary.json": "status, accuracies with intervals, every check of the audit",
-    "config.yaml": "the resolved configuration",
-    "results.jsonl": "every measured number, one a line",
-    "outcomes.npz": "per test image: label, prediction, distance under each attack",
-    "examples.npz": "the first adversarial images of each attack",
-    "run.log": "the log",
-    "checkpoints/best.pt": "the selected weights",
-}
+_FILES = ("*.*", "checkpoints/best.pt", "tables/*.csv", "figures/*.pdf")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure as the page holds it; `width` and `height` in pixels."""
+class Section:
+    """A part of a page; what is empty is not shown."""
 
-    caption: str
-    source: str
-    width: int
-    height: int
+    title: str
+    text: str = ""
+    grid: Grid | None = None
+    lines: Sequence[str] = ()
+    facts: Sequence[tuple[str, str, str]] = ()  # label, text and the address that the label links to, or ""
+    figures: Sequence[tuple[str, str]] = ()  # caption and data: address
+    code: str = ""
 
 
 def write_run(folder: Path) -> Path:
-    """Write report.html of a run folder, finished or not, from its files alone; returns where.
+    """Write report.html of a run folder, finished or not, from its files alone; returns its path.
 
-    Raises UserError where the folder has no readable summary.json, or the disk refuses.
+    Raises UserError where the folder has no readable summary.json, or the file cannot be written.
     """
     summary = read_summary(folder)
     if summary is None:
-        raise UserError(f"{runs.shown(folder)}: no summary.json")
-    from jinja2 import TemplateError
-
+        raise UserError(f"{shown(folder)}: no summary.json")
     try:
-        text = _template("run.html.j2").render(_of_run(folder, summary))
-    except (TemplateError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{runs.shown(folder)}: no report.html, {_damage(error)}") from error
-    path = folder / NAME
-    atomic_write(path, text)
-    return path
+        return _write(folder, **_run(folder, summary))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{shown(folder)}: no report.html, its summary.json is damaged ({reason})") from error
 
 
 @contextmanager
@@ -79,144 +68,116 @@ def written(folder: Path) -> Iterator[None]:
             log.warning("no %s: %s", NAME, error)
 
 
-def write_set(overview: runs.Overview, out: Path) -> Path:
-    """Write report.html of a set of runs to the folder `out`; returns where. UserError where the disk refuses."""
-    path = out / NAME
-    everyone = [run for section in overview.sections for row in section.rows for run in row.runs]
-    atomic_write(
-        path,
-        _template("set.html.j2").render(
-            overview=overview,
-            title=f"{len(everyone)} runs" if len(everyone) != 1 else "1 run",
-            caption=runs.CAPTION,
-            header=runs.header,
-            cells=runs.cells,
-            marks=_marks,
-            link=lambda run: quote(os.path.relpath(run.folder / NAME, out)),
-            colour=trainer_colour,
-        ),
-    )
-    return path
+def write_set(overview: "Overview", out: Path) -> Path:
+    """Write report.html of a set of runs to the folder `out`; returns its path. UserError if that fails."""
+    from aerl.report.runs import CAPTION
+
+    sections = [Section("In no table", lines=overview.failed)] if overview.failed else []
+    for table in overview.tables:
+        links = [(label, shown(run), quote(os.path.relpath(run / NAME, out))) for label, run in table.runs]
+        sections += [Section(table.heading, CAPTION, table.text, table.notes), Section("Its runs", facts=links)]
+    n = sum(len(table.runs) for table in overview.tables)
+    return _write(out, kind="report", title=f"runs: {n}", warnings=overview.warnings, sections=sections)
 
 
-def _damage(error: Exception) -> str:
-    said = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-    return f"its summary.json is damaged ({said})"
-
-
-def _template(name: str) -> Any:
+def _write(folder: Path, **context: Any) -> Path:
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "duration": duration, "eps": eps_text, "number": _number}
-    return environment.get_template(name)
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f} %"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else "-"
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    atomic_write(folder / NAME, environment.get_template("report.html.j2").render(context))
+    return folder / NAME
 
 
 # ------------------------------------------------------------------------------------------- a run
 
 
-def _of_run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    lines = [f"{label}: {text}" for label, text in notes(summary)]
+    sections = [Section("Accuracy under attack", grid=attack_grid(summary), lines=lines)]
+    for run, comparison in (summary.get("comparisons") or {}).items():
+        text = "On the same images. b: right here only, c: right there only; p: McNemar's exact test."
+        sections.append(Section(f"Compared with {run}", text, comparison_grid(comparison)))
+    if figures := list(_figures(folder)):
+        sections.append(Section("Figures", figures=figures))
+    masking = summary.get("masking") or {}
+    if masking.get("checks"):
+        text = "An effect is an honest alternative that fools images which plain PGD misses, a symptom may cause one."
+        sections.append(Section("Masking audit", text, _checks(masking["checks"])))
+    sections.append(Section("Seeds, time and environment", facts=list(_environment(summary))))
+    if (path := folder / "config.yaml").is_file():
+        sections.append(Section("Configuration", code=inside(folder, path).read_text(errors="replace")))
+    sections.append(Section("Files", str(folder), facts=list(_files(folder, summary))))
     return {
-        "title": what(summary),
-        "summary": summary,
-        "folder": str(folder),
+        "kind": f"run {summary.get('run_id') or ''}",
+        "title": title(summary),
         "status": str(summary.get("status", "unknown")),
         "error": summary.get("error"),
-        "clean": summary.get("clean_accuracy"),
-        "worst": summary.get("worst_case_accuracy"),
-        "masking": summary.get("masking") or {},
-        "accuracies": list(_accuracies(summary)),
-        "comparisons": summary.get("comparisons") or {},
-        "notes": [note for note in notes(summary) if note[0] not in _NOT_A_NOTE],
-        "pictures": list(_pictures(folder)),
-        "files": list(_files(folder)),
-        "config": _config(folder),
-        "environment": list(_environment(summary)),
-        "wandb": summary.get("wandb") or {},
+        "headline": [
+            ("Clean accuracy", *_accuracy(summary.get("clean_accuracy"))),
+            ("Worst case over all attacks", *_accuracy(summary.get("worst_case_accuracy"))),
+            (
+                "Gradient masking",
+                masking.get("verdict") or "-",
+                f"audit on {masking.get('n')} images" if masking else "",
+            ),
+        ],
+        "sections": sections,
     }
 
 
-def _accuracies(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of the table of attacks: clean, each attack and the worst case, as far as they were measured."""
-    rows = {"clean": {"accuracy": summary.get("clean_accuracy")}}
-    for name, attack in (summary.get("attacks") or {}).items():
-        rows[name] = {**attack, "accuracy": attack.get("robust_accuracy")}
-    if summary.get("worst_case_accuracy"):
-        rows["worst case"] = {"accuracy": summary["worst_case_accuracy"]}
-    for name, row in rows.items():
-        yield {"norm": None, "eps": None, "seconds": None, "counts": True, **row, "name": name}
+def _accuracy(accuracy: Mapping[str, Any] | None) -> tuple[str, str]:
+    if not accuracy or accuracy["value"] is None:
+        return "-", "not measured"
+    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} %", f"{accuracy['n']} test images, 95 % interval {low:.1f} to {high:.1f} %"
 
 
-def _config(folder: Path) -> str:
-    path = folder / "config.yaml"
-    return inside(folder, path).read_text(errors="replace") if path.is_file() else ""
+def _checks(checks: Iterable[Mapping[str, Any]]) -> Grid:
+    rows = [
+        [
+            check["name"].replace("_", " "),
+            *("-" if check[key] is None else f"{check[key]:.4g}" for key in ("value", "threshold")),
+            check["role"] if check["flag"] else "-",
+            check["says"],
+        ]
+        for check in checks
+    ]
+    return Grid(("check", "value", "threshold", "flag", "says"), rows, ("check", "flag", "says"))
 
 
-def _pictures(folder: Path) -> Iterator[Picture]:
+def _figures(folder: Path) -> Iterator[tuple[str, str]]:
     """The figures of a run; one that cannot be shown, or is a link out of the folder, is left out, which is logged."""
-    for path in sorted((folder / "figures").glob("*.png")):
-        try:
-            yield _picture(inside(folder, path))
-        except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
-            log.warning("%s: is left out of the page: %s", runs.shown(path), first_line(error))
-
-
-def _picture(path: Path) -> Picture:
     from PIL import Image
 
-    with Image.open(path) as image:
-        (width, height), caption = image.size, str(image.info.get("Description", ""))
-    name = path.stem.replace("_", " ")
-    content = base64.b64encode(path.read_bytes()).decode()
-    return Picture(f"{name}: {caption}" if caption else name, f"data:image/png;base64,{content}", width, height)
+    for path in sorted((folder / "figures").glob("*.png")):
+        name = path.stem.replace("_", " ")
+        try:
+            with Image.open(inside(folder, path)) as image:
+                caption = image.info.get("Description")
+            source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+            yield f"{name}: {caption}" if caption else name, source
+        except Exception as error:  # PIL raises nearly everything for a damaged file, or one that is too large
+            log.warning("%s: is left out of the page: %s", shown(path), first_line(error))
 
 
-def _files(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """The files of a run folder that a reader may want: address, name and what is in it."""
-    tables = {f"tables/{path.name}": "a table" for path in sorted(folder.glob("tables/*.csv"))}
-    figures = {f"figures/{path.name}": "a figure, for papers" for path in sorted(folder.glob("figures/*.pdf"))}
-    for name, told in {**_FILES, **tables, **figures}.items():
-        if (folder / name).is_file():
-            yield quote(name), name, told
-
-
-def _environment(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the numbers depend on beside the configuration: label and text."""
-    for key in ("run_id", "seed", "config_hash"):
-        if summary.get(key) is not None:
-            yield key.replace("_", " "), str(summary[key])
+def _environment(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What the numbers depend on beside the configuration."""
+    facts = {key: summary.get(key) for key in ("run_id", "seed", "config_hash")}
     if origin := summary.get("origin"):
-        yield "judged model", f"{origin['folder']} (trainer {origin['trainer']}, seed {origin['seed']})"
-    for key, value in (summary.get("environment") or {}).items():
-        yield str(key).replace("_", " "), str(value)
-    if times := spent(summary):
-        yield "time", times
-    if (total := (summary.get("seconds") or {}).get("total")) is not None:
-        yield "time in all", duration(total)
+        facts["model of"] = f"{origin['folder']} (trainer {origin['trainer']}, seed {origin['seed']})"
+    facts |= {**(summary.get("environment") or {}), "time": time_text(summary)}
+    facts["time in all"] = duration((summary.get("seconds") or {}).get("total") or 0.0)
+    for key, value in facts.items():
+        yield str(key).replace("_", " "), str(value), ""
 
 
-# ----------------------------------------------------------------------------------------- the chart
-
-
-def _marks(row: runs.Row) -> Sequence[dict[str, Any]]:
-    """Where clean accuracy and worst case lie on a scale of 0 to 100, with a standard deviation to either side."""
-    marks = []
-    for lane, name in (("worst", runs.WORST), ("clean", runs.CLEAN)):
-        if spread := row.accuracies[name]:
-            mean, sd = 100 * spread.mean, 100 * (spread.sd or 0.0)
-            low, high = max(mean - sd, 0.0), min(mean + sd, 100.0)
-            marks.append({"lane": lane, "at": mean, "low": low, "width": high - low})
-    return marks
+def _files(folder: Path, summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The files of a run folder that a reader may want, and where W&B has the run."""
+    for path in (path for pattern in _FILES for path in sorted(folder.glob(pattern))):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != NAME and not name.startswith("."):
+            yield name, f"{path.stat().st_size:,} bytes", quote(name)
+    for label, text in places(summary):
+        if label == "W&B":
+            yield label, text, text if text.startswith("https://") else ""

@@ -1,18 +1,21 @@
 """One run on several processes, one for each GPU, as `torchrun` starts them.
 
-Each takes its share of every training batch and of the test images' batches, and is told what the others
-found, so that all hold the same state and take the same way. The first alone writes, logs and reports.
-Nothing of torch is imported before the processes meet.
+Each takes its share of every training batch, whose gradients torch's DistributedDataParallel averages, and of the
+test images' batches. All hold the same state and reach the same point. The first alone writes, logs and reports.
+A dead process ends the others at once, by way of torchrun; one that hangs ends them after `_ANSWER`.
+Nothing of torch is imported before the processes connect.
 """
 
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,29 +29,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long a process waits for one that lives but does not answer: the first prepares data and does the analyses
-# while the others wait. They need not wait for a dead one: torchrun ends them all, and they end with torchrun.
-_PATIENCE = timedelta(hours=24)
+# How long a process waits for one that lives but does not answer.
+_ANSWER = timedelta(hours=1)
+# The same while the first prepares data or does the analyses.
+_ANSWER_FROM_MAIN = timedelta(hours=24)
 # One that has failed waits this long for the others to fail likewise, and go on to the next run together; one that
 # was asked to end waits shorter, because torchrun kills all of them 30 seconds after it has asked.
 _SECONDS_TO_AGREE, _SECONDS_TO_STOP = 10, 3
 
-_store: Any = None
-_alone = False
-_jobs = 0
-
-
-@dataclass(frozen=True)
-class Share:
-    """The samples `first` to `last` (exclusive) of a batch of `whole`: those of one process."""
-
-    first: int
-    last: int
-    whole: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.last)
+_main_only: ContextVar[bool] = ContextVar("_main_only", default=False)
 
 
 def rank() -> int:
@@ -57,19 +46,18 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are; 1 without torchrun, and while this one works alone."""
-    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() and not _alone else 1
+    """How many processes there are; 1 without torchrun, and in `main_process_only`."""
+    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() and not _main_only.get() else 1
 
 
 @contextmanager
 def main_process_only() -> Iterator[None]:
     """Work that only the first process does: nothing in it asks the others, who wait for the end of the run."""
-    global _alone
-    _alone = True
+    token = _main_only.set(True)
     try:
         yield
     finally:
-        _alone = False
+        _main_only.reset(token)
 
 
 def local_rank() -> int:
@@ -86,33 +74,49 @@ def _started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def init_process_group(device: str) -> None:
-    """Let the processes of torchrun find each other, once for all runs of a multirun.
+def _connected() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
-    `device` is the one of the configuration: on GPUs they talk by NCCL, else by gloo. Raises UserError where
-    there is no torchrun.
+
+def init_process_group(device: str) -> None:
+    """Connect the processes of torchrun, once for all runs of a multirun.
+
+    `device` is the one of the configuration: on GPUs they use NCCL, else gloo. Raises UserError where there is no
+    torchrun.
     """
-    global _store
     if not _started_by_torchrun():
         raise UserError(
             "hardware.distributed=true: needs a process for each GPU: "
             "torchrun --standalone --nproc-per-node=gpu launch.py hardware=ddp ..."
         )
-    if _store is not None:
+    if _connected():
         return
     import torch
     from torch import distributed
 
     on_gpus = device != "cpu" and torch.cuda.is_available()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_ANSWER)
+    _store()
+
+
+@cache
+def _store() -> Any:
+    """A connection of our own to torchrun's store: a long wait on torch's would block NCCL's watchdog."""
+    from torch import distributed
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    _store = distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    return distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
 
 
-def share(whole: int) -> Share | None:
-    """This process's samples of a batch of `whole`; None where it has them all."""
-    number, count = rank(), world_size()
-    return None if count == 1 else Share(number * whole // count, (number + 1) * whole // count, whole)
+def data_parallel(module: "Module") -> "Module":
+    """`module`, whose gradients are averaged over the processes, with parameters and buffers of the first."""
+    if world_size() == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    warnings.filterwarnings("ignore", message=".*did not find any unused parameters")  # a user's model may have some
+    return DistributedDataParallel(module, find_unused_parameters=True)
 
 
 def gather(value: T) -> list[T]:
@@ -139,7 +143,7 @@ def total(values: "Tensor") -> "Tensor":
 
 @contextmanager
 def _waiting() -> Iterator[None]:
-    """Where a process has gone because it was asked to end, so was this one: that is no fault of its own."""
+    """If another process has ended because both were asked to, this is no fault of its own."""
     try:
         yield
     except RuntimeError:
@@ -148,56 +152,42 @@ def _waiting() -> Iterator[None]:
         raise
 
 
-def average(tensors: Sequence["Tensor"], *, differing: bool = False) -> None:
-    """Replace each by its mean over the processes; all of them must call it.
-
-    `differing`: only values that differ. The mean of three times 0.1 is another number, and constants must stay.
-
-    Without torch's DistributedDataParallel: a model stays one that an attack can differentiate, any of its
-    parameters may be unused, and all gradients go in one message, short beside the step that made them.
-    """
-    if world_size() == 1 or not tensors:
-        return
-    import torch
-
-    values = torch.cat([tensor.flatten() for tensor in tensors])
-    means = total(values.clone()).div_(world_size())
-    if differing:
-        from torch import distributed
-
-        low, high = values.clone(), values.clone()
-        distributed.all_reduce(low, distributed.ReduceOp.MIN)
-        distributed.all_reduce(high, distributed.ReduceOp.MAX)
-        means = torch.where(low == high, values, means)
-    lengths = [tensor.numel() for tensor in tensors]
-    for tensor, mean in zip(tensors, torch.split(means, lengths), strict=True):
-        tensor.copy_(mean.view(tensor.shape))
-
-
 def broadcast_from_main(make: Callable[[], T]) -> T:
     """What `make` returns in the first process, or the UserError or Stopped it raises, in all of them."""
     if world_size() == 1:
         return make()
     from torch import distributed
 
-    made: list[Any] = [None, None]
+    result: list[Any] = [None, None]
     if is_main():
         try:
-            made[0] = make()
+            result[0] = make()
         except (UserError, Stopped) as error:
-            made[1] = error
+            result[1] = error
     with _waiting():
-        distributed.broadcast_object_list(made)
-    if made[1] is not None:
-        raise made[1]
-    return made[0]  # type: ignore[no-any-return]
+        distributed.broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]  # type: ignore[no-any-return]
 
 
 def main_first(make: Callable[[], T]) -> T:
-    """What `make` returns, in each process its own; the first leaves its files to the others."""
-    made: list[T] = []
-    broadcast_from_main(lambda: made.append(make()))
-    return made[0] if made else make()
+    """What `make` returns, in each process its own, after the first has done it, which may take long."""
+    if world_size() == 1:
+        return make()
+    key = f"main first {_store().add(f'main first by {rank()}', 1)}"
+    result: list[T] = []
+
+    def first() -> None:
+        try:
+            result.append(make())
+        finally:
+            _store().set(key, "")
+
+    if not is_main():
+        _store().wait([key], _ANSWER_FROM_MAIN)
+    broadcast_from_main(first)
+    return result[0] if result else make()
 
 
 def broadcast_weights(model: "Module") -> None:
@@ -210,26 +200,26 @@ def broadcast_weights(model: "Module") -> None:
 
 
 def prints_errors() -> bool:
-    """Whether an error that all processes have is for this one to tell; until they have met, each tells it."""
-    return is_main() or _store is None
+    """Whether this process prints an error that all have; until they are connected, each prints its own."""
+    return is_main() or not _connected()
 
 
 def destroy_process_group() -> None:
     """To be called last: the others end after the first, because torchrun ends all as soon as one has failed."""
-    if _store is None:
+    if not _connected():
         return
     from torch import distributed
 
     if is_main():
-        _store.set("left", "")
+        _store().set("ended", "")
     else:
-        _store.wait(["left"], _PATIENCE)
+        _store().wait(["ended"], _ANSWER_FROM_MAIN)
     distributed.destroy_process_group()
 
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """`folder` itself for the first process; for each of the others one that nobody reads, and soon gone."""
+    """`folder` itself for the first process; for each of the others a temporary one."""
     if is_main():
         yield folder
     else:
@@ -239,9 +229,9 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def end_together() -> Iterator[None]:
-    """Let a run end alike in all processes: what made one of them fail, or stop, is the end of it for all.
+    """End a run alike in all processes: what made one of them fail, or stop, ends it for all.
 
-    A process that fails while others wait for it in the midst of the run ends at once, and torchrun them.
+    A process that fails while others wait for it in the midst of the run exits at once, and torchrun ends them.
     """
     try:
         yield
@@ -253,37 +243,37 @@ def end_together() -> Iterator[None]:
 
 
 def _agree(error: BaseException | None) -> None:
-    global _jobs
-    if _store is None:
+    if not _connected():
         return
-    _jobs += 1
-    keys = [f"end/{_jobs}/{number}" for number in range(world_size())]
-    _store.set(keys[rank()], "" if error is None else f"{type(error).__name__}: {error}")
+    store, processes = _store(), world_size()
+    run = store.add(f"runs of {rank()}", 1)
+    keys = [f"end of run {run} in {number}" for number in range(processes)]
+    store.set(keys[rank()], "" if error is None else f"{type(error).__name__}: {error}")
     seconds = _SECONDS_TO_STOP if isinstance(error, Stopped) else _SECONDS_TO_AGREE
     try:
-        _store.wait(keys, _PATIENCE if error is None else timedelta(seconds=seconds))
+        store.wait(keys, _ANSWER_FROM_MAIN if error is None else timedelta(seconds=seconds))
     except RuntimeError:  # the others wait in the midst of the run, and cannot be reached
         if isinstance(error, Stopped):
             os._exit(signals.REQUEUE)
-        print(f"error: process {rank()} of {world_size()}: {error}", file=sys.stderr, flush=True)
+        print(f"error: process {rank()} of {processes}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
-    ends = [_store.get(key).decode() for key in keys]
+    ends = [store.get(key).decode() for key in keys]
     if error is None and (number := next((n for n, end in enumerate(ends) if end), None)) is not None:
-        kind, _, told = ends[number].partition(": ")
+        kind, _, text = ends[number].partition(": ")
         if kind == Stopped.__name__:
             raise Stopped(signal.SIGTERM)
-        raise UserError(f"process {number} of {world_size()}: {told if kind == UserError.__name__ else ends[number]}")
+        raise UserError(f"process {number} of {processes}: {text if kind == UserError.__name__ else ends[number]}")
 
 
 def sync_stop_request() -> None:
-    """Stop here, all of us, if one of us was told to; all of them must call it, at the same point."""
-    heard = signals.received()
+    """Note a signal that any of the processes has received; all of them must call it, at the same point."""
+    received = signals.received()
     if world_size() > 1:
         import torch
         from torch import distributed
 
-        most = torch.tensor(heard)
+        most = torch.tensor(received)
         with _waiting():
             distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        heard = int(most)
-    signals.request_stop(heard)
+        received = int(most)
+    signals.request_stop(received)

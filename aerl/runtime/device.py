@@ -23,7 +23,7 @@ from aerl.types import UserError, foreign_code
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-# What this process began with, for the jobs of a multirun that do not choose.
+# What this process began with, for the jobs of a multirun that do not set it.
 _THREADS = torch.get_num_threads()
 _WORKSPACE = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
@@ -33,12 +33,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine as the rest of aerl sees it. Training may run in bf16; attacks are always fp32."""
+    """The machine as the rest of aerl sees it. Training may run in bf16; validation and evaluation are fp32."""
 
     device: torch.device
     precision: Precision = "fp32"
     channels_last: bool = True
     compile: bool = False
+    fused: bool = False
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -62,13 +63,13 @@ def set_up(
     compile: bool,
     threads: int | None,
     deterministic: bool,
+    fused: bool = False,
     distributed: bool = False,
 ) -> Hardware:
     """Make this process compute as configured; a UserError where the machine cannot.
 
     Every setting that changes numbers is set either way: the jobs of a multirun share a process.
     With `distributed` each process of torchrun takes a GPU of its own, where there are GPUs.
-    TF32 is said either way, because PyTorch's default differs between matmul and convolution.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,10 +93,10 @@ def set_up(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     elif _WORKSPACE is None:
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # even to say no imports the whole compiler
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # either way imports the whole compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    return Hardware(torch.device(device), precision, channels_last, compile)
+    return Hardware(torch.device(device), precision, channels_last, compile, fused)
 
 
 # What PyTorch, cuDNN, cuBLAS, oneDNN, NumPy and the operating system say of memory that they do not get.
@@ -107,7 +108,7 @@ _NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a lack of memory, on a GPU or the CPU, whichever library reports it."""
+    """Whether `error` means that memory ran out, on a GPU or the CPU, whichever library reports it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(str(error)) is not None
@@ -115,13 +116,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def check_compiler(hardware: Hardware) -> None:
     """Compile something small: a UserError where torch.compile finds no compiler, before a run begins."""
-    with foreign_code("hardware.compile=true", remedy="hardware.compile=false does without a compiler"):
+    with foreign_code("hardware.compile=true", remedy="it needs a C++ compiler; hardware.compile=false does not"):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=hardware.device))
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what it has freed: else every large activation is mapped and paged in anew at each step,
-    which costs a good part of a training step on the CPU. Elsewhere than on glibc this does nothing."""
+    """Let glibc keep freed memory: else every step maps and pages in its large activations anew, which costs a good
+    part of a training step on the CPU. Without glibc this does nothing."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)
@@ -133,7 +134,7 @@ def describe(hardware: Hardware) -> dict[str, str]:
     import torchvision
 
     cuda = hardware.device.type == "cuda"
-    told = {
+    environment = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         "cpu": _cpu(),
         "processes": str(world_size()) if world_size() > 1 else "",
@@ -147,14 +148,13 @@ def describe(hardware: Hardware) -> dict[str, str]:
         **{name: _version(name) for name in ("numpy", "pyautoattack", "wandb")},
         "platform": platform.platform(),
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in environment.items() if value}
 
 
 def _cpu() -> str:
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return f"{found[1].strip()}, {os.cpu_count()} cores"
+        if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f"{match[1].strip()}, {os.cpu_count()} cores"
     return platform.processor()
 
 
@@ -167,7 +167,7 @@ def _version(name: str) -> str:
 
 def _commit() -> str:
     """The commit of the code, with -dirty where files differ from it; nothing where the code is in no repository."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]

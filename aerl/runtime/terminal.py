@@ -1,7 +1,4 @@
-"""How every command of aerl meets its terminal: streams that cannot fail it, errors in one line, exit codes.
-
-This module imports nothing but the standard library: it is there before anything else can fail.
-"""
+"""The terminal of every command: streams that never raise, errors in one line, exit codes. Standard library only."""
 
 import argparse
 import errno
@@ -26,11 +23,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Decorates the main function of `python -m aerl...`: whatever it raises becomes one line and exit code 1.
+    """Decorates the main function of `python -m aerl...`; it takes the words of a command line, by default sys.argv's.
 
-    The decorated function takes the words of the command line, None for the process's own, and returns the
-    exit code: what `main` returns, 1 after an exception, 130 after Ctrl-C, and 1 where the disk has refused
-    what it has printed. HYDRA_FULL_ERROR=1 shows tracebacks, as it does for launch.py.
+    Returns its exit code: 1 also after an exception, which is one line, and where the output is lost; 130 after Ctrl-C.
     """
 
     @functools.wraps(main)
@@ -46,7 +41,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             if full_error():
                 traceback.print_exception(error)
             else:
-                print_error(as_line(error))
+                print_error(_line(error))
             return 1
         return code or lost_output()
 
@@ -54,44 +49,28 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 
 def full_error() -> bool:
-    """Whether tracebacks are wanted. launch.py notes the user's own wish, since it sets Hydra's variable itself."""
-    return os.environ.get("AERL_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR")) == "1"
+    """Whether the user wants tracebacks."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def as_line(error: BaseException) -> str:
-    """What a command says of an exception; of one that nobody has put into words also where it was raised."""
+def _line(error: Exception) -> str:
     from aerl.types import UserError, first_line
 
     if isinstance(error, UserError):
         return str(error)
-    if out_of_memory := memory_line(error):
-        return out_of_memory
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    where = f" ({os.path.basename(place[0].filename)}:{place[0].lineno})" if place else ""  # noqa: PTH119
-    return f"{type(error).__name__}: {first_line(error)}{where}; HYDRA_FULL_ERROR=1 shows all of it"
+    return memory_line(error) or f"{type(error).__name__}: {first_line(error)}; HYDRA_FULL_ERROR=1 shows all of it"
 
 
-def memory_line(error: BaseException) -> str | None:
-    """One line where the main memory, or a limit on it, is what was in the way; None for any other error."""
-    from aerl.types import first_line
-
-    cause: BaseException | None = error
-    while cause is not None:
-        refused = isinstance(cause, OSError) and cause.errno == errno.ENOMEM
-        match = _NO_MEMORY.search(str(cause))
-        if isinstance(cause, MemoryError) or refused or match:
-            lines = str(cause).splitlines() if match else []
-            reason = next((line.strip() for line in lines if _NO_MEMORY.search(line)), first_line(cause))
-            return f"the machine's memory, or a limit on it (ulimit -v), is used up: {reason}"
-        cause = cause.__cause__ or cause.__context__
+def memory_line(error: BaseException | None) -> str | None:
+    """One line where the main memory, or a limit on it, was in the way; None for any other error."""
+    pattern = r"(can't|cannot) (allocate memory|start new thread)|failed to map segment|not enough memory|bad_alloc"
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError) or re.search(pattern, text, re.IGNORECASE):
+            reason = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+            return f"the machine's memory, or a limit on it (ulimit -v), is used up: {reason[:300]}"
+        error = error.__cause__ or error.__context__
     return None
-
-
-_NO_MEMORY = re.compile(
-    r"cannot allocate memory|failed to map segment|can't allocate memory|can't start new thread|"
-    r"not enough memory|std::bad_alloc",
-    re.IGNORECASE,
-)
 
 
 def print_error(text: str) -> None:
@@ -101,9 +80,13 @@ def print_error(text: str) -> None:
 
 def one_line(text: str) -> str:
     """`text` in one line that a terminal can show; what is too long is cut in its middle."""
-    words = (_shortened(word, _LONGEST_WORD) for word in text.split())
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(words))
+    line = " ".join(_shortened(word, _LONGEST_WORD) for word in text.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return _shortened(line, _LONGEST_LINE)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
 
 
 def override_word(key: str, value: object) -> str:
@@ -113,13 +96,6 @@ def override_word(key: str, value: object) -> str:
         return f"{key}={text}"
     text = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), text)  # for Hydra
     return '"' + re.sub(r'(["$`\\])', r"\\\1", f"{key}='{text}'") + '"'
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
-
-
-# ------------------------------------------------------------------------------------------------ streams
 
 
 class _Stream(io.FileIO):
@@ -135,38 +111,28 @@ class _Stream(io.FileIO):
             return memoryview(data).nbytes
 
 
-_streams: list[_Stream] = []
-
-
 def protect_streams() -> None:
     """Make standard output and error streams that never raise, whatever becomes of their other end.
 
-    A closed one becomes /dev/null: the next file opened would else get its number, and what libraries print.
+    A closed one becomes /dev/null: the next file opened would otherwise get its number, and what libraries print.
     What the terminal's encoding lacks is printed as a question mark, or on standard error as an escape.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     for name, number, errors in (("stdout", 1, "replace"), ("stderr", 2, "backslashreplace")):
-        old = getattr(sys, name)
-        raw = _Stream(number, "wb", closefd=False)
-        _streams.append(raw)
-        stream = io.TextIOWrapper(
-            io.BufferedWriter(raw),
-            encoding=getattr(old, "encoding", None) or "utf-8",
-            errors=errors,
-            line_buffering=getattr(old, "line_buffering", True),
-            write_through=getattr(old, "write_through", False),
-        )
-        setattr(sys, name, stream)
+        encoding = getattr(getattr(sys, name), "encoding", None) or "utf-8"
+        buffer = io.BufferedWriter(_Stream(number, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding=encoding, errors=errors, line_buffering=True))
 
 
 def lost_output() -> int:
     """1 where something printed did not get to where it should, for another reason than a reader who has left."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         stream.flush()
-    for raw, name in zip(_streams, ("standard output", "standard error"), strict=False):
-        if raw.refused not in (None, errno.EPIPE, errno.EIO):
-            print_error(f"cannot write {name}: {os.strerror(raw.refused or 0)}")
+        refused = getattr(getattr(getattr(stream, "buffer", None), "raw", None), "refused", None)
+        if refused not in (None, errno.EPIPE, errno.EIO):
+            print_error(f"cannot write {name}: {os.strerror(refused)}")
             return 1
     return 0

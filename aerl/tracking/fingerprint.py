@@ -1,7 +1,6 @@
 """What identifies prepared data: its settings, the files they name and the code that reads them.
 
-This module imports neither torch nor numpy, so that a finished run can check in a moment that its data is
-still the same.
+Neither torch nor numpy is imported: a finished run checks in a moment that its data is still the same.
 """
 
 import hashlib

@@ -90,7 +90,7 @@ def load_previous(folder: Path, config: Config, request: str | None = None) -> d
             raise UserError(f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME")
         if config.overwrite:
             return discarded
-        if any((folder / name).exists() for name in _OWN):
+        if any(_holds_something(folder / name) for name in _OWN):
             raise UserError(
                 f"run folder {folder}: its summary.json is missing; restore it, or overwrite=true begins again"
             )
@@ -106,6 +106,13 @@ def load_previous(folder: Path, config: Config, request: str | None = None) -> d
             "name=NAME keeps both, overwrite=true discards it"
         )
     return summary
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is a file, or a folder with something in it: W&B's may be a disk of its own, still empty."""
+    if path.is_dir():
+        return any(one.name != "lost+found" for one in path.iterdir())
+    return path.exists()
 
 
 def _used_up(summary: Mapping[str, Any], request: str | None) -> bool:

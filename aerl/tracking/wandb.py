@@ -272,3 +272,19 @@ def _wandb_id(folder: Path, run_id: str) -> str:
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, f"{name}-{secrets.token_hex(3)}\n")
     return path.read_text().strip()
+
+
+def log_accuracies(tracker: Tracker, summary: Mapping[str, Any]) -> None:
+    """The closing table of a run, and the numbers by which W&B sorts and plots runs."""
+    attacks = summary["attacks"]
+    accuracies = {"clean": summary["clean_accuracy"]}
+    accuracies |= {name: info["robust_accuracy"] for name, info in attacks.items()}
+    if summary["worst_case_accuracy"] is not None:
+        accuracies["worst case"] = summary["worst_case_accuracy"]
+    tracker.summary({f"accuracy/{name.replace(' ', '_')}": value["value"] for name, value in accuracies.items()})
+    columns = ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"]
+    rows = [
+        [name, *(attacks.get(name, {}).get(key) for key in columns[1:4]), *(value[k] for k in ("value", *columns[5:]))]
+        for name, value in accuracies.items()
+    ]
+    tracker.table("tables/attacks", columns, rows)

@@ -1,14 +1,14 @@
-"""One loop trains everything: supervised or policy gradient, with or without an adversary."""
+"""One loop trains everything: what a step descends is the objective's, with or without an adversary."""
 
+import inspect
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -16,61 +16,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aerl.attacks import BatchGenerator, evaluating
-from aerl.attacks.losses import kl
+from aerl.attacks.modes import full_precision
 from aerl.data import Batches, DataSplits, to_unit
 from aerl.evaluation.evaluate import within_memory
 from aerl.runtime import ddp, signals
-from aerl.runtime.ddp import Share
 from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
 from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog
 from aerl.training import checkpoint
-from aerl.training.objectives import policy_loss, reward
-from aerl.types import UserError, foreign_code
+from aerl.training.objectives import Objective
+from aerl.types import UserError, foreign_code, is_foreign
 
 log = logging.getLogger("aerl")
 
-Act = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 Attack = Callable[..., Tensor]
 
 # Written no more often than this: an epoch of a small dataset takes less time than its checkpoint.
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
-_NO_MEMORY = (
-    "trainer.batch_size={}: the memory does not hold it; trainer.batch_size={} takes about half as much, "
-    "hardware.precision=bf16 less"
-)
+# So often several processes ask each other whether to stop, which takes a message; one asks itself at every step.
+_STEPS_BETWEEN_STOP_CHECKS = 10
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """Adversarial examples in the training loss, from `start_epoch` on.
-
-    objective: "added", `weight` times the policy loss on them beside the clean one; "alone", the policy loss
-    on them in place of the clean one (Madry et al. 2018, equation 2.1); "kl", `weight` times KL(clean
-    prediction || prediction on them) beside the clean loss (TRADES, Zhang et al. 2019, equation 5).
-    """
+    """Makes the adversarial examples that the objective gets from `start_epoch` on."""
 
     attack: Attack
-    weight: float
-    start_epoch: int
-    objective: Literal["added", "alone", "kl"] = "added"
+    start_epoch: int = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A trainer, built. `optimizer` takes the parameters; `augment` takes (images, generator, share)."""
+    """A trainer, built. `optimizer` takes the parameters; `augment` takes (images, generator)."""
 
     epochs: int
     batch_size: int
     optimizer: Callable[..., torch.optim.Optimizer]
-    act: Act
+    objective: Objective
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
     clip: float | None = None
-    probability_floor: float = 0.0
     adversary: Adversary | None = None
     select: str = "val_accuracy"
-    augment: Callable[..., Tensor] = lambda images, generator, share=None: images
+    augment: Callable[..., Tensor] = lambda images, generator: images
 
 
 def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None:
@@ -89,75 +77,39 @@ def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None
         raise UserError("trainer.optimizer: has no lr, which trainer.schedule changes at every step")
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one training step computed: the loss to descend, and sums over the batch to report."""
+class TrainStep(nn.Module):
+    """The forward pass of one training step: craft adversarial examples, then compute the objective.
 
-    loss: Tensor
-    reward: Tensor
-    correct: Tensor
-    adversarial_loss: Tensor
-
-
-def train_step(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    act: Act,
-    generator: torch.Generator,
-    *,
-    adversary: Adversary | None = None,
-    noise: torch.Generator | None = None,
-    bare_model: nn.Module | None = None,
-    probability_floor: float = 0.0,
-    share: Share | None = None,
-) -> Step:
-    """The loss of one batch: x (B, C, H, W) in [0, 1], y (B,). One action is drawn per forward pass.
-
-    The adversary attacks `bare_model` (`model` without wrappers) in eval mode with frozen parameters, and draws
-    from `noise`. In one process a signal ends it on the spot: nothing has changed yet.
-    If x is a `share` of a batch, every draw is the one that the whole batch would see.
-    A sample with logits that are not finite earns no reward and is not correct.
+    A module, because DistributedDataParallel wants one forward pass per step; an objective may make several.
+    Nothing in it waits for the device, unless the attack or the objective does.
     """
-    if share is not None:
-        act = partial(_act_on_share, act, share)
-    if adversary is not None:
-        with signals.stop_immediately() if share is None else nullcontext():
-            x_adv = adversary.attack(bare_model or model, x, y, generator=_noise(noise or generator, x, share))
-        if adversary.objective == "alone":
-            x, adversary = x_adv, None
-    logits = model(x)
-    actions = act(logits.detach(), y, generator)
-    loss = policy_loss(logits, y, actions, probability_floor).mean()
-    adversarial_loss = torch.zeros((), device=x.device)
-    if adversary is not None:
-        z = model(x_adv)
-        if adversary.objective == "kl":
-            adversarial_loss = kl(z, logits).mean()
-        else:
-            adversarial_loss = policy_loss(z, y, act(z.detach(), y, generator), probability_floor).mean()
-        loss = loss + adversary.weight * adversarial_loss
-    finite = logits.detach().isfinite().all(1)
-    return Step(
-        loss,
-        reward=(reward(y, actions) * finite).mean().detach(),
-        correct=((logits.argmax(1) == y) & finite).float().mean().detach(),
-        adversarial_loss=adversarial_loss.detach(),
-    )
 
+    def __init__(self, model: nn.Module, objective: Objective, hardware: Hardware) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_model = torch.compile(model) if hardware.compile else model
+        self.objective, self.hardware = objective, hardware
 
-def _noise(generator: torch.Generator, x: Tensor, share: Share | None) -> BatchGenerator:
-    """What an adversary draws from for images x (B, C, H, W), which may be a `share` of a batch."""
-    if share is None:
-        return BatchGenerator(generator, len(x))
-    return BatchGenerator(generator, share.whole, torch.arange(share.first, share.last, device=x.device))
-
-
-def _act_on_share(act: Act, share: Share, logits: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """What `act` does in these rows of a whole batch, whatever stands in the others."""
-    all_logits, all_y = logits.new_zeros(share.whole, logits.shape[1]), y.new_zeros(share.whole)
-    all_logits[share.rows], all_y[share.rows] = logits, y
-    return act(all_logits, all_y, generator)[share.rows]
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        attack: Attack | None = None,
+        noise: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, C, H, W) in [0, 1], y (B,) -> the loss () and metrics (). `attack` draws from `noise`."""
+        x_adv = None
+        if attack is not None:
+            with self.hardware.autocast():
+                x_adv = attack(self.model, x, y, generator=BatchGenerator(noise or generator, len(x)))
+        # Autocast keeps the weights that it has cast until it ends: those of the attack have no gradient.
+        with self.hardware.autocast():
+            loss, metrics = self.objective(self.forward_model, x, y, x_adv=x_adv, generator=generator)
+        return loss.mean(), {
+            name: torch.as_tensor(value, dtype=torch.float32, device=x.device).detach()
+            for name, value in metrics.items()
+        }
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -181,16 +133,15 @@ def fit(
     folder: Path,
     results: ResultLog,
 ) -> int:
-    """Train `model` in place, from `folder`/last.pt on if there is one; leave last.pt and best.pt.
+    """Train `model` in place, from `folder`/last.pt on if there is one; write last.pt and best.pt.
 
-    Every epoch's random streams follow from (seed, epoch) alone, and one that is left in its midst by
-    `signals.Stopped` keeps their states, so a resumed run continues bit for bit.
-    Where there are several processes, each takes its share of every batch: the batch, the draws and hence the
-    training stay the same, but for dropout, which each draws for itself, and BatchNorm on the CPU, which sees
-    the share alone.
-    Returns the epoch that best.pt is from. Raises UserError, naming the epoch and the step, when anything that
-    was finite no longer is (losses, gradients, weights, buffers, scores), or when the memory does not suffice: the
-    best weights of the epochs before are in best.pt then.
+    Every epoch's random streams follow from (seed, epoch, rank) alone, and an epoch that `signals.Stopped` interrupts
+    saves their states, so a resumed run continues bit for bit with as many processes as before. Several processes
+    split every batch among them. What each draws is its own; BatchNorm sees the batch of all processes on GPUs, and
+    on the CPU that of the first.
+    Returns the epoch that best.pt is from. Raises UserError, naming the epoch and the step, when a loss, gradient,
+    weight, buffer or score becomes NaN or infinite, or when the memory does not suffice: best.pt then has the best
+    weights of the epochs before.
     """
     device, processes = hardware.device, ddp.world_size()
     batch_size = min(recipe.batch_size, len(data.train))
@@ -203,69 +154,69 @@ def fit(
         )
     if processes > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    wrapped: nn.Module = torch.compile(model) if hardware.compile else model  # type: ignore[assignment]
-    optimizer = recipe.optimizer(model.parameters())
+    optimizer = build_optimizer(recipe, model, hardware)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     train = Batches(data.train, batch_size, device, drop_last=True, shared=True)
     val = Batches(data.val, max(256, batch_size), device, shared=True)
     steps = len(train) * recipe.epochs
-    finite = _finite(model)
     saved = _resume(folder / "last.pt", model, optimizer)
+    train_step = ddp.data_parallel(TrainStep(model, recipe.objective, hardware))
     best = _Best(folder / "best.pt", saved.get("best_epoch", 0), saved.get("best_score", -math.inf))
+    check_finite = _FiniteCheck(model)
     first_epoch, first_step = saved.get("epoch", 0), saved.get("step", 0)
     results.restore(saved.get("results"))
     saved_at = time.monotonic()
-    share = ddp.share(batch_size)
     rank = [ddp.rank()] if ddp.rank() else []
-    foreign = [
-        getattr(model, "net", model),
-        recipe.act,
-        *([recipe.adversary.attack] if recipe.adversary else []),
-    ]
-    start = (first_epoch * len(train) + first_step) * batch_size
+    code = {"model.net": getattr(model, "net", model), "trainer.objective": recipe.objective}
+    code |= {f"trainer.{name}": act for name, act in getattr(recipe.objective, "keywords", {}).items() if name == "act"}
+    if recipe.adversary is not None:
+        code["trainer.adversary.attack"] = recipe.adversary.attack
+    culprits = " or ".join(key for key, target in code.items() if is_foreign(target))
 
     def save(epoch: int, **within: Any) -> None:
-        """Of a state after `epoch` whole epochs and, `within` the next one, some steps."""
-        if not ddp.is_main():
-            return
-        best.write()
-        state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {
-            "epoch": epoch,
-            "best_epoch": best.epoch,
-            "best_score": best.score,
-            "results": results.seal(),
-            **within,
-        }
-        checkpoint.save(state, folder / "last.pt")
+        """The state after `epoch` epochs and, `within` the next one, some steps."""
+        if ddp.is_main():
+            best.write()
+            state: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {
+                "results": results.seal(),
+                "epoch": epoch,
+                "best_epoch": best.epoch,
+                "best_score": best.score,
+                **within,
+            }
+            checkpoint.save(state, folder / "last.pt")
 
     @contextmanager
-    def guarded(place: str, history: Tensor) -> Iterator[None]:
+    def guarded(place: str) -> Iterator[None]:
         """One line for whatever stops training at `place`, after the best weights so far are written."""
         try:
             yield
         except Exception as error:
-            kept = best.keep()
+            if ddp.is_main():
+                best.write()
             if is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__)):
-                reason = _NO_MEMORY.format(batch_size, max(1, batch_size // 2))
+                reason = (
+                    f"trainer.batch_size={batch_size}: out of memory; trainer.batch_size={max(1, batch_size // 2)} "
+                    "takes about half as much, hardware.precision=bf16 less"
+                )
             elif isinstance(error, UserError):
-                reason = _not_finite(history, model, finite) or str(error)
+                reason = check_finite.fault(history) or str(error)
             else:
                 raise
-            raise UserError(f"training stopped at {place}: {reason}; {kept}") from error
+            raise UserError(f"training stopped at {place}: {reason}; {best}") from error
 
-    with progress("training", steps * batch_size, "images", start=start) as bar:
+    with progress("training", steps * batch_size, start=(first_epoch * len(train) + first_step) * batch_size) as bar:
         for epoch in range(first_epoch, recipe.epochs):
             adversary = recipe.adversary
             if adversary is not None and epoch < adversary.start_epoch:
                 adversary = None
             torch.manual_seed(seed_from(seed, "dropout", epoch, *rank))
-            generator = stream(seed, "actions", epoch, device=device)
-            augmentation = stream(seed, "augmentation", epoch, device=device)
-            history = torch.zeros(len(train), 5, device=device)
+            streams = {name: stream(seed, name, epoch, *rank, device=device) for name in ("actions", "augmentation")}
+            history = _History()
             begin = first_step if epoch == first_epoch else 0
             if begin:
-                history[:begin] = _restore(saved["processes"], model, generator, augmentation, device)
+                history.restore(saved["processes"], streams, device)
             model.train()
             began = time.monotonic()
             place = f"epoch {epoch + 1} of {recipe.epochs}"
@@ -274,74 +225,46 @@ def fit(
                 factor = learning_rate(epoch * len(train) + step, steps, recipe.schedule, recipe.warmup)
                 for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                     group["lr"] = rate * factor
-                noise, before = None, {}
-                if adversary is not None:
-                    noise = stream(seed, "adversary", epoch, step, device=device)
-                    before = _random(generator, augmentation, device)
-                with guarded(f"{place}, step {step + 1} of {len(train)}", history[:step]):
-                    x = to_unit(recipe.augment(images, augmentation, share=share), hardware.memory_format)
-                    try:
-                        with foreign_code("model.net", *foreign), hardware.autocast():
-                            outcome = train_step(
-                                wrapped, x, y, recipe.act, generator,
-                                adversary=adversary, noise=noise, bare_model=model,
-                                probability_floor=recipe.probability_floor, share=share,
-                            )  # fmt: skip
-                    except signals.Stopped:  # in the adversary: this step is done again
-                        if processes == 1:
-                            save(epoch, step=step, processes=[before | {"history": history[:step].clone()}])
-                        raise
+                with guarded(f"{place}, step {step + 1} of {len(train)}"):
+                    x = to_unit(recipe.augment(images, streams["augmentation"]), hardware.memory_format)
+                    attack, noise = None, None
+                    if adversary is not None:
+                        attack, noise = adversary.attack, stream(seed, "adversary", epoch, step, *rank, device=device)
                     optimizer.zero_grad()
-                    outcome.loss.backward()  # type: ignore[no-untyped-call]
-                    ddp.average([p.grad for p in model.parameters() if p.grad is not None])
+                    with foreign_code(culprits, *code.values()):
+                        loss, metrics = train_step(x, y, streams["actions"], attack, noise)
+                        loss.backward()
                     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
                     with foreign_code("trainer.optimizer", optimizer):
                         optimizer.step()
-                # Kept on the device: reading a number here would wait for the GPU at every step.
-                history[step] = torch.stack(
-                    [outcome.loss.detach(), outcome.reward, outcome.correct, outcome.adversarial_loss, norm]
-                )
-                bar.update(
-                    batch_size,
-                    acc=outcome.correct,
-                    loss=outcome.loss.detach(),
-                    epoch=f"{epoch + 1}/{recipe.epochs}",
-                )
-                ddp.sync_stop_request()
+                metrics |= {"loss": loss.detach(), "grad_norm": norm}
+                history.append(metrics)
+                shown = {"acc": metrics["accuracy"]} if "accuracy" in metrics else {}
+                bar.update(batch_size, **shown, loss=metrics["loss"], epoch=f"{epoch + 1}/{recipe.epochs}")
+                if processes == 1 or step % _STEPS_BETWEEN_STOP_CHECKS == 0:
+                    ddp.sync_stop_request()
                 if signals.stop_requested():
-                    states = ddp.gather(_state(history[: step + 1], model, generator, augmentation))
-                    with guarded(place, history[: step + 1]):
-                        _check_finite(history[: step + 1], model, finite)
+                    states = ddp.gather(history.state(streams, device))
+                    with guarded(place):
+                        check_finite(history)
                     save(epoch, step=step + 1, processes=states)
                     signals.raise_if_stopped()
             seconds = time.monotonic() - began
-            states = ddp.gather(_state(history, model, generator, augmentation))
-            ddp.average([history])
-            loss, reward, accuracy, adversarial_loss, grad_norm = history.mean(0).tolist()
-            metrics = {
-                "loss": loss,
-                "reward": reward,
-                "accuracy": accuracy,
-                "grad_norm": grad_norm,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
+            states = ddp.gather(history.state(streams, device))
+            means = history.means() | {"lr": optimizer.param_groups[0]["lr"]}
             if begin < len(train):
-                metrics["images_per_second"] = (len(train) - begin) * batch_size / seconds
-            if adversary is not None and adversary.objective != "alone":
-                metrics["adversarial_loss"] = adversarial_loss
-            # Where BatchNorm has seen shares, all go on with the mean of what it has seen.
-            buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-            ddp.average(buffers, differing=True)
-            with guarded(place, history):
-                _check_finite(history, model, finite)
+                means["images_per_second"] = (len(train) - begin) * batch_size / seconds
+            ddp.broadcast_weights(model)  # on the CPU each has BatchNorm statistics of its own
+            with guarded(place):
+                check_finite(history)
                 try:
-                    with signals.stop_immediately(), foreign_code("model.net", *foreign):
+                    with signals.stop_immediately(), foreign_code(culprits, *code.values()):
                         scores = validate(model, val, hardware, adversary, seed)
                 except signals.Stopped:  # all steps of the epoch are done, the validation is done again
                     save(epoch, step=len(train), processes=states)
                     raise
-                _check_finite(history, model, finite, scores)
-            results.log(metrics, n=len(data.train), split="train", step=epoch + 1)
+                check_finite(history, scores)
+            results.log(means, n=len(data.train), split="train", step=epoch + 1)
             results.log(scores, n=len(data.val), split="val", step=epoch + 1)
             best.consider(model, epoch + 1, _score(recipe.select, scores, epoch))
             due = time.monotonic() - saved_at > _SECONDS_BETWEEN_CHECKPOINTS
@@ -352,6 +275,13 @@ def fit(
     return best.epoch
 
 
+def build_optimizer(recipe: Recipe, model: nn.Module, hardware: Hardware) -> torch.optim.Optimizer:
+    """With its fused kernel where hardware.fused asks for it, it has one, and it runs on a GPU."""
+    on_gpu = hardware.fused and hardware.device.type == "cuda"
+    fused = {"fused": True} if on_gpu and "fused" in inspect.signature(recipe.optimizer).parameters else {}
+    return recipe.optimizer(model.parameters(), **fused)
+
+
 class _Best:
     """The best weights so far, in memory; written together with last.pt."""
 
@@ -360,7 +290,7 @@ class _Best:
         self._weights: dict[str, Tensor] | None = None
 
     def consider(self, model: nn.Module, epoch: int, score: float | None) -> None:
-        """Of equal scores the later wins: it has seen more. Kept off the device, whose memory training may need."""
+        """Of equal scores the later wins. Copied off the device, whose memory training may need."""
         if score is not None and score >= self.score:
             self.epoch, self.score = epoch, score
             weights = model.state_dict().items()
@@ -371,17 +301,14 @@ class _Best:
             checkpoint.save({"model": self._weights, "epoch": self.epoch}, self.path)
             self._weights = None
 
-    def keep(self) -> str:
-        """Write what there is, where training has failed; returns what that is."""
-        if ddp.is_main():
-            self.write()
+    def __str__(self) -> str:
         if self.epoch == 0:
-            return "there are no weights to keep yet"
-        return f"the best weights so far, of epoch {self.epoch}, are kept in {self.path}"
+            return "there are no best weights yet"
+        return f"the best weights so far, of epoch {self.epoch}, are in {self.path}"
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load last.pt, and return what it says beside the weights: how far training came; {} at the beginning."""
+    """Load last.pt; returns what it has beside the weights, {} where there is none."""
     if not ddp.broadcast_from_main(path.exists):
         return {}
     state: dict[str, Any] = ddp.broadcast_from_main(lambda: checkpoint.load(path))
@@ -392,76 +319,77 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return state
 
 
-def _random(actions: torch.Generator, augmentation: torch.Generator, device: torch.device) -> dict[str, Any]:
-    """The state of every stream that an epoch goes on drawing from."""
-    states = {
-        "actions": actions.get_state(),
-        "augmentation": augmentation.get_state(),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+class _History:
+    """The metrics of an epoch's steps so far. They stay on the device: to read one waits for it."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._rows: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def append(self, metrics: Mapping[str, Tensor]) -> None:
+        self.names = list(metrics)
+        self._rows.append(torch.stack(list(metrics.values())))
+
+    def columns(self, *names: str) -> Tensor:
+        """(steps, names)."""
+        return torch.stack(self._rows)[:, [self.names.index(name) for name in names]]
+
+    def means(self) -> dict[str, float]:
+        """Over the steps and the processes."""
+        means = ddp.total(torch.stack(self._rows)).div_(ddp.world_size()).mean(0)
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def state(self, streams: Mapping[str, torch.Generator], device: torch.device) -> dict[str, Any]:
+        """What this process needs to go on within an epoch."""
+        state: dict[str, Any] = {name: generator.get_state() for name, generator in streams.items()}
+        state |= {"cpu": torch.get_rng_state(), "names": self.names, "history": torch.stack(self._rows).cpu()}
+        return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+    def restore(
+        self, states: Sequence[dict[str, Any]], streams: Mapping[str, torch.Generator], device: torch.device
+    ) -> None:
+        """Go on from what `state` was in each process; with another number of them on the streams of the epoch."""
+        same = len(states) == ddp.world_size()
+        state = states[ddp.rank() if same else 0]
+        self.names, self._rows = list(state["names"]), list(state["history"].to(device))
+        if not same:
+            return
+        for name, generator in streams.items():
+            generator.set_state(state[name])
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _state(
-    history: Tensor, model: nn.Module, actions: torch.Generator, augmentation: torch.Generator
-) -> dict[str, Any]:
-    """What a process needs to go on within an epoch, beside what all have in common."""
-    state = _random(actions, augmentation, history.device) | {"history": history.cpu().clone()}
-    if ddp.world_size() > 1:  # on the CPU BatchNorm sees the share alone
-        state["buffers"] = {name: buffer.cpu() for name, buffer in model.named_buffers()}
-    return state
+class _FiniteCheck:
+    """Whether losses, gradients and scores are finite, and the model's tensors that were so at the beginning."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._finite_at_first = self._finite()
 
-def _restore(
-    states: Sequence[dict[str, Any]],
-    model: nn.Module,
-    actions: torch.Generator,
-    augmentation: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    """Go on from what `_state` was in each process; returns the history so far."""
-    state = states[min(ddp.rank(), len(states) - 1)]
-    actions.set_state(state["actions"])
-    augmentation.set_state(state["augmentation"])
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    if len(states) != ddp.world_size():  # those who go on are others: with the mean, and the first one's buffers
-        return torch.stack([one["history"] for one in states]).mean(0)
-    for name, buffer in model.named_buffers():
-        if name in state.get("buffers", {}):
-            buffer.copy_(state["buffers"][name])
-    history: Tensor = state["history"]
-    return history
+    def _finite(self) -> Tensor:
+        """bool (T,), for each tensor of the model."""
+        return torch.stack([tensor.isfinite().all() for tensor in self.model.state_dict().values()])
 
+    def fault(self, history: _History, scores: Mapping[str, float] | None = None) -> str | None:
+        step = len(history)
+        if step and (bad := ~history.columns("loss", "grad_norm").isfinite().all(1)).any():
+            fault = f"the loss or gradient is not finite at step {int(bad.nonzero()[0]) + 1}"
+        elif (bad := self._finite_at_first & ~self._finite()).any():
+            fault = f"{list(self.model.state_dict())[int(bad.nonzero()[0])]} is not finite after step {step}"
+        elif names := [name for name, score in (scores or {}).items() if not math.isfinite(score)]:
+            fault = f"the validation's {names[0]} is {(scores or {})[names[0]]} after step {step}"
+        else:
+            return None
+        return f"{fault}; a smaller trainer.optimizer.lr or a trainer.clip may help"
 
-def _finite(model: nn.Module) -> Tensor:
-    """bool (T,): which of the model's tensors hold nothing but finite numbers."""
-    return torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()])
-
-
-def _not_finite(
-    history: Tensor, model: nn.Module, finite: Tensor, scores: Mapping[str, float] = MappingProxyType({})
-) -> str | None:
-    """What is not finite of the losses of each step, of tensors that were `finite`, and of validation's scores."""
-    if (bad := ~history.isfinite().all(1)).any():
-        fault = f"the loss or gradient is not finite at step {int(bad.nonzero()[0]) + 1}"
-    elif (bad := finite & ~_finite(model)).any():
-        fault = f"{list(model.state_dict())[int(bad.nonzero()[0])]} is not finite after step {len(history)}"
-    elif names := [name for name, score in scores.items() if not math.isfinite(score)]:
-        fault = f"the validation's {names[0]} is {scores[names[0]]} after step {len(history)}"
-    else:
-        return None
-    return f"{fault}; a smaller trainer.optimizer.lr or a trainer.clip may help"
-
-
-def _check_finite(
-    history: Tensor, model: nn.Module, finite: Tensor, scores: Mapping[str, float] = MappingProxyType({})
-) -> None:
-    if (fault := _not_finite(history, model, finite, scores)) is not None:
-        raise UserError(fault)
+    def __call__(self, history: _History, scores: Mapping[str, float] | None = None) -> None:
+        if (fault := self.fault(history, scores)) is not None:
+            raise UserError(fault)
 
 
 def _score(select: str, scores: dict[str, float], epoch: int) -> float | None:
@@ -477,26 +405,26 @@ def validate(
 ) -> dict[str, float]:
     """Accuracy and cross-entropy on the validation images, in fp32; under the adversary too if it is given.
 
-    NaN where logits are not finite. Batches that the memory does not hold are halved, which changes no draw.
+    NaN where logits are not finite. Batches that do not fit in memory are halved, which changes no draw.
     """
     sums: dict[str, Any] = {}
     limit = val.batch_size
+    rank = [ddp.rank()] if ddp.rank() else []
 
     def work(batch: int, images: Tensor, y: Tensor, rows: Tensor) -> None:
+        noise = BatchGenerator(stream(seed, "validation", batch, *rank, device=hardware.device), len(images))[rows]
         x, y = to_unit(images[rows], hardware.memory_format), y[rows]
         with torch.no_grad():
             logits = model(x)
-        found = {"accuracy": _correct(logits, y), "loss": F.cross_entropy(logits, y, reduction="sum")}
+        values = {"accuracy": _correct(logits, y), "loss": F.cross_entropy(logits, y, reduction="sum")}
         if adversary is not None:
-            generator = stream(seed, "validation", batch, device=hardware.device)
-            noise = _noise(generator, images, val.share(batch))[rows]
             x_adv = adversary.attack(model, x, y, generator=noise)
             with torch.no_grad():
-                found["adversarial_accuracy"] = _correct(model(x_adv), y)
-        for name, value in found.items():
+                values["adversarial_accuracy"] = _correct(model(x_adv), y)
+        for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
 
-    with evaluating(model):
+    with evaluating(model), full_precision():
         for batch, (images, y) in enumerate(val.epoch(None)):
             limit = within_memory(partial(work, batch, images, y), torch.arange(len(y)), limit)
     totals = ddp.total(torch.stack([value.double() for value in sums.values()]))

@@ -1,19 +1,97 @@
-"""How an action is drawn, and the loss that scores it.
+"""Training objectives, each one function, and how an action is drawn.
 
-A classifier is a policy: its action is a class, its reward is 1 if the class is right. Supervised
-learning is the policy that always acts right: `policy_loss` is then exactly cross-entropy. Instead of a
-draw, the loss also takes the distribution that actions would be drawn from: the gradient is then the
-expected one.
+    objective(model, x, y, *, x_adv, generator) -> loss () or (B,), metrics {name: ()}
+
+`x` (B, C, H, W) in [0, 1], labels `y` int64 (B,). `x_adv` are adversarial examples of x, None where
+`trainer.adversary` is null or has not started. The metrics are averaged over an epoch and logged. An objective whose
+signature has `act`, `weight` or `probability_floor` gets what the keys trainer.act, trainer.adversary.weight and
+trainer.probability_floor say; all its other keywords are settings of trainer.objective. Any function that
+`trainer.objective._target_` names will do.
+
+A classifier is a policy: its action is a class, its reward is 1 if the class is right. Supervised learning is the
+policy that always acts right: `policy_loss` is then exactly cross-entropy. Instead of a draw, the loss also takes the
+distribution that actions would be drawn from: the gradient is then the expected one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aerl.attacks.losses import kl
 from aerl.types import Probability
+
+Act = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def policy_gradient(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_adv: Tensor | None,
+    generator: torch.Generator,
+    act: Act,
+    weight: float,
+    probability_floor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss on x, plus `weight` times the one on x_adv. One action is drawn per forward pass."""
+    loss, metrics = _score(model(x), y, generator, act, probability_floor)
+    if x_adv is None:
+        return loss, metrics
+    adversarial_loss, _ = _score(model(x_adv), y, generator, act, probability_floor)
+    return loss + weight * adversarial_loss, metrics | {"adversarial_loss": adversarial_loss}
+
+
+def adversarial_training(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_adv: Tensor | None,
+    generator: torch.Generator,
+    act: Act,
+    probability_floor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss on x_adv in place of x (Madry et al. 2018, equation 2.1)."""
+    return _score(model(x if x_adv is None else x_adv), y, generator, act, probability_floor)
+
+
+def trades(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    x_adv: Tensor | None,
+    generator: torch.Generator,
+    act: Act,
+    weight: float,
+    probability_floor: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss on x plus `weight` * KL(prediction on x || on x_adv) (TRADES, Zhang et al. 2019, equation 5)."""
+    logits = model(x)
+    loss, metrics = _score(logits, y, generator, act, probability_floor)
+    if x_adv is None:
+        return loss, metrics
+    divergence = kl(model(x_adv), logits).mean()
+    return loss + weight * divergence, metrics | {"adversarial_loss": divergence}
+
+
+def _score(
+    logits: Tensor, y: Tensor, generator: torch.Generator, act: Act, probability_floor: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean policy loss, and the mean reward and accuracy: 0 for a sample whose logits are not finite."""
+    actions = act(logits.detach(), y, generator)
+    finite = logits.detach().isfinite().all(1)
+    metrics = {
+        "reward": (reward(y, actions) * finite).mean(),
+        "accuracy": ((logits.argmax(1) == y) & finite).float().mean(),
+    }
+    return policy_loss(logits, y, actions, probability_floor).mean(), metrics
 
 
 def policy_loss(logits: Tensor, labels: Tensor, actions: Tensor, probability_floor: float = 0.0) -> Tensor:

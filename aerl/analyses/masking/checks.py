@@ -17,7 +17,7 @@ from aerl.attacks import AutoAttack, SampleGenerator, attacking, collect_warning
 from aerl.attacks.modes import input_gradient
 from aerl.attacks.projections import ascent_direction, clip, norms, random_in_ball
 from aerl.data import Split, subset, to_unit
-from aerl.evaluation import evaluate
+from aerl.evaluation.outcomes import right
 from aerl.evaluation.statistics import mcnemar
 from aerl.runtime.device import is_out_of_memory, seed_from
 from aerl.runtime.progress import progress
@@ -84,7 +84,7 @@ class Audit:
         gain: float,
         significance: float,
     ) -> None:
-        rows = torch.from_numpy(evaluate.right(context.outcomes)).nonzero().squeeze(1)
+        rows = torch.from_numpy(right(context.outcomes)).nonzero().squeeze(1)
         self.rows = subset(Split(rows, context.labels[rows]), samples).images
         self.n = len(self.rows)
         place = context.hardware.device

@@ -1,4 +1,4 @@
-"""What a model does that attacks do not expect of one: said before its robustness is believed."""
+"""What a model does that attacks do not expect: reported before its robustness is believed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,9 @@ from aerl.types import UserError, first_line
 def probe(model: nn.Module, x: Tensor) -> list[str]:
     """One sentence for each thing about `model` that would make its robustness look other than it is.
 
-    `x` float32 (B, C, H, W) in [0, 1], on the model's device; two images or more, of the kind it is for (a BatchNorm
-    that is still training takes no batch of one).
-    Looks at it as every attack does, in eval mode and float32. Log-probabilities are logits, too, and not
-    remarked upon. The model's modes, buffers and gradients and the random state are as before afterwards.
+    `x` float32 (B, C, H, W) in [0, 1], on the model's device: two images or more (a BatchNorm that is still training
+    takes no batch of one). The model is in eval mode and float32, as under attack. Its modes, buffers and gradients
+    and the random state are restored.
     """
     devices = [x.device] if x.is_cuda else []
     with attacking(model), torch.random.fork_rng(devices), keeping_buffers(model):
@@ -28,22 +27,22 @@ def probe(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def drawn(one: nn.Module, other: nn.Module) -> list[str]:
-    """The same network made from two seeds, which is to bring its own weights: one sentence if it does not."""
+    """One sentence if the same network, made from two seeds, does not bring its own weights."""
     state = other.state_dict()
     random = [name for name, tensor in one.state_dict().items() if not torch.equal(tensor, state[name])]
     if not random:
         return []
     return [
-        f"{len(random)} of its {len(state)} tensors (the first is {random[0]}) are drawn at random: it is not, or not "
-        "wholly, trained; ask its target for trained weights (often pretrained=true or weights=...), or give "
+        f"{len(random)} of its {len(state)} tensors (the first is {random[0]}) are drawn at random: it is not trained, "
+        "or not completely; ask its target for trained weights (often pretrained=true or weights=...), or give "
         "checkpoint=FILE"
     ]
 
 
 @contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """A BatchNorm in training counts what it is shown: give the buffers their values back afterwards."""
-    kept = [
+    """Restore the buffers afterwards: a BatchNorm in training counts the images it sees."""
+    before = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
@@ -52,49 +51,47 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, value in kept:
+        for module, name, buffer, value in before:
             with torch.no_grad():
                 setattr(module, name, buffer.copy_(value))
 
 
 def _doubts(model: nn.Module, x: Tensor) -> Iterator[str]:
-    active = [
+    training = [
         name for name, module in model.named_modules() if module.training and isinstance(module, _NormBase | _DropoutNd)
     ]
-    if active:
+    if training:
         yield (
-            f"{len(active)} of its BatchNorm and Dropout layers (the first is {active[0]}) are in training mode "
+            f"{len(training)} of its BatchNorm and Dropout layers (the first is {training[0]}) are in training mode "
             "although eval() was called: it is not the model that was trained; let eval() reach them"
         )
     with torch.no_grad():
         logits, again, fewer = model(x), model(x), model(x[: -(-len(x) // 2)])
     if not logits.isfinite().all():
-        yield (
-            "its outputs are not finite: predictions and gradients mean nothing; check its weights, and that it "
-            "takes images in [0, 1]"
-        )
+        yield "its outputs are not finite; check its weights, and that it takes images in [0, 1]"
         return
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():  # log-probabilities are logits, too
         yield (
-            "its outputs are probabilities: the cross-entropy of a softmax of a softmax hides gradients, and the "
-            "model looks more robust than it is; give its logits, without the softmax"
+            "its outputs are probabilities: the softmax of a softmax hides gradients, and the model looks more robust "
+            "than it is; give its logits, without the softmax"
         )
     if _differ(logits, again, 1e-4):
         yield (
-            "two passes over the same images differ, so it is random: an attack aims at one draw and is judged by "
+            "two passes over the same images differ, so it is random: an attack aims at one draw and is scored on "
             "another; fix what it draws, or take attack.autoattack.version=rand, which averages over draws"
         )
     elif _differ(logits[: len(fewer)], fewer, 1e-2):
         yield (
-            "its output for an image depends on the other images of the batch: what is attacked is the batch, and "
-            "evaluation.batch_size changes the result; give BatchNorm its running statistics"
+            "its output for an image depends on the other images of the batch, so evaluation.batch_size changes the "
+            "result; give BatchNorm its running statistics"
         )
-    yield from _gradient_doubts(model, x, constant=bool((logits == logits[:1]).all()))
+    if doubt := _gradient_doubt(model, x, constant=bool((logits == logits[:1]).all())):
+        yield doubt
 
 
-def _gradient_doubts(model: nn.Module, x: Tensor, *, constant: bool) -> Iterator[str]:
-    """A model whose outputs are `constant` has no gradient, and rightly so: a last layer that begins at zero."""
-    consequence = "attacks by gradient find nothing, and a robust accuracy from them proves nothing"
+def _gradient_doubt(model: nn.Module, x: Tensor, *, constant: bool) -> str | None:
+    """A model whose outputs are `constant` (a last layer that begins at zero) rightly has no gradient."""
+    consequence = "robust accuracy under attacks by gradient proves nothing; take attacks without gradients (square)"
     x = x.clone().requires_grad_()
     gradient = None
     try:
@@ -106,24 +103,23 @@ def _gradient_doubts(model: nn.Module, x: Tensor, *, constant: bool) -> Iterator
     except Exception as error:  # a backward pass of others can raise anything
         reason = first_line(error)
         if is_out_of_memory(error):
-            yield f"its gradient was not probed: {reason}"
-            return
+            return f"its gradient was not probed: {reason}"
         if "deterministic" in reason:  # a matter of the hardware's settings, not of the model
             raise UserError(f"hardware.deterministic=true: {reason}") from error
-        yield f"it cannot be differentiated ({reason}): {consequence}; take attacks without gradients (square)"
-        return
+        return f"it cannot be differentiated ({reason}): {consequence}"
     if gradient is None:
-        yield (
-            f"its outputs do not depend on the images as far as autograd sees (no_grad, detach, NumPy inside?): "
-            f"{consequence}; let the graph through, or take attacks without gradients (square)"
+        return (
+            "its outputs do not depend on the images as far as autograd sees (no_grad, detach, NumPy inside?): "
+            f"{consequence}"
         )
-    elif not gradient.isfinite().all():
-        yield f"its gradient is not finite: {consequence}; look for a root or a logarithm of zero inside"
-    elif not constant and not gradient.any():
-        yield (
-            f"its gradient is exactly zero on all {len(x)} images probed (rounding, quantising or saturation "
-            f"inside?): {consequence}; make that step differentiable, or take attacks without gradients (square)"
+    if not gradient.isfinite().all():
+        return f"its gradient is not finite (a root or a logarithm of zero inside?): {consequence}"
+    if not constant and not gradient.any():
+        return (
+            f"its gradient is exactly zero on all {len(x)} images probed (rounding, quantising or saturation inside?): "
+            f"{consequence}"
         )
+    return None
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:

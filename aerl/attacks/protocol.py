@@ -1,0 +1,61 @@
+"""What an attack is to the rest of aerl: a callable, and what it states about itself."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from aerl.types import Count, NonNegative, Norm, UserError
+
+# attack(model, x, y, *, generator) -> images like x (B, C, H, W), or a dict of them: one for each part
+Attack = Callable[..., Tensor | dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))
+class AttackSpec:
+    """An attack and its settings that aerl reads.
+
+    call: `call(model, x, y, *, generator)`, see `aerl.attacks`.
+    norm, eps: its threat model; None: the run's. Beyond the run's it is reported, but not part of the worst case.
+    counts: whether it may be part of the worst case at all.
+    batch_size: samples at a time, for an attack whose outcome depends on it; None: the run's.
+    drop_fooled: whether it stops at the first misclassified image. A sampled policy needs an attack that goes on.
+    stages: `stages(model, x) -> attacks` of which it consists, each for the samples that those before it left;
+        x (0, C, H, W) has the images' shape and device.
+    """
+
+    call: Attack
+    norm: Norm | None = None
+    eps: NonNegative | None = None
+    counts: bool = True
+    batch_size: Count | None = None
+    drop_fooled: bool = True
+    stages: Callable[[nn.Module, Tensor], Sequence[Attack]] | None = None
+
+    @classmethod
+    def of(cls, attack: "Attack | AttackSpec", key: str = "attack") -> "AttackSpec":
+        """The settings that `attack` states: a function by its (bound) keywords, an object by its attributes.
+
+        Raises UserError, which begins with `key`, for a value of the wrong type or out of range.
+        """
+        if isinstance(attack, AttackSpec):
+            return attack
+        names = [field.name for field in fields(cls) if field.name != "call"]
+        stated: dict[str, Any]
+        if inspect.isroutine(attack) or isinstance(attack, partial):
+            stated = {name: parameter.default for name, parameter in inspect.signature(attack).parameters.items()}
+        else:
+            stated = {name: getattr(attack, name, None) for name in names}
+        unset = (None, inspect.Parameter.empty)
+        settings = {name: stated[name] for name in names if not any(stated.get(name) is value for value in unset)}
+        try:
+            return cls(call=attack, **settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise UserError(f"{key}.{name}={settings.get(name, attack)}: {first['msg']}") from error

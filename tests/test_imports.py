@@ -1,0 +1,44 @@
+"""Imports go one way, and each heavy or configuring library stays in its rooms."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A module imports from its own layer and those before it.
+LAYERS = [
+    {"types"},
+    {"runtime"},
+    {"config", "attacks", "data", "models", "tracking", "hub", "remote"},
+    {"training", "evaluation", "build"},
+    {"analyses", "report"},
+    {"run"},
+    {"launch"},
+]
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# Imported in a function, where the whole of a run is at hand.
+ALLOWED = {("aerl/config/multirun.py", "build"), ("aerl/tracking/run_folder.py", "training"),
+           ("aerl/tracking/inputs.py", "training"), ("aerl/hub.py", "training")}  # fmt: skip
+HYDRA = ("launch.py", "aerl/run.py", "aerl/config/")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "aerl").rglob("*.py")), ROOT / "launch.py"], ids=str)
+def test_imports_go_one_way(path):
+    name = path.relative_to(ROOT).as_posix()
+    room = path.relative_to(ROOT).parts[min(1, name.count("/"))].removesuffix(".py")
+    for module in imports(path):
+        top, _, rest = module.partition(".")
+        assert top not in ("hydra", "omegaconf") or name.startswith(HYDRA), module
+        assert top != "wandb" or name.startswith("aerl/tracking/"), module
+        imported = rest.partition(".")[0]
+        if top == "aerl" and imported in LAYER and room in LAYER and (name, imported) not in ALLOWED:
+            assert LAYER[imported] <= LAYER[room], module
