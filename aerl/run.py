@@ -20,7 +20,7 @@ from aerl.report.table import show
 from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.files import locked, sha256
 from aerl.tracking import inputs
-from aerl.tracking.run_folder import Record, earlier_start, recorded, whole
+from aerl.tracking.run_folder import Record, load_previous, recorded, verify
 from aerl.tracking.wandb import log_accuracies
 from aerl.types import UserError
 
@@ -81,7 +81,7 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
             return _show_again(folder, earlier)
         opened = recorded(
             place, config, earlier, overrides=overrides, choices=choices, environment=describe(parts.hardware),
-            inputs=read, wish=overwrite_id(),
+            inputs=read, request=overwrite_id(),
         )  # fmt: skip
         with written(place), opened as record:
             for doubt in parts.doubts:
@@ -125,8 +125,8 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
 
 def _earlier(folder: Path, config: Config) -> dict[str, Any]:
     """What an earlier start has written into the run folder, as far as it can be believed."""
-    earlier = earlier_start(folder, config, overwrite_id())
-    return whole(folder, earlier) if earlier.get("status") == "finished" else earlier
+    earlier = load_previous(folder, config, overwrite_id())
+    return verify(folder, earlier) if earlier.get("status") == "finished" else earlier
 
 
 def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:

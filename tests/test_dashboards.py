@@ -49,7 +49,8 @@ def contents(artifact):
     return {entry["path"]: entry for entry in artifact["manifest"]["contents"]}
 
 
-def test_model_and_outcomes_are_artifacts_with_the_headline_and_copy_no_weights(runs):
+@pytest.mark.slow
+def test_model_and_outcomes_are_artifacts(runs):
     trained, _ = runs
     told = json.loads((trained / "summary.json").read_text())
     found = artifacts(trained)
@@ -74,7 +75,8 @@ def test_model_and_outcomes_are_artifacts_with_the_headline_and_copy_no_weights(
     assert json.loads(content)["status"] == "finished"
 
 
-def test_a_judged_model_is_the_very_artifact_of_the_run_that_trained_it(runs):
+@pytest.mark.slow
+def test_an_evaluated_model_is_the_artifact_of_its_run(runs):
     trained, judged = runs
     run_id = json.loads((trained / "summary.json").read_text())["run_id"]
     made, used = (artifacts(folder)[f"model-{run_id}"] for folder in runs)
@@ -85,6 +87,7 @@ def test_a_judged_model_is_the_very_artifact_of_the_run_that_trained_it(runs):
     assert started["job_type"] == "evaluate" and "sl_adv" in started["tags"] and "L2 eps 1" in started["tags"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb-workspaces' own classes
 def test_every_key_of_the_workspace_is_one_that_runs_log(runs):
     from aerl.report.workspace import CURVES, build, serialised

@@ -106,10 +106,8 @@ def is_whole(tmp_path, process):
     return line, summary
 
 
-@pytest.mark.parametrize(
-    "fault",
-    ["rejects", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("refuses", "stalls"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["rejects", "refuses", "stalls"])
 def test_a_run_that_cannot_begin_at_wandb_is_recorded_offline(tmp_path, data_dir, fault, refusing):
     server = None if fault == "refuses" else WandB(fault)
     url = refusing if server is None else server.url
@@ -123,15 +121,8 @@ def test_a_run_that_cannot_begin_at_wandb_is_recorded_offline(tmp_path, data_dir
         server.end()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "service killed",
-        pytest.param("server gone", marks=pytest.mark.slow),
-        pytest.param("server stalls", marks=pytest.mark.slow),
-        pytest.param("key revoked", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["service killed", "server gone", "server stalls", "key revoked"])
 def test_a_run_that_loses_wandb_on_its_way_is_whole_on_the_disk(tmp_path, data_dir, fault):
     server = WandB("well")
     process = begin(tmp_path, data_dir, *WORDS, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)

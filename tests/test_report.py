@@ -20,9 +20,7 @@ from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
 from aerl.evaluation.statistics import proportion
 from aerl.report.table import attack_grid, show
-from aerl.runtime import progress as progress_module
 from aerl.runtime.device import Hardware
-from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog, write_summary
 
 SUMMARY: dict[str, Any] = {
@@ -158,102 +156,6 @@ def on_a_terminal(code: str, *arguments: str, stdout: int | None = None, **varia
     os.close(ours)
     assert process.wait(60) == 0, screen.decode()
     return screen.decode()
-
-
-# ---------------------------------------------------------------------------------------- the progress
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(progress_module.time, "monotonic", lambda: self.now)
-
-
-def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock(monkeypatch)
-    with progress("train", 100_000, "images") as meter:
-        for epoch in range(100):  # of 0.3 s each: 30 s in all
-            for _ in range(10):
-                clock.now += 0.03
-                meter.update(100, epoch=f"{epoch + 1}/100", loss=1 / (epoch + 1), acc=epoch / 100)
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == "" and "\x1b" not in err
-    assert 3 <= len(lines) <= 4
-    assert lines[0] == "train: 33 %  3,333 images/s  epoch 34/100  loss 0.0294  acc 33.0 %"
-    assert lines[-1] == "train: 100,000 images in 30.0 s  3,333 images/s  epoch 100/100  loss 0.01  acc 99.0 %"
-
-
-def test_resumed_and_interrupted_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock(monkeypatch)
-    with progress("train", 1000, "images", start=900) as meter:
-        clock.now += 10.0
-        meter.update(100)
-    lines = ["train: 100 %  10 images/s", "train: 1,000 images in 10.0 s  10 images/s"]
-    assert capsys.readouterr().err.splitlines() == lines
-    with pytest.raises(KeyboardInterrupt), progress("pgd", 360, "samples") as meter:
-        meter.update(40)
-        raise KeyboardInterrupt
-    assert capsys.readouterr().err.startswith("pgd: stopped at 40 of 360 samples in 0.0 s")
-
-
-def test_a_tensor_is_read_only_when_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    class OnTheGpu:
-        reads = 0
-
-        def __float__(self) -> float:
-            self.reads += 1
-            return 0.5
-
-    loss = OnTheGpu()
-    with progress("train", 1000) as meter:
-        for _ in range(1000):
-            meter.update(1, loss=loss)
-    assert loss.reads == 1
-
-
-LIVE = """
-import logging, sys, time
-from aerl.runtime.progress import progress
-logging.basicConfig(format="[%(levelname)s] %(message)s", stream=sys.stderr)
-with progress("train", 4000, "images") as meter:
-    for epoch in range(4):
-        for _ in range(10):
-            time.sleep(0.03)
-            meter.update(100, epoch=f"{epoch + 1}/4", loss=0.08, acc=0.971)
-        if epoch == 1:
-            logging.getLogger("aerl").warning("something is odd")
-            print("to stdout")
-logging.getLogger("aerl").warning("after")
-"""
-
-
-def test_live_bar_becomes_one_line() -> None:
-    screen = on_a_terminal(LIVE)
-    assert re.search(r"train.*━.*images/s.*epoch 3/4.*acc 97\.1 %", screen)
-    assert screen.count("\x1b[?25l") == screen.count("\x1b[?25h") == 1  # the cursor is given back
-    last = [line for line in plain(screen) if line]
-    assert re.fullmatch(r"train: 4,000 images in \d\.\d s  [\d,]+ images/s  epoch 4/4  .*acc 97\.1 %", last[-2])
-    assert last[-1] == "[WARNING] after"
-    assert "[WARNING] something is odd" in last  # on a line of its own, above the bar
-    assert "to stdout" in last
-
-
-def plain(screen: str) -> list[str]:
-    """The lines of a screen, without escapes."""
-    return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in re.split(r"\r?\n|\r", screen)]
-
-
-def test_no_bar_without_a_terminal(tmp_path: Path) -> None:
-    with (tmp_path / "out").open("w") as file:
-        screen = on_a_terminal(LIVE, stdout=file.fileno(), TERM="dumb")
-    assert (tmp_path / "out").read_text() == "to stdout\n"
-    assert "to stdout" not in screen and "\x1b" not in screen and "━" not in screen
-    env = {**os.environ, "FORCE_COLOR": "1"}  # as CI sets it
-    done = subprocess.run([sys.executable, "-c", LIVE], env=env, capture_output=True, text=True, timeout=60)
-    assert "\x1b" not in done.stderr and "train: 4,000 images" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- the pictures

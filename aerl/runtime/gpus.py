@@ -1,6 +1,7 @@
 """Which GPUs this machine has, and one of them for each worker process of a multirun."""
 
 import fcntl
+import functools
 import itertools
 import logging
 import os
@@ -13,13 +14,12 @@ from pathlib import Path
 log = logging.getLogger("aerl")
 
 _SECONDS_BETWEEN_TRIES = 1.0
-_held: int | None = None  # the open file whose lock says that this process has its GPU
 
 
 def visible() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; PyTorch is not imported for it."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:  # CUDA takes what stands before the first word that it does not know
+    if given is not None:  # CUDA takes what comes before the first word that it does not know
         words = (word.strip() for word in given.split(","))
         return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, words))
     try:
@@ -29,38 +29,28 @@ def visible() -> list[str]:
     return re.findall(r"^GPU (\d+):", listing.stdout, re.MULTILINE)
 
 
+@functools.cache
 def claim() -> None:
     """Take one GPU for as long as this process lives, whatever number of jobs it does; wait until one is free.
 
-    To be called before CUDA is initialised, which reads CUDA_VISIBLE_DEVICES once. The claim is a lock on a file
-    in a folder of this user's, so that the workers of two multiruns do not share a GPU either; the kernel
-    frees it however the process ends. Without a GPU this does nothing.
+    Call it before CUDA is initialised, which reads CUDA_VISIBLE_DEVICES once. The claim is a lock on a file in a folder
+    of this user's, so that the workers of two multiruns do not share a GPU either; the kernel frees it however
+    the process ends. Without a GPU this does nothing.
     """
-    global _held
     names = visible()
-    if _held is not None or not names:
-        return
     folder = Path(tempfile.gettempdir()) / f"aerl-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    told = False
-    while True:
+    for attempt in itertools.count() if names else ():
         for name in names:
-            if (held := _lock(folder / name)) is not None:
-                _held = held
-                os.environ["CUDA_VISIBLE_DEVICES"] = name
-                log.info("on GPU %s", name)
-                return
-        if not told:
+            file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            os.environ["CUDA_VISIBLE_DEVICES"] = name  # the file stays open, and locked
+            log.info("on GPU %s", name)
+            return
+        if attempt == 0:
             log.info("waiting: other jobs have every GPU (%s)", ", ".join(names))
-            told = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
-
-
-def _lock(path: Path) -> int | None:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file

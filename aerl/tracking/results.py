@@ -1,31 +1,25 @@
-"""Where a run's numbers go: `results.jsonl` first, Weights & Biases second.
+"""Where a run's numbers go: `results.jsonl` and `summary.json` first, Weights & Biases second.
 
-Every number is on the disk, flushed, before W&B hears of it, and W&B never decides whether a run lives:
-its first failure costs one warning and the rest of its own record, nothing else. Files that are replaced
-are replaced atomically. This module imports neither torch nor, until a tracker is opened, wandb.
+This module imports neither torch nor wandb.
 """
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from aerl.tracking.wandb import Tracker
-
 
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aerl.runtime.files import atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError
 
-log = logging.getLogger("aerl")
+if TYPE_CHECKING:
+    from aerl.tracking.wandb import Tracker
+
+_CHANGED = "is not as aerl wrote it: it was changed, or is damaged; restore it"
 
 
 @dataclass(frozen=True)
@@ -70,14 +64,14 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` atomically by `value` as indented JSON; a number that is not finite becomes null."""
+    """Write `value` atomically as indented JSON; a number that is not finite becomes null."""
     atomic_write(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json` of a run folder atomically, with a seal over its content that `read_summary` checks."""
+    """Write `summary.json` of a run folder atomically, with a digest of its content that `read_summary` checks."""
     content = {key: value for key, value in plain(summary).items() if key != "seal"}
-    write_json(Path(folder) / "summary.json", {**content, "seal": _seal(content)})
+    write_json(Path(folder) / "summary.json", {**content, "seal": _digest(content)})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -92,13 +86,13 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not isinstance(summary, dict):
         raise UserError(f"cannot read {path}: it holds no summary of a run")
     seal = summary.pop("seal", None)
-    if (seal is not None or "analyses" in summary) and seal != _seal(summary):  # earlier versions sealed none
-        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
+    if (seal is not None or "analyses" in summary) and seal != _digest(summary):  # earlier versions sealed none
+        raise UserError(f"{path}: {_CHANGED}")
     return summary
 
 
-def _seal(plain: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,25 +102,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"cannot read {path}: it holds no configuration")
     if changed_files(folder, read_summary(folder) or {}, ["config.yaml"]):
-        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged; restore it")
+        raise UserError(f"{path}: {_CHANGED}")
     return config
 
 
 def changed_files(folder: Path, summary: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """Which files of a run are missing, or are not those that its summary records; of `names`, or all."""
+    """Which files of a run, of `names` or all, are missing or do not have the digest that its summary records."""
     recorded: Mapping[str, str] = summary.get("files") or {}
-    return [name for name in names or recorded if name in recorded and not _is(folder / name, recorded[name])]
 
+    def changed(name: str) -> bool:
+        try:
+            return sha256(folder / name) != recorded[name]
+        except OSError:
+            return True
 
-def _is(path: Path, digest: str) -> bool:
-    try:
-        return sha256(path) == digest
-    except OSError:
-        return False
-
-
-def _line(result: Result) -> str:
-    return json.dumps(plain(asdict(result)), ensure_ascii=False, allow_nan=False) + "\n"
+    return [name for name in names or recorded if name in recorded and changed(name)]
 
 
 _FIELDS = frozenset(field.name for field in fields(Result))
@@ -164,17 +154,12 @@ def read_results(path: Path) -> list[Result]:
 class ResultLog:
     """The results of one run folder: every number goes to results.jsonl, then to the tracker, if any.
 
-    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. Who keeps the state of a run
-    keeps the `seal` of its results with it, and comes back to both by `restore`.
+    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. A saved state of the run
+    contains the `seal` of its results; `restore` goes back to it.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, Any],
-        tracker: "Tracker | None" = None,
-        *,
-        scratch: bool = False,
+        self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None, *, scratch: bool = False
     ) -> None:
         """`scratch`: of a process whose results nobody reads, and which has none of the earlier starts."""
         self.path = Path(folder) / "results.jsonl"
@@ -204,7 +189,8 @@ class ResultLog:
             for metric, value in metrics.items()
         ]  # fmt: skip
         with writing(self.path), self.path.open("ab") as file:
-            file.write("".join(map(_line, results)).encode())
+            for result in results:
+                file.write(json.dumps(plain(asdict(result)), ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         if self.tracker is not None:
@@ -217,25 +203,22 @@ class ResultLog:
         return results
 
     def seal(self) -> dict[str, Any]:
-        """What `restore` comes back to: the number of `bytes` so far, and their `sha256`."""
+        """What `restore` goes back to: the number of `bytes` so far, and their `sha256`."""
         return _sealed(self._read())
 
     def restore(self, seal: Mapping[str, Any] | None) -> None:
-        """Go back to a `seal`, None being the beginning: forget what a resumed run will measure again.
+        """Go back to a `seal` (None: the beginning) and drop what a resumed run will measure again.
 
-        Raises UserError where what stood before it is not there any more, or was changed.
+        Raises UserError where what it seals is missing or was changed.
         """
         if self.scratch:
             return
         content = self._read()
-        kept = content[: seal["bytes"] if seal else 0]
-        if seal and _sealed(kept) != seal:
-            raise UserError(
-                f"{self.path}: is not as aerl wrote it: it was changed, or is damaged; restore it, or begin the run "
-                "again with overwrite=true"
-            )
-        if kept != content:
-            atomic_write(self.path, kept)
+        sealed = content[: seal["bytes"] if seal else 0]
+        if seal and _sealed(sealed) != seal:
+            raise UserError(f"{self.path}: {_CHANGED}, or begin the run again with overwrite=true")
+        if sealed != content:
+            atomic_write(self.path, sealed)
 
     def _read(self) -> bytes:
         try:

@@ -1,8 +1,7 @@
-"""Weights & Biases, which never decides whether a run lives."""
+"""Weights & Biases. It never decides whether a run lives."""
 
 import contextlib
 import logging
-import netrc
 import os
 import re
 import secrets
@@ -10,33 +9,27 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
+from typing import Any, Literal, TypeVar
 
 from aerl.runtime import signals
 from aerl.runtime.files import atomic_write, sha256
 from aerl.tracking.results import plain
-from aerl.types import UserError, first_line, shortened
+from aerl.types import first_line, shortened
 
 log = logging.getLogger("aerl")
 T = TypeVar("T")
 
-
 Mode = Literal["auto", "online", "offline", "disabled"]
 
-
-# How long a call of W&B is waited for, and then for its session to end before its service is killed.
-_SECONDS_OF_A_CALL, _SECONDS_TO_ABANDON = 60.0, 30.0
-
-
-_SECONDS_AFTER_A_SIGNAL = 10.0  # for any of these once the run is to end
+_CALL_SECONDS = 60.0  # for one call of W&B
+_TEARDOWN_SECONDS = 30.0  # for its session to end, before its service is killed
+_STOPPING_SECONDS = 10.0  # for either once the run is to end
 
 
 def _bounded(action: Callable[[], T], seconds: float) -> T:
     """What `action` returns or raises; TimeoutError after `seconds`.
 
-    It has a thread of its own: signals are heard meanwhile, and one that hangs, with all threads that it has
-    started, does not keep the process from ending.
+    In a thread: signals are handled meanwhile, and a call that hangs does not keep the process from ending.
     """
     outcome: list[tuple[T | None, BaseException | None]] = []
 
@@ -47,37 +40,48 @@ def _bounded(action: Callable[[], T], seconds: float) -> T:
             outcome.append((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
-    began, limit = time.monotonic(), seconds
+    began = time.monotonic()
     thread.start()
-    while thread.is_alive() and time.monotonic() - began < limit:
+    while thread.is_alive() and time.monotonic() - began < seconds:
         thread.join(0.5)
         if signals.received():
-            limit = min(limit, _SECONDS_AFTER_A_SIGNAL)
+            seconds = min(seconds, _STOPPING_SECONDS)
     if not outcome:
-        raise TimeoutError(f"no answer within {limit:.0f} s")
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
     value, error = outcome[0]
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
 
 
-def _abandon(wandb: Any) -> None:
-    """End W&B's session: it would be handed to the next run of this process, or keep this one from ending."""
+def _teardown(wandb: Any) -> None:
+    """End W&B's session: the next run of this process would get it, or it would keep this one from ending."""
     service: Any = None
-    with contextlib.suppress(Exception):  # a detail of W&B's
+    with contextlib.suppress(Exception):  # private to W&B
         service = wandb.sdk.wandb_setup._singleton._connection._proc._process
     try:
-        _bounded(lambda: wandb.teardown(exit_code=1), _SECONDS_TO_ABANDON)
+        _bounded(lambda: wandb.teardown(exit_code=1), _TEARDOWN_SECONDS)
     except Exception:
         if service is not None:
             service.kill()
 
 
-def _count_in_epochs(run: Any) -> None:
-    """Epochs, not W&B's own count of calls, are the x axis: a resumed run goes on where it was."""
-    run.define_metric("epoch", hidden=True)
-    for split in ("train", "val"):
-        run.define_metric(f"{split}/*", step_metric="epoch")
+@contextlib.contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """What W&B reads from environment variables alone: it stages uploads in the run folder, and is silent.
+
+    Its reports of its own errors are off: a server that stalls would hold up the end of the process.
+    """
+    wanted = {"WANDB_DATA_DIR": str(folder / "wandb"), "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 (Path.home may raise)
+        wanted["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # W&B would log to the terminal
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 class Tracker:
@@ -91,7 +95,10 @@ class Tracker:
         self.mode = mode
         self._path = os.path.relpath(run.settings.sync_dir, folder)
         self._url: str | None = run.url if mode == "online" else None
-        self._guard(_count_in_epochs)
+        # Epochs, not W&B's own count of calls, are the x axis: a resumed run continues where it was.
+        self._call(lambda run: run.define_metric("epoch", hidden=True))
+        self._call(lambda run: run.define_metric("train/*", step_metric="epoch"))
+        self._call(lambda run: run.define_metric("val/*", step_metric="epoch"))
 
     def where(self) -> dict[str, str | None]:
         """For summary.json: `mode`, `path` (W&B's files, relative to the run folder), `url` (or None)."""
@@ -99,35 +106,22 @@ class Tracker:
 
     def history(self, step: int, metrics: Mapping[str, float]) -> None:
         """Values of epoch `step`, such as train/loss or val/accuracy."""
-        self._guard(lambda run: run.log({"epoch": step, **metrics}))
+        self._call(lambda run: run.log({"epoch": step, **metrics}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values, the columns of W&B's table of runs; later ones replace earlier ones."""
-        self._guard(lambda run: run.summary.update(plain(values)))
+        self._call(lambda run: run.summary.update(plain(values)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; its cells may be numbers, text and None."""
         data = [plain(list(row)) for row in rows]
-        self._guard(
+        self._call(
             lambda run: run.log({name: self._wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
         )
 
     def pictures(self, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
         """Captioned pictures: each a file's path or an array (H, W) or (H, W, 3), uint8."""
-
-        def show(run: Any) -> None:
-            images = [
-                self._wandb.Image(os.fspath(data) if isinstance(data, os.PathLike) else data, caption=caption)
-                for caption, data in pictures
-            ]
-            run.log({name: images})
-
-        self._guard(show)
-
-    def file(self, path: Path) -> None:
-        """Keep a copy of a finished file, such as summary.json, with the W&B run."""
-        path = Path(path).resolve()
-        self._guard(lambda run: run.save(str(path), base_path=str(path.parent), policy="now"))
+        self._call(lambda run: run.log({name: [self._wandb.Image(data, caption=text) for text, data in pictures]}))
 
     def artifact(
         self,
@@ -141,37 +135,33 @@ class Tracker:
     ) -> None:
         """A version of the artifact `name`: finished `files` by their names in it; with `used` a run's input.
 
-        Its metadata say the SHA-256 of each file beside `metadata`. Only those `changing` later are copied: the
-        others must stay where they are, as they are, until the run is uploaded. The same files are the same
-        version, whichever run names them.
+        Its metadata include the SHA-256 of each file. Only those `changing` later are copied: the others must stay
+        as they are until the run is uploaded.
         """
 
-        def keep(run: Any) -> None:
+        def add(run: Any) -> None:
             digests = {stored: sha256(path) for stored, path in files.items()}
-            told = plain({**metadata, "sha256": digests})
-            artifact = self._wandb.Artifact(name, type=kind, metadata=told)
+            artifact = self._wandb.Artifact(name, type=kind, metadata=plain({**metadata, "sha256": digests}))
             for stored, path in files.items():
                 policy = "mutable" if stored in changing else "immutable"
                 artifact.add_file(str(Path(path).resolve()), stored, policy=policy, skip_cache=True)
-            if used:
-                # What run.use_artifact does with an artifact of ours, less its refusal to do so offline and its
-                # wait, without a limit, for the server.
+            if used:  # run.use_artifact refuses offline, and waits for the server without a limit
                 run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
             else:
                 run.log_artifact(artifact)
 
-        self._guard(keep)
+        self._call(add)
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where` is written down."""
-        self._guard(lambda run: run.finish(exit_code=exit_code), self._finish_timeout + _SECONDS_TO_ABANDON)
+        self._call(lambda run: run.finish(exit_code=exit_code), self._finish_timeout + _TEARDOWN_SECONDS)
         self._run = None
 
-    def _guard(self, action: Callable[[Any], object], seconds: float = _SECONDS_OF_A_CALL) -> None:
+    def _call(self, action: Callable[[Any], object], seconds: float = _CALL_SECONDS) -> None:
         if (run := self._run) is None:
             return
         try:
-            with _kept_in(self._folder):
+            with _environment(self._folder):
                 _bounded(lambda: action(run), seconds)
         except Exception as error:
             self._run, self.mode = None, "interrupted"
@@ -179,7 +169,7 @@ class Tracker:
                 "W&B stopped (%s): the results are in %s, what W&B has so far in %s",
                 first_line(error), self._folder / "results.jsonl", self._folder / self._path,
             )  # fmt: skip
-            _abandon(self._wandb)
+            _teardown(self._wandb)
 
 
 def open_tracker(
@@ -197,146 +187,91 @@ def open_tracker(
     init_timeout: float = 15.0,
     finish_timeout: float = 60.0,
 ) -> Tracker | None:
-    """Open the W&B run of a run folder, or go on with it; None where W&B is off or does not work.
+    """Open the W&B run of a run folder, or resume it; None where W&B is off or does not work.
 
-    "auto" is what WANDB_MODE or `wandb offline` says, else online where there is a key (WANDB_API_KEY, a
-    netrc entry, W&B's settings file) and offline where there is none. Nothing is ever asked. Offline
-    data stay inside the run folder. A server that is not reached within `init_timeout` seconds means
-    offline too, and at the end W&B is waited for during `finish_timeout` seconds at the most. A service that does
-    not answer at all is given up after a minute, and killed half a minute later.
+    "auto" is what W&B's own settings say (WANDB_MODE, `wandb offline`), and offline where W&B finds no key. Nothing is
+    ever asked. Offline data stay inside the run folder. A server that is not reached within `init_timeout` seconds
+    means offline too, and at the end W&B is waited for during at most `finish_timeout` seconds.
     """
-    if mode not in get_args(Mode):
-        raise UserError(f"logger.mode={mode}: must be one of {', '.join(get_args(Mode))}")
-    wanted = _from_environment() if mode == "auto" else mode
-    if wanted == "disabled":
+    if mode == "disabled":
         return None
     folder = Path(folder).resolve()
+    options = {
+        "dir": str(folder),
+        "project": project,
+        "entity": entity,
+        # W&B's server refuses longer ones, and the run with them.
+        "group": group and shortened(group, 128),
+        "job_type": job_type and shortened(job_type, 64),
+        "name": shortened(name or run_id, 128),
+        "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
+        "config": plain(config or {}),
+        "resume": "allow",
+        "reinit": "finish_previous",  # the default would return the open run of a crashed job
+    }
+    wandb: Any = None
     try:
-        import wandb
+        with _environment(folder):
+            import wandb
 
-        _without_telemetry()
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_code=True,
-            init_timeout=init_timeout,
-            finish_timeout=finish_timeout,
-            finish_timeout_raises=True,
-        )
-        options = {
-            "dir": str(folder),
-            "id": _wandb_id(folder, run_id),
-            "project": project,
-            "entity": entity,
-            # W&B's server refuses longer ones, and the run with them.
-            "group": group and shortened(group, 128),
-            "job_type": job_type and shortened(job_type, 64),
-            "name": shortened(name or run_id, 128),
-            "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
-            "config": plain(config or {}),
-            "resume": "allow",
-            "reinit": "finish_previous",  # the default would hand back the open run of a crashed job
-        }
-        with _kept_in(folder):
-            run, started = _bounded(lambda: _start(wandb, settings, wanted, options), _SECONDS_OF_A_CALL + init_timeout)
+            settings = wandb.Settings(
+                silent=True,
+                console="off",
+                save_code=False,
+                disable_code=True,
+                init_timeout=init_timeout,
+                finish_timeout=finish_timeout,
+                finish_timeout_raises=True,
+                **({} if mode == "auto" else {"mode": mode}),
+            )
+            options |= {"id": _wandb_id(folder, run_id), "settings": settings}
+            run, started = _bounded(lambda: _start(wandb, mode, options), _CALL_SECONDS + init_timeout)
         return Tracker(wandb, run, folder, started, finish_timeout) if run is not None else None
     except Exception as error:
         if isinstance(error, TimeoutError):
-            _abandon(wandb)
+            _teardown(wandb)
         log.warning("W&B is off (%s): results are in %s only", first_line(error), folder / "results.jsonl")
         return None
 
 
-def _start(wandb: Any, settings: Any, wanted: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def _start(wandb: Any, mode: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """The started run and its mode: offline where nobody is logged in or the server is out of reach."""
-    session = wandb.setup(settings)  # before init, so that not even the login says a word
-    if wanted == "auto":
-        wanted = _MODES.get(session.settings.mode, "auto")
-        if wanted == "disabled":
-            return None, wanted
-    if wanted != "offline":
-        if _logged_in(session.settings):
-            try:
-                return wandb.init(mode="online", settings=settings, **options), "online"
-            except Exception as error:
-                log.warning("W&B cannot be used online (%s): this run is recorded offline", first_line(error))
-                # Only a new session starts the same run a second time.
-                with contextlib.suppress(Exception):
-                    wandb.teardown()
-                wandb.setup(settings)
-        elif wanted == "online":
-            log.warning("W&B has no key (WANDB_API_KEY, or run `wandb login`): this run is recorded offline")
-    return wandb.init(mode="offline", settings=settings, **options), "offline"
-
-
-# "online" is W&B's default, which says nothing about what the user wants.
-_MODES = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-
-
-def _from_environment() -> str:
-    mode = os.environ.get("WANDB_MODE", "")
-    return "online" if mode in ("online", "run", "shared") else _MODES.get(mode, "auto")
+    session = wandb.setup(options["settings"]).settings
+    if session._noop:
+        return None, "disabled"
+    if not session._offline:
+        try:
+            if wandb.login(prompt=False, verify=False):
+                return wandb.init(mode="online", **options), "online"
+            if mode == "online":
+                log.warning("W&B has no key (WANDB_API_KEY, or run `wandb login`): this run is recorded offline")
+        except Exception as error:
+            log.warning("W&B cannot be used online (%s): this run is recorded offline", first_line(error))
+            with contextlib.suppress(Exception):  # only a new session starts the same run a second time
+                wandb.teardown()
+            wandb.setup(options["settings"])
+    return wandb.init(mode="offline", **options), "offline"
 
 
 def logged_in() -> bool:
-    """Whether W&B will find credentials, as its settings are now."""
+    """Whether W&B finds credentials."""
     import wandb
 
-    return _logged_in(wandb.setup(wandb.Settings(silent=True)).settings)
-
-
-def _logged_in(settings: Any) -> bool:
-    """Whether W&B will find credentials where it looks for them; if not, it would ask, and wait."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
-        return True
-    candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    path = next((path for path in (Path(text).expanduser() for text in candidates) if path.exists()), None)
-    try:
-        entry = netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc) if path else None
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(entry and entry[2])
+    wandb.setup(wandb.Settings(silent=True, mode="online"))
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def _wandb_id(folder: Path, run_id: str) -> str:
-    """The id of this folder's W&B run: the run's own and a random tail, drawn once and kept in the folder.
+    """The id of this folder's W&B run: the run's own and a random tail, drawn once and stored in the folder.
 
     Without the tail, the same command on another machine would write into the same W&B run.
     """
     path = folder / "wandb" / "id"
-    if path.exists():
-        return path.read_text().strip()
-    name = shortened(re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id), 64)  # of 128, since names of artifacts hold it
-    path.parent.mkdir(exist_ok=True)
-    atomic_write(path, f"{name}-{secrets.token_hex(3)}\n")
+    if not path.exists():
+        name = shortened(re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id), 64)  # of 128: names of artifacts contain it
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, f"{name}-{secrets.token_hex(3)}\n")
     return path.read_text().strip()
-
-
-@contextlib.contextmanager
-def _kept_in(folder: Path) -> Iterator[None]:
-    """Let W&B stage its uploads in the run folder, not in the home directory, and read its settings silently.
-
-    Both are said by environment variables alone; one that the user has set stays as it is.
-    """
-    wanted = {"WANDB_DATA_DIR": str(folder / "wandb"), "WANDB_SILENT": "true"}
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 (Path.home may raise)
-        wanted["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # else its log goes to the terminal
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _without_telemetry() -> None:
-    """Keep W&B from reporting its own errors: to a server that stalls, that holds up the process's end."""
-    with contextlib.suppress(ImportError, AttributeError):  # not in every version
-        from wandb.analytics.opentelemetry import opentelemetry_proxy
-
-        opentelemetry_proxy.disable()
 
 
 def log_accuracies(tracker: Tracker, summary: Mapping[str, Any]) -> None:
