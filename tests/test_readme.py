@@ -34,7 +34,7 @@ def test_the_attack_it_shows_works_as_one_file_and_one_yaml(tmp_path, data_dir):
 
 
 def test_its_table_of_groups_names_every_option():
-    for group in ("dataset", "model", "trainer", "attack", "analysis", "hardware", "logger", "experiment"):
+    for group in ("dataset", "model", "trainer", "attack", "metric", "analysis", "hardware", "logger", "experiment"):
         (row,) = re.findall(rf"^\| `{group}`.*? \| (.*?) \|", TEXT, re.MULTILINE)
         assert set(re.findall(r"`(\w+)`", row)) == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
     (row,) = re.findall(r"^\| `multirun_sweeps` \| (.*?) \|", TEXT, re.MULTILINE)
