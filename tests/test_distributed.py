@@ -275,4 +275,4 @@ def test_torchrun_and_the_configuration_must_agree(start, place):
     ]
     each = ended(start(TORCHRUN, "hardware=cpu"))
     assert each.returncode == 1
-    assert "error: hardware.distributed=false: torchrun has started 2 processes" in each.stderr
+    assert "error: hardware.distributed=false: each of the 2 processes" in each.stderr

@@ -172,7 +172,7 @@ def test_survivors_and_threat_model(launch, tmp_path):
     assert summary["clean_accuracy"]["value"] >= values[0] >= values[1] >= values[2] > 0
     assert summary["worst_case_accuracy"]["value"] == values[2]
     assert not info["fgsm"]["counts"] and info["fgsm"]["robust_accuracy"]["value"] < values[2]
-    assert "not in the worst case, being outside the run's threat model (norm, eps, box): fgsm" in done.stdout
+    assert "outside the run's threat model (norm, eps, box), so not in the worst case: fgsm" in done.stdout
     outcomes = dict(np.load(tmp_path / "runs/s/outcomes.npz"))
     fooled_first = (outcomes["clean_pred"] == outcomes["label"]) & (outcomes["pgd_pred"] != outcomes["label"])
     assert fooled_first.any()
