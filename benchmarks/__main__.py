@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl.runtime import device
-from benchmarks import analyses, attacks, judging, memory, scaling, startup, training
+from benchmarks import analyses, attacks, evaluation, memory, scaling, startup, training
 from benchmarks.victim import images_32, trained
 
 PARTS = (
-    "startup", "training", "attacks", "autoattack", "memory", "scaling", "analyses", "judging",
+    "startup", "training", "attacks", "autoattack", "memory", "scaling", "analyses", "evaluation",
 )  # fmt: skip
 Rows = list[tuple[str, str, str]]
 
@@ -71,8 +71,8 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
         rows += scaling.measure(machine, rounds, scratch, smoke)
     if "analyses" in parts:
         rows += analyses.measure(models["undefended"], data, machine, rounds, scratch, smoke)
-    if "judging" in parts:
-        rows += judging.measure(args.cifar10, scratch / "judging", rounds, smoke)
+    if "evaluation" in parts:
+        rows += evaluation.measure(args.cifar10, scratch / "evaluation", rounds, smoke)
     return rows
 
 

@@ -192,8 +192,8 @@ def _pgd(
     goal = ">= 5, no higher accuracy" if who == "undefended" else ">= 1.3, no higher accuracy"
     for name in list(candidates)[3:]:
         speed = ratio(seconds[name], seconds["aerl"])
-        told = f"{speed:.1f} (robust: {accuracy['aerl']:.1%} against {accuracy[name]:.1%})"
-        rows.append((f"{what}: {name}'s time over aerl's", told, goal))
+        measured = f"{speed:.1f} (robust: {accuracy['aerl']:.1%} against {accuracy[name]:.1%})"
+        rows.append((f"{what}: {name}'s time over aerl's", measured, goal))
     return rows
 
 
@@ -202,7 +202,7 @@ def users_autoattack(
 ) -> Callable[[str, str, float, int], Timed]:
     """pyautoattack by itself: contiguous models in eval mode on PyTorch's defaults, as its README shows it.
 
-    What is called with (model, norm, eps, samples) tells the seconds, and which of the first samples are robust.
+    The returned function (model, norm, eps, samples) returns the seconds, and which of the first samples are robust.
     """
     from pyautoattack import AutoAttack as Library
 
@@ -257,7 +257,7 @@ def _autoattack(
     attack = AutoAttack(norm=norm, eps=eps, batch_size=_AUTOATTACK_BATCH)  # type: ignore[arg-type]
 
     def aerl() -> Timed:
-        """With the look at the clean images, which the library has inside, too."""
+        """Including the clean predictions, which the library makes, too."""
 
         def attacked() -> Attacked:
             clean = evaluate.predict(model, split, hardware, _AUTOATTACK_BATCH)
@@ -277,7 +277,7 @@ def _autoattack(
     seconds = time_in_turns({"aerl": aerl, "library": library}, rounds, warm_up=False)
     differ = int((masks["aerl"] != masks["library"]).sum())
     same = "the same samples" if differ == 0 else f"{differ} of {len(split)} samples differ"
-    told = f"robust: {masks['aerl'].mean():.1%} against {masks['library'].mean():.1%}, {same}"
+    accuracies = f"robust: {masks['aerl'].mean():.1%} against {masks['library'].mean():.1%}, {same}"
     what = f"AutoAttack standard {norm} eps {eps_text(eps)}, {who} model, {len(split)} images"
     speed = ratio(seconds["library"], seconds["aerl"])
-    return f"{what}: pyautoattack's own time over aerl's", f"{speed:.2f} ({told})", ">= 1.3, the same samples"
+    return f"{what}: pyautoattack's own time over aerl's", f"{speed:.2f} ({accuracies})", ">= 1.3, the same samples"

@@ -1,7 +1,7 @@
-"""All that only a GPU can tell, in steps that may be cut off: `python -m benchmarks.gpu FOLDER`.
+"""Everything that needs a GPU, in steps that can be interrupted: `python -m benchmarks.gpu FOLDER`.
 
-Each step's output lies in FOLDER once it is done, and repeating the command goes on with what is left. With
-`--minutes 10` it stops by itself. In the end FOLDER/performance.md and FOLDER/results.md hold the tables for
+The output of each finished step is in FOLDER; a repeated command resumes with the next step. With `--minutes 10` it
+stops by itself. At the end FOLDER/performance.md and FOLDER/results.md hold the tables for
 docs/performance.md and docs/results.md.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.training import NETS
 
 _ROOT = Path(__file__).resolve().parent.parent
-_REQUEUE = 75  # as launch.py ends when it was stopped: the same command goes on
+_REQUEUE = 75  # exit code of launch.py when it was stopped and can resume
 _SECONDS_TO_SAVE = 60
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         print("cut off", file=sys.stderr)
     print(f"left: {', '.join(left) or 'nothing'}")
     if left and not args.dry_run:
-        print("the same command goes on")
+        print("the same command resumes")
         sys.exit(_REQUEUE)
 
 

@@ -131,7 +131,7 @@ def _alone(job: Callable[..., object], *args: object) -> object:
         return call()
 
 
-def _told(values: list[object]) -> str:
+def _megabytes(values: list[object]) -> str:
     return f"{' / '.join(f'{value:.0f}' for value in values)} MB"
 
 
@@ -144,22 +144,22 @@ def measure(
     work = Work("alicnn", "sl", 8 if smoke else 64, 32)
     peaks = [_alone(train, device, work, count) for count in counts]
     many = " / ".join(f"{count:,}" for count in counts)
-    rows = [(f"{work}, {many} images of 3 KB: peak memory", _told(peaks), "flat but for the images")]
+    rows = [(f"{work}, {many} images of 3 KB: peak memory", _megabytes(peaks), "flat but for the images")]
     for name in ["pgd"] if smoke else ATTACKS:
         work = Work("cnn", "sl", 8 if smoke else 64, 32, 0.1)
         # The targeted ones take nine times as long.
         counts = (8,) if smoke else (64, 256) if name in ("apgd-t", "fab-t") else (64, 256, 1024)
         peaks = [_alone(attack, device, name, work, count) for count in counts]
         many = " / ".join(map(str, counts))
-        rows.append((f"{name}, {work.shape}, {many} images: peak memory", _told(peaks), "flat"))
+        rows.append((f"{name}, {work.shape}, {many} images: peak memory", _megabytes(peaks), "flat"))
     if not smoke:
         sides = (64, 128, 224)
         works = [Work("resnet18", "sl", 16, side) for side in sides]
-        told = f"{works[0]}".replace("64x64", " / ".join(map(str, sides)) + " pixels a side")
+        shapes = f"{works[0]}".replace("64x64", " / ".join(map(str, sides)) + " pixels a side")
         peaks = [_alone(train, device, work, 64) for work in works]
-        rows.append((f"{told}: peak memory of training", _told(peaks), "as the pixels"))
+        rows.append((f"{shapes}: peak memory of training", _megabytes(peaks), "as the pixels"))
         peaks = [_alone(attack, device, "pgd", work, 16) for work in works]
-        rows.append((f"{told}: peak memory of pgd", _told(peaks), "as the pixels"))
+        rows.append((f"{shapes}: peak memory of pgd", _megabytes(peaks), "as the pixels"))
     if cifar10_path is not None:
         cache = str(scratch / "memory")
         for start in ("first", "second"):

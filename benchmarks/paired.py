@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: the candidates take turns, and only ratios of medians are told."""
+"""Timing that survives a noisy machine: the candidates take turns, and only ratios of medians are reported."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timed:
-    """What a candidate returns that has timed itself, because its call does more than what is to be timed."""
+    """What a candidate returns that times itself, because its call does more than what is timed."""
 
     seconds: float
     result: Any = None
@@ -57,10 +57,10 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
 
 @contextmanager
 def in_its_own_process(make: Callable[..., Callable[..., Any]], *args: object) -> Iterator[Callable[..., Any]]:
-    """`make(*args)` lives in a process of its own; what is yielded calls there what it returned.
+    """Call `make(*args)` in a separate process; yields a function that calls its result there.
 
-    For a candidate that must not profit from what another one does to the whole process. Everything that goes
-    there or comes back is pickled: modules and tensors on the CPU.
+    So that one candidate's settings of the process cannot affect another one. Arguments and results are pickled, with
+    modules and tensors on the CPU.
     """
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_serve, args=(theirs, make, args))

@@ -1,7 +1,7 @@
-"""The table of docs/results.md: train, judge, compare, write. `python -m benchmarks.results --cifar10 FOLDER`
+"""The table of docs/results.md: train, evaluate, compare, write. `python -m benchmarks.results --cifar10 FOLDER`
 
-Every step is a command of launch.py, which says itself what is finished: repeated, this goes on where it
-was stopped. `--paper` does the same with the 6-layer CNN at the paper's settings, for a GPU.
+Every step is a command of launch.py, so a repeated call resumes where it stopped. `--paper` does the same with the
+6-layer CNN at the paper's settings, for a GPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _PAPER = {
     "pgd_at": ["dataset=cifar10", "model=cnn", "trainer=pgd_at"],
 }
 SEEN = ("sl", "rl", "rl_adv")  # whose figures are shown
-STEPS = ("train", "judge", "audit", "matrix", "figures", "write")
+STEPS = ("train", "evaluate", "audit", "matrix", "figures", "write")
 
 
 def launch(*words: str) -> None:
@@ -40,12 +40,12 @@ def train(args: argparse.Namespace, trainer: str, seed: int) -> None:
            f"runs_dir={args.runs}", f"name={trainer}-{seed}")  # fmt: skip
 
 
-def judge(args: argparse.Namespace, trainer: str, seed: int) -> None:
+def evaluate(args: argparse.Namespace, trainer: str, seed: int) -> None:
     sources = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES if name != trainer)
     launch("trainer=none", f"checkpoint={args.runs}/{trainer}-{seed}", f"seed={seed}", f"eps={args.eps}",
            f"evaluation.samples={args.samples}", "attack=[pgd_paper,pgd,autoattack,transfer]",
            f"attack.transfer.sources=[{sources}]", "analysis=none",
-           f"runs_dir={args.runs}", f"name=judged-{trainer}-{seed}")  # fmt: skip
+           f"runs_dir={args.runs}", f"name=evaluated-{trainer}-{seed}")  # fmt: skip
 
 
 def audit(args: argparse.Namespace, trainer: str, seed: int) -> None:
@@ -69,17 +69,17 @@ def figures(args: argparse.Namespace) -> None:
     runs = ",".join(str(args.runs / f"{trainer}-{seed}") for trainer in SEEN for seed in args.seeds)
     launch("-m", *common, f"checkpoint={runs}", "attack=suite", f"runs_dir={args.runs}/figures")
     own, *others = (f"{args.runs}/{trainer}-{args.seeds[0]}" for trainer in ("rl", "sl", "rl_adv"))
-    beside = f"[{','.join(others)}]"
+    compared = f"[{','.join(others)}]"
     launch(*common, f"checkpoint={own}", "attack=none", "analysis=[landscape,gradients]",
-           f"analysis.landscape.runs={beside}", f"analysis.gradients.runs={beside}",
-           f"runs_dir={args.runs}/figures", "name=beside")  # fmt: skip
+           f"analysis.landscape.runs={compared}", f"analysis.gradients.runs={compared}",
+           f"runs_dir={args.runs}/figures", "name=compared")  # fmt: skip
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    if told["status"] != "finished":
-        raise SystemExit(f"{folder} is {told['status']}: repeat the command without --only")
-    return told
+    values: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    if values["status"] != "finished":
+        raise SystemExit(f"{folder} is {values['status']}: repeat the command without --only")
+    return values
 
 
 def _share(accuracy: dict[str, float]) -> str:
@@ -95,8 +95,8 @@ def robustness(args: argparse.Namespace) -> list[str]:
     ]
     for trainer in args.trainers:
         for seed in args.seeds:
-            told = summary(args.runs / f"judged-{trainer}-{seed}")
-            attacks = told["attacks"]
+            run = summary(args.runs / f"evaluated-{trainer}-{seed}")
+            attacks = run["attacks"]
             transfers = {
                 name: attack["robust_accuracy"]
                 for name, attack in attacks.items()
@@ -104,9 +104,9 @@ def robustness(args: argparse.Namespace) -> list[str]:
             }
             worst = min(transfers, key=lambda name: transfers[name]["value"])
             source = worst.removeprefix("transfer_").rpartition("_seed")[0] or worst
-            cells = [trainer, str(seed), _share(told["clean_accuracy"])]
+            cells = [trainer, str(seed), _share(run["clean_accuracy"])]
             cells += [_share(attacks[name]["robust_accuracy"]) for name in ("pgd_paper", "pgd", "autoattack")]
-            cells += [f"{_share(transfers[worst])} from {source}", _share(told["worst_case_accuracy"])]
+            cells += [f"{_share(transfers[worst])} from {source}", _share(run["worst_case_accuracy"])]
             cells += _audit(summary(args.runs / f"audited-{trainer}-{seed}")["masking"])
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -115,9 +115,9 @@ def robustness(args: argparse.Namespace) -> list[str]:
 def _audit(masking: dict[str, Any]) -> list[str]:
     """The verdict; how many softmaxes are saturated at the images; what the paper's formula misses."""
     says = {check["name"]: check["says"] for check in masking["checks"]}
-    told = masking["verdict"]
-    if told not in ("no sign", "not measured"):
-        told += f": {masking['mechanism']}"
+    verdict = masking["verdict"]
+    if verdict not in ("no sign", "not measured"):
+        verdict += f": {masking['mechanism']}"
     counts = [
         re.search(pattern, says[name])
         for name, pattern in (
@@ -125,18 +125,18 @@ def _audit(masking: dict[str, Any]) -> list[str]:
             ("paper_formula", r"misses (\d+ of the \d+)"),
         )
     ]
-    return [told, *("-" if found is None else found[1].replace("the ", "") for found in counts)]
+    return [verdict, *("-" if count is None else count[1].replace("the ", "") for count in counts)]
 
 
 def means(args: argparse.Namespace) -> list[str]:
-    """Per trainer the mean over seeds of the paper's number, the honest one, and what lies between them."""
+    """For each trainer, the means over the seeds: the paper's attack, PGD, AutoAttack and the worst case."""
     names = ("pgd_paper", "pgd", "autoattack")
     lines = ["| trainer | clean | pgd_paper | pgd | AutoAttack | worst case |", "|---|---|---|---|---|---|"]
     for trainer in args.trainers:
-        told = [summary(args.runs / f"judged-{trainer}-{seed}") for seed in args.seeds]
-        columns = [[t["clean_accuracy"]["value"] for t in told]]
-        columns += [[t["attacks"][name]["robust_accuracy"]["value"] for t in told] for name in names]
-        columns.append([t["worst_case_accuracy"]["value"] for t in told])
+        runs = [summary(args.runs / f"evaluated-{trainer}-{seed}") for seed in args.seeds]
+        columns = [[run["clean_accuracy"]["value"] for run in runs]]
+        columns += [[run["attacks"][name]["robust_accuracy"]["value"] for run in runs] for name in names]
+        columns.append([run["worst_case_accuracy"]["value"] for run in runs])
         cells = [f"{100 * np.mean(column):.1f}" for column in columns]
         lines.append(f"| {trainer} | {' | '.join(cells)} |")
     return lines
@@ -152,7 +152,7 @@ def transfers(args: argparse.Namespace) -> list[str]:
             row = dict(zip(header, line.split(","), strict=True))
             pair = (row["source"].rpartition("_seed")[0], row["target"].rpartition("_seed")[0])
             cells.setdefault(pair, []).append(float(row["accuracy"]))
-    lines = [f"| crafted on \\ judged on | {' | '.join(SOURCES)} |", "|---|" + "---|" * len(SOURCES)]
+    lines = [f"| crafted on \\ evaluated on | {' | '.join(SOURCES)} |", "|---|" + "---|" * len(SOURCES)]
     for source in SOURCES:
         shares = [f"{100 * np.mean(cells[source, target]):.1f}" for target in SOURCES]
         lines.append(f"| {source} | {' | '.join(shares)} |")
@@ -160,7 +160,7 @@ def transfers(args: argparse.Namespace) -> list[str]:
 
 
 def write(args: argparse.Namespace) -> None:
-    environment = summary(args.runs / f"judged-{args.trainers[0]}-{args.seeds[0]}")["environment"]
+    environment = summary(args.runs / f"evaluated-{args.trainers[0]}-{args.seeds[0]}")["environment"]
     title = (
         f"{datetime.date.today().isoformat()}; {environment['device']}, torch {environment['torch']}; "
         f"L2 eps {args.eps}, {args.samples} test images, seeds {', '.join(map(str, args.seeds))}; "
@@ -199,8 +199,8 @@ def main() -> None:
         if "matrix" in args.only:
             matrix(args, seed)
         for trainer in args.trainers:
-            if "judge" in args.only:
-                judge(args, trainer, seed)
+            if "evaluate" in args.only:
+                evaluate(args, trainer, seed)
             if "audit" in args.only:
                 audit(args, trainer, seed)
     if "figures" in args.only:

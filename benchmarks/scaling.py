@@ -1,6 +1,6 @@
 """How time grows with samples, steps, classes and runs, and what the grid of the paper's table would cost.
 
-The growth is told as an exponent: of t = c n^a fitted to medians, a = 1 being linear.
+Growth is reported as an exponent: of t = c n^a fitted to medians, a = 1 being linear.
 """
 
 import math
@@ -55,10 +55,10 @@ def growth(
     seconds = time_in_turns({str(size): partial(call, size) for size in sizes}, rounds, warm_up=warm_up)
     medians = [statistics.median(times) for times in seconds.values()]
     slope = exponent(sizes, medians)
-    told = f"exponent {slope:.2f} ({' / '.join(f'{each:.2g}' for each in medians)} s)"
+    measured = f"exponent {slope:.2f} ({' / '.join(f'{each:.2g}' for each in medians)} s)"
     if slope > _LINEAR:
-        told += ", faster than linear"
-    return f"{what}, {' / '.join(map(str, sizes))}", told, f"<= {expected + _LINEAR - 1:.1f}"
+        measured += ", faster than linear"
+    return f"{what}, {' / '.join(map(str, sizes))}", measured, f"<= {expected + _LINEAR - 1:.1f}"
 
 
 def measure(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -> list[tuple[str, str, str]]:
@@ -213,15 +213,15 @@ def headline_rows(hardware: Hardware, rounds: int, scratch: Path, smoke: bool) -
     hours = headline(speeds, passes)
     gpu = hardware.device.type == "cuda"
     rates = ", ".join(f"{name} {speeds[name]:,.0f}" for name in TRAINERS)
-    told = _on_gpus(hours) if gpu else f"{sum(hours):,.0f} hours of this CPU"
-    told += f" (measured: {rates} images/s in training, {passes:,.0f} passes/s in attacks)"
-    rows = [(f"EXTRAPOLATED, not run: multirun_sweeps=headline, {len(hours)} runs", told, "")]
+    cost = _on_gpus(hours) if gpu else f"{sum(hours):,.0f} hours of this CPU"
+    cost += f" (measured: {rates} images/s in training, {passes:,.0f} passes/s in attacks)"
+    rows = [(f"EXTRAPOLATED, not run: multirun_sweeps=headline, {len(hours)} runs", cost, "")]
     if not gpu:
         training = {work.trainer: _ASSUMED / operations(work) for work in three}
         model.eval()  # BatchNorm has nothing to normalise one image by
         hours = headline(training, _ASSUMED / flops(partial(model, x[:1])))
-        told = f"{_on_gpus(hours)} ({sum(hours) * 3600 * _ASSUMED:.2g} operations)"
-        rows.append((f"the same on GPUs, by counting, at an ASSUMED {_ASSUMED / 1e12:.0f} TFLOP/s", told, ""))
+        cost = f"{_on_gpus(hours)} ({sum(hours) * 3600 * _ASSUMED:.2g} operations)"
+        rows.append((f"the same on GPUs, by counting, at an ASSUMED {_ASSUMED / 1e12:.0f} TFLOP/s", cost, ""))
     return rows
 
 

@@ -154,10 +154,9 @@ def forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Te
 def papers_loop(work: Work, device: torch.device) -> Callable[[], None]:
     """One step per call: DataLoader with 2 workers, contiguous layout, PyTorch's own precision, AdamW.
 
-    Its passes: a policy gradient draws its actions by one forward and scores them by another. With an
-    adversary it draws four times; assumed are four forwards, two of them without a graph, and beside them
-    the forward and the input gradient of one FGSM step. A loop that also computed the parameters' gradients
-    at that step would be slower still.
+    Its passes: a policy gradient draws its actions in one forward pass and scores them in another. With an adversary
+    it draws four times; we assume four forward passes, two of them without a graph, and the forward pass and the input
+    gradient of one FGSM step. A loop that also computed the parameters' gradients at that step would be slower.
     """
     torch.manual_seed(0)
     net = network(work, padded_by_pytorch=True).to(device)

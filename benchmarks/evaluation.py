@@ -1,4 +1,4 @@
-"""What a number to be believed costs: the suite and the masking audit against AutoAttack standard, as whole runs."""
+"""The cost of a robustness number: the suite and the masking audit against AutoAttack standard, as whole runs."""
 
 import json
 import subprocess
@@ -16,8 +16,8 @@ def _run(folder: Path, *words: str) -> dict[str, Any]:
     subprocess.run(
         [*command, f"runs_dir={folder.parent}", f"name={folder.name}"], check=True, stdout=subprocess.DEVNULL
     )
-    told: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return told
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> list[tuple[str, str, str]]:
@@ -31,14 +31,14 @@ def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> li
         words = (f"trainer={trainer}", f"eps={few}", *quick, "attack=none", "analysis=none")
         _run(scratch / trainer, *data, *words)
 
-    def judged(trainer: str, eps: float, *words: str) -> dict[str, Any]:
-        return _run(scratch / "judged", "trainer=none", f"checkpoint={scratch / trainer}", f"eps={eps}",
+    def evaluated(trainer: str, eps: float, *words: str) -> dict[str, Any]:
+        return _run(scratch / "evaluated", "trainer=none", f"checkpoint={scratch / trainer}", f"eps={eps}",
                     f"evaluation.samples={samples}", *words)  # fmt: skip
 
     def attacked(trainer: str, eps: float, attack: str) -> tuple[float, float]:
         """Seconds of the attacks, and the accuracy that they leave."""
-        told = judged(trainer, eps, f"attack={attack}", "analysis=none")
-        return told["seconds"]["attack"], told["worst_case_accuracy"]["value"]
+        summary = evaluated(trainer, eps, f"attack={attack}", "analysis=none")
+        return summary["seconds"]["attack"], summary["worst_case_accuracy"]["value"]
 
     audit = ("attack=none", "analysis=masking", f"analysis.masking.samples={samples}")
     suite: dict[float, list[tuple[float, float]]] = {few: [], none: []}
@@ -51,7 +51,7 @@ def measure(cifar10: Path | None, scratch: Path, rounds: int, smoke: bool) -> li
             plain[eps].append(attacked("sl", eps, "autoattack"))
         robust.append(attacked("pgd_at", few, "autoattack")[0])
         for trainer, seconds in audits.items():
-            seconds.append(judged(trainer, few, *audit)["masking"]["seconds"])
+            seconds.append(evaluated(trainer, few, *audit)["masking"]["seconds"])
     rows = []
     for eps in suite:
         (ours, left), (theirs, theirs_left) = zip(*suite[eps], strict=True), zip(*plain[eps], strict=True)
