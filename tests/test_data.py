@@ -518,6 +518,24 @@ def test_ambiguous_or_wrong_class_folders_are_refused(
     refusal(lambda: ready(tmp_path, read(folder, **settings)), *words)
 
 
+@pytest.mark.parametrize("annotated", [True, False])
+def test_tiny_imagenet_is_read_as_it_is_packed(tmp_path: Path, annotated: bool, caplog: Any) -> None:
+    counts = {"train/n1/images": 10, "train/n2/images": 10, "val/images": 6, "test/images": 4}
+    folder = make_folders(tmp_path / "tiny", counts)
+    (folder / "train/n1/n1_boxes.txt").touch()
+    lines = [f"test_{number}.png\tn{1 + number % 2}\t0\t0\t9\t9" for number in range(6)]
+    if annotated:
+        (folder / "val/val_annotations.txt").write_text("\n".join(lines))
+    caplog.set_level("INFO")
+    data = ready(tmp_path, read(folder))
+    assert data.class_names == ("n1", "n2") and "n1_boxes.txt" in caplog.text
+    if annotated:
+        truth = dict(zip(images_of(6, 2), ["n1", "n2"] * 3, strict=True))
+        assert named(data.test, data.class_names) == truth and "left out: test" in caplog.text
+    else:
+        assert len(data.test) == 4 and "no labels: test, val" in caplog.text
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 def test_rows_of_a_table_reach_no_local_file(tmp_path: Path, as_text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "hub" / "datasets--owner--name" / "1.png"

@@ -165,9 +165,10 @@ def _build(source: Callable[[], Source], folder: Path, *, where: str, **recipe: 
     shape = (1 if grey else 3, *(2 * [recipe["size"]] if recipe["size"] else (first.height, first.width)))
     arrays = {}
     for part, rows in (("train", train), ("val", val), ("test", test)):
-        own = part == "test" and origin.test is not None
-        table, numbers = (origin.test, test_labels) if own else (origin.train, labels)
-        what = f"{where}: {'test' if own else 'train'} image"
+        split, table, numbers = "train", origin.train, labels
+        if part == "test" and origin.test is not None:
+            split, table, numbers = "test", origin.test, test_labels
+        what = f"{where}: {split} image"
         pixels = _write_images(folder / f"{part}_images.npy", table.images, rows, convert, shape, what)
         if part == "train":
             mean, std = _mean_and_std(pixels)
