@@ -50,8 +50,7 @@ class DataSplits:
 
 
 def rows(total: int, samples: int | None) -> Tensor:
-    """`samples` of `total` rows drawn once and for all, int64 and rising: the same ones for every run, so that
-    runs can be paired. None, or more than there are, means all of them."""
+    """`samples` of `total` rows, int64 and rising; all for None. They are the same in every run, to pair runs."""
     if samples is None or samples >= total:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:samples].sort().values
@@ -66,20 +65,15 @@ def subset(split: Split, samples: int | None) -> Split:
 
 
 def limit_training(data: DataSplits, samples: int | None) -> DataSplits:
-    """The same data with `samples` of its training images, if that is enough to train on: UserError if not."""
+    """The same data with `samples` of its training images; UserError if they are of fewer than two classes."""
     if samples is None:
         return data
     if samples > len(data.train):
         raise UserError(f"dataset.train_samples={samples}: the training split has {len(data.train)} images")
-    limited = replace(data, train=subset(data.train, samples))
-    present = int((torch.bincount(limited.train.labels) > 0).sum())
+    train = subset(data.train, samples)
+    present = int((torch.bincount(train.labels) > 0).sum())
     if present < 2:
         raise UserError(f"dataset.train_samples={samples}: are all of one class; expected images of at least two")
     if present < data.num_classes:
-        log.warning(
-            "dataset.train_samples=%d: hold images of %d of the %d classes",
-            samples,
-            present,
-            data.num_classes,
-        )
-    return limited
+        log.warning("dataset.train_samples=%d: have images of %d of %d classes", samples, present, data.num_classes)
+    return replace(data, train=train)
