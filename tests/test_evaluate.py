@@ -1,4 +1,4 @@
-"""Per-sample outcomes: which samples are attacked, that their order is no matter, and what is counted."""
+"""Per-sample outcomes: which samples are attacked, that their order does not matter, and what is counted."""
 
 import copy
 import errno
@@ -15,6 +15,7 @@ from aerl.data import Split, subset
 from aerl.evaluation import evaluate
 from aerl.evaluation.evaluate import run_attack
 from aerl.evaluation.outcomes import Attacked, accuracy, check_within, reward, so_far
+from aerl.models import AliCNN
 from aerl.runtime.device import is_out_of_memory
 from aerl.types import UserError
 
@@ -26,24 +27,40 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def split(model, hardware) -> Split:
+def predicted(hardware):
+    """`predicted(model, split)`: the clean outcomes."""
+    return lambda model, split, batch_size=45: evaluate.predict(model, split, hardware, batch_size)
+
+
+@pytest.fixture(scope="module")
+def split(model, predicted) -> Split:
     """Random images; two thirds carry the model's own prediction as their label."""
     images = torch.randint(0, 256, (45, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    unlabelled = Split(images, torch.zeros(45, dtype=torch.int64))
-    labels = torch.from_numpy(evaluate.predict(model, unlabelled, hardware, 45).pred)
+    labels = torch.from_numpy(predicted(model, Split(images, torch.zeros(45, dtype=torch.int64))).pred)
     labels[::3] = (labels[::3] + 1) % 3
     return Split(images, labels)
 
 
-def attacked(attack, model, split, hardware, batch_size=45, **options):
-    clean = evaluate.predict(model, split, hardware, batch_size)
-    return run_attack(attack, model, split, clean, hardware, name="a", seed=0, batch_size=batch_size, **options)
+@pytest.fixture
+def attacked(model, split, predicted, hardware):
+    """`attacked(attack)`: the outcomes of an attack, by its parts."""
+
+    def run(attack, batch_size=45, model=model, split=split, **options):
+        clean = predicted(model, split, batch_size)
+        return run_attack(attack, model, split, clean, hardware, name="a", seed=0, batch_size=batch_size, **options)
+
+    return run
+
+
+def own(call):
+    """The same as an attack: a function of the images alone, or of model and images."""
+    return lambda model, x, y, *, generator: call(x)
 
 
 weak_pgd = partial(pgd, norm="L2", eps=0.3, steps=3)
 
 
-def test_only_samples_that_are_right_are_attacked(model, split, hardware):
+def test_only_samples_that_are_right_are_attacked(split, attacked):
     seen = []
 
     def spy(model, x, y, *, generator):
@@ -51,24 +68,24 @@ def test_only_samples_that_are_right_are_attacked(model, split, hardware):
         assert (model(x).argmax(1) == y).all()
         return weak_pgd(model, x, y, generator=generator)
 
-    found = attacked(spy, model, split, hardware, batch_size=8)["a"]
+    found = attacked(spy, 8)["a"]
     assert sum(seen) == 30
     assert (found.samples["l2"][::3] == 0).all() and (found.pred[::3] != split.labels[::3].numpy()).all()
     assert found.samples["l2"].max() > 0
+    wrong = Split(split.images[::3], split.labels[::3])
+    assert (attacked(spy, split=wrong)["a"].samples["l2"] == 0).all() and sum(seen) == 30
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 45])
-def test_batch_size_and_order_change_no_outcome(model, split, hardware, batch_size):
+def test_batch_size_and_order_change_no_outcome(split, attacked, batch_size):
     order = torch.randperm(45, generator=torch.Generator().manual_seed(2))
-    shuffled = Split(split.images[order], split.labels[order])
-    straight = attacked(weak_pgd, model, split, hardware)["a"]
-    other = attacked(weak_pgd, model, shuffled, hardware, batch_size)["a"]
+    straight = attacked(weak_pgd)["a"]
+    other = attacked(weak_pgd, batch_size, split=Split(split.images[order], split.labels[order]))["a"]
     assert np.array_equal(straight.pred[order.numpy()], other.pred)
     np.testing.assert_allclose(straight.samples["l2"][order.numpy()], other.samples["l2"], atol=1e-5)
 
 
-def autoattack(**settings) -> AutoAttack:
-    return AutoAttack(norm="L2", eps=0.25, batch_size=8, queries=60, **settings)
+autoattack = partial(AutoAttack, norm="L2", eps=0.25, batch_size=8, queries=60)
 
 
 class Interrupted(Exception):
@@ -76,131 +93,106 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("attack", [weak_pgd, autoattack(attacks=["apgd-ce", "square"])], ids=["pgd", "autoattack"])
-def test_resumes_to_the_same_outcomes(model, split, hardware, attack):
-    expected = attacked(attack, model, split, hardware, batch_size=8)["a"]
-    assert 0 < (expected.pred == split.labels.numpy()).sum() < 30  # some fall, some do not
+def test_resumes_to_the_same_outcomes(split, attacked, attack):
+    expected = attacked(attack, 8)["a"]
+    assert 0 < (expected.pred == split.labels.numpy()).sum() < 30  # some are fooled, some are not
     state, batches = None, 0
     while True:
-        kept = []
+        states = []
 
-        def stop_at_the_second(stage, kept=kept):
-            kept.append(copy.deepcopy(stage))
-            if len(kept) == 2:
+        def stop_at_the_second(stage, states=states):
+            states.append(copy.deepcopy(stage))
+            if len(states) == 2:
                 raise Interrupted
 
         try:
-            again = attacked(attack, model, split, hardware, batch_size=8, resume=state, save=stop_at_the_second)
+            again = attacked(attack, 8, resume=state, save=stop_at_the_second)["a"]
             break
         except Interrupted:
-            state, batches = kept[0], batches + 1  # what the second batch did is lost
+            state, batches = states[0], batches + 1  # what the second batch did is lost
     assert batches >= 3
-    assert np.array_equal(expected.examples, again["a"].examples)
+    assert np.array_equal(expected.examples, again.examples)
     for key, values in expected.samples.items():
-        assert np.array_equal(values, again["a"].samples[key]), key
+        assert np.array_equal(values, again.samples[key]), key
 
 
-def test_stages_hand_on_survivors_only(model, split, hardware):
-    """As a whole attack and as one stage after another it marks the same samples, and none twice."""
+def test_each_stage_gets_the_survivors_of_those_before(split, attacked):
     seen = []
 
     class Staged:
         def stages(self, model, x):
-            return [partial(self.one, 0.0), partial(self.one, 0.5)]
+            return [partial(self.blacken, 0.0), partial(self.blacken, 0.5)]
 
         def __call__(self, model, x, y, *, generator):
             raise AssertionError("its stages run instead")
 
-        def one(self, threshold, model, x, y, *, generator):
+        def blacken(self, threshold, model, x, y, *, generator):
             seen.append(len(x))
             black = (x.mean((1, 2, 3)) > 0.5) == (threshold == 0.0)
             return torch.where(black[:, None, None, None], torch.zeros_like(x), x)
 
-    found = attacked(Staged(), model, split, hardware)["a"]
-    fallen = int(((found.samples["linf"] > 0) & (found.pred != split.labels.numpy())).sum())
-    assert len(seen) == 2 and seen[0] == 30 and 30 - seen[1] <= fallen
+    found = attacked(Staged())["a"]
+    fooled = int(((found.samples["linf"] > 0) & (found.pred != split.labels.numpy())).sum())
+    assert len(seen) == 2 and seen[0] == 30 and 30 - seen[1] <= fooled
 
 
-def test_a_model_without_a_gradient(split, hardware):
-    class Broken(nn.Module):
+def test_a_model_without_a_gradient(split, attacked, predicted):
+    class Rounded(nn.Module):
         def forward(self, x):
             return torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3)), x[:, 0, 0, 0]], 1).detach().round(decimals=2)
 
-    labels = torch.from_numpy(evaluate.predict(Broken(), split, hardware, 45).pred)
-    right = Split(split.images, labels)
+    model = Rounded()
+    labels = predicted(model, split).pred
+    right = Split(split.images, torch.from_numpy(labels))
     with collect_warnings() as warnings:
-        found = attacked(autoattack(), Broken(), right, hardware)["a"]
-        unharmed = attacked(weak_pgd, Broken(), right, hardware)["a"]
+        found = attacked(autoattack(), model=model, split=right)["a"]
+        unharmed = attacked(weak_pgd, model=model, split=right)["a"]
     assert any("not run" in warning for warning in warnings)
-    assert (found.pred != labels.numpy()).any()  # Square needs no gradient
-    assert (unharmed.pred == labels.numpy()).all() and (unharmed.samples["l2"] == 0).all()
+    assert (found.pred != labels).any()  # Square needs no gradient
+    assert (unharmed.pred == labels).all() and (unharmed.samples["l2"] == 0).all()
 
 
-def test_sampled_policy(model, split, hardware):
+def test_sampled_policy(model, split, attacked, predicted):
     """The worst case of a sampled policy is the mean, over samples, of its least expected reward."""
-    attack = partial(weak_pgd, drop_fooled=False)
-    clean = evaluate.predict(model, split, hardware, 45)
-    found = attacked(attack, model, split, hardware, policy="sample")["a"]
-    outcomes = {"label": split.labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.samples["p"],
-                "a_pred": found.pred, "a_p": found.samples["p"]}  # fmt: skip
+    clean, found = predicted(model, split), attacked(partial(weak_pgd, drop_fooled=False), policy="sample")["a"]
+    outcomes = {"label": split.labels.numpy(), **clean.columns("clean"), **found.columns("a")}
     assert (found.samples["l2"] > 0).all()  # also those whose argmax is wrong
     assert (found.samples["p"] <= clean.samples["p"] + 1e-6).all()
     value = accuracy(outcomes, ["a"], "sample")["value"]
     assert value == pytest.approx(float(np.minimum(clean.samples["p"], found.samples["p"]).mean()), abs=1e-6)
     with torch.no_grad():
-        x = split.images.float() / 255
-        draws = torch.multinomial(model(x).softmax(1), 4000, replacement=True,
-                                  generator=torch.Generator().manual_seed(0))  # fmt: skip
+        policy = model(split.images.float() / 255).softmax(1)
+    draws = torch.multinomial(policy, 4000, replacement=True, generator=torch.Generator().manual_seed(0))
     drawn = (draws == split.labels[:, None]).float().mean().item()
     assert accuracy(outcomes, [], "sample")["value"] == pytest.approx(drawn, abs=0.01)
 
 
-def test_survivors():
+def test_so_far_has_each_sample_under_the_first_attack_that_fooled_it():
     outcomes = {"label": np.zeros(4, int), "clean_pred": np.array([0, 0, 0, 1])}
     clean = Attacked({"pred": outcomes["clean_pred"], "l2": np.zeros(4)}, np.zeros((0, 1, 2, 2)))
     for name, pred, size in (("a", [0, 1, 0, 1], 0.1), ("b", [0, 2, 2, 0], 0.2)):
         outcomes |= {f"{name}_pred": np.array(pred), f"{name}_l2": np.full(4, size)}
     state = so_far(outcomes, clean, ["a", "b"])
-    assert state.pred.tolist() == [0, 1, 2, 1]  # the wrong one stays wrong, each other as the first left it
+    assert state.pred.tolist() == [0, 1, 2, 1]
     np.testing.assert_allclose(state.samples["l2"], [0, 0.1, 0.2, 0])
     assert (clean.pred == [0, 0, 0, 1]).all()
 
 
-def test_nothing_right(model, split, hardware):
-    wrong = Split(split.images[::3], split.labels[::3])
-    found = attacked(weak_pgd, model, wrong, hardware)["a"]
-    assert (found.samples["l2"] == 0).all() and found.seconds < 5
-    outcomes = {"label": wrong.labels.numpy(), "clean_pred": found.pred, "a_pred": found.pred}
-    assert accuracy(outcomes, ["a"])["value"] == 0
-
-
-def test_the_parts_of_an_attack_are_outcomes_of_their_own(model, split, hardware):
-    def two(model, x, y, *, generator):
-        return {"still": x, "black": torch.zeros_like(x)}
-
-    found = attacked(two, model, split, hardware, batch_size=8)
-    assert set(found) == {"a_still", "a_black"}
-    assert (found["a_still"].samples["linf"] == 0).all()
-    assert found["a_black"].samples["linf"].max() > 0.9
-
-
-def test_examples_are_the_first_images_as_attacked(model, split, hardware):
-    found = attacked(weak_pgd, model, split, hardware, batch_size=8)["a"]
-    clean = split.images[:16].float().numpy() / 255
-    moved = np.sqrt(((found.examples - clean) ** 2).sum((1, 2, 3)))
-    np.testing.assert_allclose(moved, found.samples["l2"][:16], atol=1e-5)
-
-
 def test_worst_case_counts_samples_not_attacks():
-    outcomes = {
-        "label": np.array([0, 0, 0, 0]),
-        "clean_pred": np.array([0, 0, 0, 1]),
-        "a_pred": np.array([0, 1, 0, 1]),
-        "b_pred": np.array([0, 0, 1, 0]),
-    }
-    assert accuracy(outcomes)["value"] == 0.75
-    assert accuracy(outcomes, ["a"])["value"] == 0.5
-    assert accuracy(outcomes, ["b"])["value"] == 0.5  # right only after the attack is not robust
-    assert accuracy(outcomes, ["a", "b"])["value"] == 0.25
+    pred = {"label": [0, 0, 0, 0], "clean_pred": [0, 0, 0, 1], "a_pred": [0, 1, 0, 1], "b_pred": [0, 0, 1, 0]}
+    outcomes = {name: np.array(values) for name, values in pred.items()}
+    # Right only under attack b is not robust.
+    for attacks, value in (((), 0.75), (["a"], 0.5), (["b"], 0.5), (["a", "b"], 0.25)):
+        assert accuracy(outcomes, attacks)["value"] == value
+
+
+def test_parts_and_examples_of_an_attack(split, attacked):
+    found = attacked(own(lambda x: {"still": x, "black": torch.zeros_like(x)}), 8)
+    assert set(found) == {"a_still", "a_black"}
+    assert (found["a_still"].samples["linf"] == 0).all() and found["a_black"].samples["linf"].max() > 0.9
+    moved = attacked(weak_pgd, 8)["a"]
+    distances = np.sqrt(((moved.examples - split.images[:16].float().numpy() / 255) ** 2).sum((1, 2, 3)))
+    np.testing.assert_allclose(distances, moved.samples["l2"][:16], atol=1e-5)
 
 
 def test_the_subset_is_the_same_for_every_run(split):
@@ -209,85 +201,56 @@ def test_the_subset_is_the_same_for_every_run(split):
     assert subset(split, None) is split and subset(split, 1000) is split
 
 
-def test_an_attack_that_leaves_its_ball(model, split, hardware):
-    def cheats(model, x, y, *, generator):
-        return (x + 0.5).clamp(0, 1)
-
-    found = attacked(cheats, model, split, hardware)["a"]
-    with pytest.raises(UserError, match=r"attack.a: left its Linf ball: a perturbation of 0.5"):
-        check_within("a", found, "Linf", 0.1)
-    check_within("a", found, "Linf", 0.5)
-
-
-def test_an_attack_that_leaves_the_box(model, split, hardware):
-    found = attacked(lambda model, x, y, *, generator: x + 0.1, model, split, hardware)["a"]
-    with pytest.raises(UserError, match=r"attack.a: left the box: a pixel lies 0.1"):
-        check_within("a", found, "Linf", 0.2)
-    check_within("a", found, "Linf", 0.2, boxed=False)
-
-
-def ends_in_one_line(attack, model, split, hardware, **options) -> str:
+def refusal(attacked, attack, *args, **options) -> str:
     with pytest.raises(UserError) as error:
-        found = attacked(attack, model, split, hardware, **options)["a"]
-        check_within("a", found, "Linf", 0.1)
+        check_within("a", attacked(attack, *args, **options)["a"], "Linf", 0.1)
     line = str(error.value)
     assert line.startswith("attack.a: ") and "\n" not in line
     return line
 
 
-def writes_into_its_images(model, x, y):
-    return x.fill_(0.5)
-
-
-def writes_into_a_view(model, x, y):
+def in_a_view(x):
     x.detach().numpy()[:] = 0.5
     return x
 
 
-def shuffles(model, x, y):
-    return x.flip(0)
+@pytest.mark.parametrize(
+    "cheat", [lambda x: (x + 0.5).clamp(0, 1), lambda x: x.fill_(0.5), in_a_view, lambda x: x.flip(0)]
+)
+def test_an_attack_that_leaves_its_ball_is_refused(attacked, cheat):
+    """Also by writing into its images, or by changing their order."""
+    assert "left its Linf ball" in refusal(attacked, own(cheat))
 
 
-def writes_later(model, x, y, kept=[]):  # noqa: B006
-    for images in kept:  # of the batches before, while they still count
-        images.fill_(0.5)
-    kept.append(x.clone())
-    return kept[-1]
+def test_an_attack_that_leaves_the_box_is_refused(attacked):
+    assert "left the box: a pixel is 0.1" in refusal(attacked, own(lambda x: x + 0.1))
+    check_within("a", attacked(own(lambda x: x + 0.1))["a"], "Linf", 0.2, boxed=False)
 
 
-@pytest.mark.parametrize("cheats", [writes_into_its_images, writes_into_a_view, shuffles])
-def test_images_changed_in_place(model, split, hardware, cheats):
-    line = ends_in_one_line(lambda model, x, y, *, generator: cheats(model, x, y), model, split, hardware)
-    assert "left its Linf ball" in line
+def test_what_an_attack_changes_later_does_not_count(model, split, attacked, predicted):
+    """Images of batches before, while they still count; its labels."""
 
-
-def test_images_changed_later(model, split, hardware):
-    found = attacked(lambda model, x, y, *, generator: writes_later(model, x, y), model, split, hardware, 8)["a"]
-    clean = evaluate.predict(model, split, hardware, 45)
-    for key, values in found.samples.items():
-        np.testing.assert_allclose(values, clean.samples[key], atol=1e-6)
-
-
-def test_labels_changed_in_place(model, split, hardware):
-    def relabels(model, x, y, *, generator):
+    def changes(model, x, y, *, generator, earlier=[]):  # noqa: B006
         y.add_(1).remainder_(3)
-        return x
+        for images in earlier:
+            images.fill_(0.5)
+        earlier.append(x.clone())
+        return earlier[-1]
 
-    found = attacked(relabels, model, split, hardware)["a"]
-    clean = evaluate.predict(model, split, hardware, 45)
-    assert np.array_equal(found.pred, clean.pred) and np.array_equal(found.samples["p"], clean.samples["p"])
+    found = attacked(changes, 8)["a"]
+    for key, values in predicted(model, split).samples.items():
+        np.testing.assert_allclose(found.samples[key], values, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_images_of_another_precision(model, split, hardware, dtype):
-    def moved(model, x, y, *, generator):
+def test_images_of_another_precision(model, split, attacked, predicted, dtype):
+    def moved(x):
         return (0.25 + 0.5 * x).to(dtype).requires_grad_()
 
-    found = attacked(moved, model, split, hardware)["a"]
-    x = split.images.float() / 255
-    expected = (moved(model, x, None, generator=None).float() - x).abs().amax((1, 2, 3))
-    right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
-    np.testing.assert_allclose(found.samples["linf"], np.where(right, expected.detach().numpy(), 0), atol=1e-6)
+    found, x = attacked(own(moved))["a"], split.images.float() / 255
+    expected = (moved(x).float() - x).abs().amax((1, 2, 3)).detach().numpy()
+    right = predicted(model, split).pred == split.labels.numpy()
+    np.testing.assert_allclose(found.samples["linf"], np.where(right, expected, 0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -304,27 +267,18 @@ def test_images_of_another_precision(model, split, hardware, dtype):
         (lambda x: x + torch.tensor([torch.inf] + 29 * [0.0])[:, None, None, None], "1 of 30"),
         (lambda x: {}, r"\[\]"),
         (lambda x: {"a/b": x}, "a/b"),
-        (lambda x: {"one": x, "two": None}, "as two a NoneType"),
-        (lambda x: {"one": x, "two": x[1:]}, "as two images"),
+        (lambda x: {"one": x, "two": None}, "as two NoneType"),
+        (lambda x, seen=[]: seen.append(0) or dict.fromkeys(("one", "two")[: len(seen)], x), "a_two"),
     ],
 )
-def test_anything_but_images_is_refused(model, split, hardware, returned, named):
-    line = ends_in_one_line(lambda model, x, y, *, generator: returned(x), model, split, hardware)
-    assert re.search(named, line)
-
-
-def test_parts_of_some_batches_are_refused(model, split, hardware):
-    def sometimes(model, x, y, *, generator, seen=[]):  # noqa: B006
-        seen.append(0)
-        return {"one": x} if len(seen) == 1 else {"one": x, "two": x}
-
-    assert "a_two" in ends_in_one_line(sometimes, model, split, hardware, batch_size=8)
+def test_anything_but_images_is_refused(attacked, returned, named):
+    assert re.search(named, refusal(attacked, own(returned), 30 if named != "a_two" else 8))
 
 
 @pytest.mark.parametrize(
     "alter",
     [
-        lambda model: model[0].weight.data.mul_(2),
+        lambda model: model[0].weight.data.mul_(-2),
         lambda model: model[3].bias.copy_(model[3].bias.flip(0)),
         lambda model: model[4].running_mean.add_(1),
         lambda model: setattr(model[0], "bias", None),
@@ -335,42 +289,27 @@ def test_parts_of_some_batches_are_refused(model, split, hardware):
         lambda model: model[4].register_forward_hook(lambda module, args, output: -output),
     ],
 )
-def test_an_attack_that_alters_the_model_is_refused(model, split, hardware, alter):
+def test_what_an_attack_changes_in_the_model_does_not_count(model, split, attacked, predicted, alter):
+    """It gets a copy, new for every batch, in eval mode with frozen parameters."""
+    victim = nn.Sequential(*copy.deepcopy(model), nn.BatchNorm1d(3, affine=False)).train()
+    before = copy.deepcopy(victim.state_dict())
+
     def changes(model, x, y, *, generator):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(model[0].weight, before["0.weight"]) and not model[4]._forward_hooks
         with torch.no_grad():
             alter(model)
         return x
 
-    altered = nn.Sequential(*copy.deepcopy(model), nn.BatchNorm1d(3, affine=False))
-    assert "altered the model" in ends_in_one_line(changes, altered, split, hardware)
-
-
-class Counting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("passes", torch.zeros(()))
-
-    def forward(self, x):
-        self.passes += 1
-        return x
-
-
-def test_a_model_may_change_its_own_buffers(model, split, hardware):
-    """In eval mode with frozen parameters, whatever its own mode; a buffer of its own is not the attack's doing."""
-    counting = nn.Sequential(*copy.deepcopy(model), Counting(), nn.Dropout())
-    modes = []
-
-    def spy(model, x, y, *, generator):
-        modes.append((model[5].training, model[0].weight.requires_grad))
-        model(x)
-        return x
-
-    attacked(spy, counting.train(), split, hardware, batch_size=8)
-    assert len(modes) > 1 and set(modes) == {(False, False)} and counting[5].training
+    found, clean = attacked(changes, 8, model=victim)["a"], predicted(victim, split, 8)
+    assert np.array_equal(found.pred, clean.pred) and np.array_equal(found.samples["p"], clean.samples["p"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in victim.state_dict().items())
+    assert all(module.training for module in victim.modules())
 
 
 class Sick(nn.Module):
-    """A model whose logits are not finite where `sick` says so of an image."""
+    """A model whose logits are `value` where `sick` is true of an image."""
 
     def __init__(self, model, sick, value=torch.nan):
         super().__init__()
@@ -381,14 +320,13 @@ class Sick(nn.Module):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_not_finite_is_wrong(model, split, hardware, value):
+def test_not_finite_is_wrong(model, split, predicted, value):
     labels = torch.zeros(45, dtype=torch.int64)  # which argmax gives for NaN
     with collect_warnings() as warnings:
-        clean = evaluate.predict(Sick(model, lambda x: x[:, 0, 0, 0] > 0.5, value), Split(split.images, labels),
-                                 hardware, 8)  # fmt: skip
+        clean = predicted(Sick(model, lambda x: x[:, 0, 0, 0] > 0.5, value), Split(split.images, labels), 8)
     sick = split.images[:, 0, 0, 0].numpy() / 255 > 0.5
     assert (clean.pred[sick] == -1).all() and (clean.pred[~sick] >= 0).all()
-    outcomes = {"label": labels.numpy(), "clean_pred": clean.pred, "clean_p": clean.samples["p"]}
+    outcomes = {"label": labels.numpy(), **clean.columns("clean")}
     for policy in ("argmax", "sample"):
         rewards = reward(outcomes, [], policy)
         assert (rewards[sick] == 0).all() and np.isfinite(rewards).all()
@@ -396,38 +334,32 @@ def test_not_finite_is_wrong(model, split, hardware, value):
     assert [warning.split()[0] for warning in warnings] == [str(sick.sum())]
 
 
-def test_not_finite_on_adversarial_images(model, split, hardware):
-    found = attacked(lambda model, x, y, *, generator: torch.zeros_like(x),
-                     Sick(model, lambda x: x.amax((1, 2, 3)) == 0), split, hardware)["a"]  # fmt: skip
-    right = evaluate.predict(model, split, hardware, 45).pred == split.labels.numpy()
+def test_not_finite_on_adversarial_images(model, split, attacked, predicted):
+    found = attacked(own(torch.zeros_like), model=Sick(model, lambda x: x.amax((1, 2, 3)) == 0))["a"]
+    right = predicted(model, split).pred == split.labels.numpy()
     assert (found.pred[right] == -1).all() and (found.pred[~right] >= 0).all()
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), NotImplementedError(), AssertionError("a\nb"), SystemExit(0)])
-def test_exceptions_of_foreign_code(model, split, hardware, error):
+def test_exceptions_of_foreign_code(model, attacked, error):
     def raises(*args, **kwargs):
         raise error
 
-    line = ends_in_one_line(raises, model, split, hardware)
-    assert type(error).__name__ in line
-    line = ends_in_one_line(weak_pgd, Sick(model, lambda x: raises() if len(x) == 1 else x[:, 0, 0, 0] > 2),
-                            split, hardware, batch_size=29)  # fmt: skip
-    assert type(error).__name__ in line
+    sick = Sick(model, lambda x: raises() if len(x) == 1 else x[:, 0, 0, 0] > 2)
+    for line in (refusal(attacked, raises), refusal(attacked, weak_pgd, 29, model=sick)):
+        assert type(error).__name__ in line
 
 
-def test_exceptions_of_our_own_code(split, hardware, monkeypatch):
-    from aerl.attacks import pgd as ours
-    from aerl.models import AliCNN
-
-    own = AliCNN(num_classes=3, channels=1, size=(8, 8), hidden=8)
+def test_exceptions_of_our_own_code(split, attacked, predicted, monkeypatch):
+    model = AliCNN(num_classes=3, channels=1, size=(8, 8), hidden=8)
+    right = Split(split.images, torch.from_numpy(predicted(model, split).pred))
     monkeypatch.setattr("aerl.attacks.losses.log_odds", lambda *args: {}["bug"])
-    right = Split(split.images, torch.from_numpy(evaluate.predict(own, split, hardware, 45).pred))
     with pytest.raises(KeyError, match="bug"):
-        attacked(partial(ours, norm="L2", eps=0.3), own, right, hardware)
+        attacked(weak_pgd, model=model, split=right)
 
 
-class Narrow(torch.nn.Module):
-    """A model on a device that holds so many images at a time."""
+class Narrow(nn.Module):
+    """A model on a device that has memory for so many images at a time."""
 
     def __init__(self, model, room, error=torch.OutOfMemoryError("tried to allocate")):  # noqa: B008
         super().__init__()
@@ -439,20 +371,20 @@ class Narrow(torch.nn.Module):
         return self.model(x)
 
 
-def test_out_of_memory_halves_the_batch(model, split, hardware):
-    expected = attacked(weak_pgd, model, split, hardware, 45)["a"]
+def test_out_of_memory_halves_the_batch(model, split, attacked, predicted):
+    expected = attacked(weak_pgd)["a"]
     with collect_warnings() as warnings:
-        found = attacked(weak_pgd, Narrow(model, 6), split, hardware, 45)["a"]
+        found = attacked(weak_pgd, model=Narrow(model, 6))["a"]
     assert np.array_equal(expected.pred, found.pred)
     np.testing.assert_allclose(expected.samples["l2"], found.samples["l2"], atol=1e-5)
     halvings = [warning for warning in warnings if warning.startswith("out of memory")]
-    assert len(halvings) == len(set(halvings)) and halvings[-1].endswith("went on with 3")
+    assert len(halvings) == len(set(halvings)) and "continuing with 3;" in halvings[-1]
     with pytest.raises(UserError, match="a single image"):
-        evaluate.predict(Narrow(model, 0), split, hardware, 8)
+        predicted(Narrow(model, 0), split)
 
 
 def real_errors():
-    """What the CPU's allocators say, and, as the libraries word it, what a GPU's do."""
+    """Of the CPU's allocators, and, as the libraries word it, of a GPU's."""
     for allocate in (lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**60)):
         with pytest.raises(Exception) as error:
             allocate()
@@ -464,13 +396,10 @@ def real_errors():
     yield OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
-def test_out_of_memory_of_every_library(model, split, hardware):
-    expected = evaluate.predict(model, split, hardware, 45)
+def test_out_of_memory_of_every_library(model, split, predicted):
+    expected = predicted(model, split).pred
     for error in real_errors():
         assert is_out_of_memory(error), error
-        assert np.array_equal(evaluate.predict(Narrow(model, 20, error), split, hardware, 45).pred, expected.pred)
-    for text in (
-        "mat1 and mat2 shapes cannot be multiplied",
-        "could not create a primitive descriptor for a matmul",
-    ):
+        assert np.array_equal(predicted(Narrow(model, 20, error), split).pred, expected)
+    for text in ("mat1 and mat2 shapes cannot be multiplied", "could not create a primitive descriptor for a matmul"):
         assert not is_out_of_memory(RuntimeError(text))

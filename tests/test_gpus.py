@@ -160,7 +160,7 @@ def test_a_job_that_submitit_preempts_saves_goes_on_and_ends_as_if_undisturbed(t
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(r"going on after epoch \d( and step \d+ of the next)?, from ", log_of(tmp_path / "runs/cut"))
+    assert re.search(r"resuming after epoch \d( and step \d+ of the next)?, from ", log_of(tmp_path / "runs/cut"))
     assert launch(*words, "seed=0", "name=whole").returncode == 0
     same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
 

@@ -1,4 +1,4 @@
-"""The policy loss and how actions are drawn, against what they must be in closed form."""
+"""The policy loss and how actions are drawn, against closed forms."""
 
 import pytest
 import torch
@@ -15,54 +15,42 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return logits.requires_grad_(), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
+def closed_form(logits, labels, exploration):
+    """The gradient of (1 - e)(1 - pi_y) + (e / K) CE."""
+    pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    value = (1 - exploration) * (1 - pi_y) + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
+    return torch.autograd.grad(value.sum(), logits, retain_graph=True)[0]
+
+
 def test_acting_by_the_label_is_cross_entropy(batch):
     logits, labels = batch
-    actions = Labels()(logits, labels, stream(0))
-    loss = policy_loss(logits, labels, actions).mean()
+    loss = policy_loss(logits, labels, Labels()(logits, labels, stream(0))).mean()
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("exploration", [0.0, 0.1, 1.0])
-def test_mean_policy_gradient_is_that_of_the_closed_form(batch, exploration):
-    """E[gradient] = gradient of (1-e)(1 - pi_y) + (e/K) CE, the oracle of the design."""
+def test_the_policy_gradient_is_that_of_the_closed_form(batch, exploration):
+    """The mean over many draws, and the expected one exactly."""
     logits, labels = batch
-    act, generator = EpsilonGreedy(exploration), stream(3, "actions")
-    draws = 40_000
-    rewarded = sum(
-        (act(logits.detach().repeat(100, 1), labels.repeat(100), generator) == labels.repeat(100)).view(100, -1).sum(0)
-        for _ in range(draws // 100)
-    )
+    expected, draws = closed_form(logits, labels, exploration), 40_000
+    many, repeated = logits.detach().repeat(draws, 1), labels.repeat(draws)
+    actions = EpsilonGreedy(exploration)(many, repeated, stream(3, "actions"))
+    rewarded = (actions == repeated).view(draws, -1).double().mean(0)
     # One CE gradient per sample, weighted by how often it was rewarded: what the loop sums up, drawn often.
-    (sampled,) = torch.autograd.grad(
-        (rewarded / draws * F.cross_entropy(logits, labels, reduction="none")).sum(),
-        logits,
-        retain_graph=True,
-    )
-    pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    closed = (1 - exploration) * (1 - pi_y) + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
-    (expected,) = torch.autograd.grad(closed.sum(), logits)
+    cross_entropy = F.cross_entropy(logits, labels, reduction="none")
+    (sampled,) = torch.autograd.grad((rewarded * cross_entropy).sum(), logits, retain_graph=True)
     # The standard error of a rate over 40,000 draws is at most 0.0025, and |dCE/dlogit| <= 1.
     torch.testing.assert_close(sampled, expected, rtol=0, atol=0.012)
-
-
-@pytest.mark.parametrize("exploration", [0.0, 0.1, 1.0])
-def test_the_expected_gradient_is_that_of_the_closed_form_exactly(batch, exploration):
-    logits, labels = batch
     behaviour = EpsilonGreedy(exploration, expected=True)(logits.detach(), labels, stream(0))
     torch.testing.assert_close(behaviour.sum(1), torch.ones(6, dtype=torch.float64))
-    (ours,) = torch.autograd.grad(policy_loss(logits, labels, behaviour).sum(), logits, retain_graph=True)
-    pi_y = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
-    closed = (1 - exploration) * (1 - pi_y)
-    closed = closed + exploration / 5 * F.cross_entropy(logits, labels, reduction="none")
-    (expected,) = torch.autograd.grad(closed.sum(), logits)
-    torch.testing.assert_close(ours, expected)
+    (exact,) = torch.autograd.grad(policy_loss(logits, labels, behaviour).sum(), logits)
+    torch.testing.assert_close(exact, expected)
 
 
-def test_actions_follow_the_policy_to_the_draw_of_multinomial():
-    """Chi-square of 200,000 draws from one policy; and the very draws of torch.multinomial."""
+def test_actions_are_the_draws_of_multinomial():
+    """Chi-square of 200,000 draws from one policy, and the same draws as torch.multinomial."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -3.0])
-    behaviour = 0.9 * logits.softmax(0) + 0.02
-    many = logits.expand(200_000, -1)
+    many, behaviour = logits.expand(200_000, -1), 0.9 * logits.softmax(0) + 0.02
     actions = EpsilonGreedy(0.1)(many, torch.zeros(len(many)), stream(5))
     expected = behaviour * len(many)
     chi_square = ((actions.bincount(minlength=5) - expected) ** 2 / expected).sum()
@@ -72,33 +60,27 @@ def test_actions_follow_the_policy_to_the_draw_of_multinomial():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_do_not_raise_and_leave_a_loss_that_is_not(bad):
+def test_logits_that_are_not_finite_have_such_a_loss(bad):
     logits, labels = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
     logits[1:3] = bad
     actions = EpsilonGreedy(0.1)(logits, labels, stream(0))
     assert not policy_loss(logits, labels, actions)[1:3].isfinite().any()
 
 
-def test_coin_per_sample_explores_within_a_batch_and_per_batch_does_not():
+def test_a_coin_per_sample_explores_within_a_batch_and_one_per_batch_does_not():
     """A policy that is sure of class 0: whatever else is drawn was exploration."""
-    logits = torch.full((2_000, 4), -1e4)
+    logits, labels = torch.full((2_000, 4), -1e4), torch.zeros(2_000, dtype=torch.int64)
     logits[:, 0] = 0
-    labels = torch.zeros(2_000, dtype=torch.int64)
     generator = stream(0, "coin")
-    explored = (EpsilonGreedy(0.5)(logits, labels, generator) != 0).float().mean()
-    assert abs(explored - 0.5 * 3 / 4) < 0.05
-    shares = {
-        round((EpsilonGreedy(0.5, "batch")(logits, labels, generator) != 0).float().mean().item(), 1) for _ in range(20)
-    }
-    assert shares <= {0.0, 0.7, 0.8}
-    assert len(shares) > 1
+    assert abs((EpsilonGreedy(0.5)(logits, labels, generator) != 0).float().mean() - 0.5 * 3 / 4) < 0.05
+    per_batch = [EpsilonGreedy(0.5, "batch")(logits, labels, generator) != 0 for _ in range(20)]
+    shares = {round(explored.float().mean().item(), 1) for explored in per_batch}
+    assert shares <= {0.0, 0.7, 0.8} and len(shares) > 1
 
 
 def test_probability_floor_takes_the_gradient_of_a_hopeless_sample_away():
-    logits = torch.tensor([[0.0, 30.0], [0.0, 1.0]], requires_grad=True)
-    labels = torch.tensor([0, 0])
+    logits, labels = torch.tensor([[0.0, 30.0], [0.0, 1.0]], requires_grad=True), torch.tensor([0, 0])
     (floored,) = torch.autograd.grad(policy_loss(logits, labels, labels, 1e-6).sum(), logits)
     (plain,) = torch.autograd.grad(policy_loss(logits, labels, labels).sum(), logits)
-    assert floored[0].abs().max() == 0
-    assert plain[0].abs().max() > 0.99
+    assert floored[0].abs().max() == 0 and plain[0].abs().max() > 0.99
     torch.testing.assert_close(floored[1], plain[1])

@@ -92,7 +92,7 @@ def test_a_job_disturbed_in_mid_training_ends_as_if_undisturbed(launch, backgrou
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(r"going on after epoch \d+ and step \d+ of the next, from ", log_of(tmp_path / "runs/cut"))
+    assert re.search(r"resuming after epoch \d+ and step \d+ of the next, from ", log_of(tmp_path / "runs/cut"))
     assert launch(*words, "seed=0", "name=whole").returncode == 0
     same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
 
@@ -135,7 +135,7 @@ def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, t
         sleeper.kill()
         sleeper.wait()
         subprocess.run(["scancel", array], check=False)
-    goings_on = [(tmp_path / f"runs/job{one}/run.log").read_text().count("going on after") for one in (0, 1)]
+    goings_on = [(tmp_path / f"runs/job{one}/run.log").read_text().count("resuming after") for one in (0, 1)]
     assert goings_on == [int(task) == 0, int(task) == 1]
     assert launch(*words, f"seed={task}", "name=whole").returncode == 0
     same_end(tmp_path / f"runs/job{task}", tmp_path / "runs/whole")

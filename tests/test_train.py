@@ -57,6 +57,7 @@ def network(seed: int = 0) -> Classifier:
 
 
 def recipe(**changes) -> Recipe:
+    """Six steps an epoch."""
     settings = {
         "epochs": 4,
         "batch_size": 32,
@@ -70,25 +71,29 @@ def recipe(**changes) -> Recipe:
     return Recipe(**(settings | changes))
 
 
-def trained(folder, data, hardware, recipe, seed=0):
-    model = hardware.place(network(seed))
-    folder.mkdir(exist_ok=True, parents=True)
-    return model, fitted(model, folder, data, recipe, hardware, seed)
-
-
-def fitted(model, folder, data, recipe, hardware, seed=0):
-    identity = {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"}
-    return fit(
-        model, data, recipe, hardware, seed=seed, folder=folder / "checkpoints", results=ResultLog(folder, identity)
-    )  # fmt: skip
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 def policy(act=Labels(), weight=1.0):  # noqa: B008
     return partial(policy_gradient, act=act, weight=weight, probability_floor=0.0)
+
+
+@pytest.fixture
+def train(tmp_path, data, hardware):
+    """`train(recipe, folder)` trains a new network; returns it and the best epoch."""
+
+    def run(recipe, name="", seed=0, model=None, hardware=hardware):
+        model, folder = model or hardware.place(network(seed)), tmp_path / name
+        folder.mkdir(exist_ok=True)
+        log = ResultLog(folder, {"run_id": "r", "seed": seed, "dataset": "d", "model": "m", "trainer": "t"})
+        best = fit(model, data, recipe, hardware, seed=seed, folder=folder / "checkpoints", results=log)
+        return model.state_dict(), best
+
+    return run
+
+
+def assert_same(tmp_path, end, other, names=("whole", "cut")):
+    """Weights to the bit, the best epoch, and every number once."""
+    (weights, best), (other_weights, other_best) = end, other
+    assert best == other_best and all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert results_of(tmp_path / names[0]) == results_of(tmp_path / names[1])
 
 
 def step_of(objective, hardware, attack=None):
@@ -143,7 +148,7 @@ class Waiting(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("trainer", ["sl", "rl", "rl_adv", "rl_expected", "pgd_at", "trades"])
 def test_a_training_step_never_waits_for_the_device(hardware, trainer, precision):
-    """From the augmentation to the clipped gradients, as conf/trainer says."""
+    """From the augmentation to the clipped gradients, as in conf/trainer."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = read(compose("config", overrides=[f"trainer={trainer}", "eps=0.3"]))
     recipe, hardware = build_recipe(config), replace(hardware, precision=precision)
@@ -160,9 +165,31 @@ def test_a_training_step_never_waits_for_the_device(hardware, trainer, precision
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}  # in the adversary, too
 
 
+def test_learning_rate_schedules():
+    factors = [learning_rate(step, 100, "linear", 0.1) for step in range(100)]
+    assert factors[0] == 0 and factors[5] == pytest.approx(0.5) and factors[10] == 1
+    assert factors[55] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 90)
+    cosine = [learning_rate(step, 100, "cosine", 0.0) for step in range(100)]
+    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
+    assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        (torch.optim.LBFGS, "TypeError: .*closure"),
+        (torch.optim.SparseAdam, "RuntimeError: SparseAdam does not support dense gradients"),
+        (partial(torch.optim.SGD, lr=-1), "Invalid learning rate: -1"),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_found_before_training(optimizer, reason):
+    with pytest.raises(UserError, match=f"trainer.optimizer: .*{reason}") as error:
+        check_recipe(recipe(optimizer=optimizer), network(), torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
 FOCAL = """
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def focal(model, x, y, *, x_adv, generator, gamma: float):
@@ -172,78 +199,145 @@ def focal(model, x, y, *, x_adv, generator, gamma: float):
 
 
 def test_an_objective_of_the_users_own_trains_from_the_command_line(launch, tmp_path):
-    """One Python file and one YAML file, beside aerl."""
+    """One Python file and one YAML file."""
     (tmp_path / "mine.py").write_text(FOCAL)
     (tmp_path / "conf/trainer").mkdir(parents=True)
     (tmp_path / "conf/trainer/focal.yaml").write_text(
         "defaults: [sl, _self_]\nname: focal\nobjective: {_target_: mine.focal, gamma: 2.0}\n"
     )
-    words = ("hydra.searchpath=[file://conf]", "trainer=focal", "trainer.epochs=2", "attack=none", "analysis=none",
-             "logger=none", "name=r")  # fmt: skip
-    done = launch(*words, PYTHONPATH=str(tmp_path))
+    done = launch(
+        "hydra.searchpath=[file://conf]", "trainer=focal", "trainer.epochs=2", "attack=none", "analysis=none",
+        "logger=none", "name=r", PYTHONPATH=str(tmp_path),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = {(r.split, r.metric): r.value for r in read_results(tmp_path / "runs/r/results.jsonl")}
     assert 0 < results["train", "loss"] < results["train", "surprise"]
-    wrong = launch(*words, "trainer.objective.gama=1", PYTHONPATH=str(tmp_path))
-    assert wrong.returncode == 1 and "trainer.objective.gama: no such key" in wrong.stderr
 
 
-@pytest.mark.parametrize("act", [Labels(), EpsilonGreedy(0.1)])
-@pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 2)])
-def test_every_cell_of_the_two_by_two_learns(tmp_path, data, hardware, act, adversary):
+@pytest.mark.parametrize(
+    ("act", "adversary", "precision"),
+    [
+        (Labels(), None, "fp32"),
+        (Labels(), Adversary(FGSM, 2), "fp32"),
+        (EpsilonGreedy(0.1), None, "fp32"),
+        (EpsilonGreedy(0.1), Adversary(FGSM, 2), "fp32"),
+        (Labels(), None, "bf16"),
+    ],
+)
+def test_every_trainer_learns(train, tmp_path, hardware, act, adversary, precision):
     select = "val_adversarial_accuracy" if adversary else "val_accuracy"
-    _, best = trained(
-        tmp_path, data, hardware, recipe(epochs=8, objective=policy(act), adversary=adversary, select=select)
-    )
+    settings = recipe(epochs=8, objective=policy(act), adversary=adversary, select=select)
+    _, best = train(settings, hardware=replace(hardware, precision=precision))
     results = read_results(tmp_path / "results.jsonl")
     last = {(r.split, r.metric): r.value for r in results if r.step == 8}
     assert last["val", "accuracy"] > 0.9
-    assert {"loss", "reward", "accuracy", "grad_norm", "lr", "images_per_second"} <= {
-        m for s, m in last if s == "train"
-    }
+    logged = {metric for split, metric in last if split == "train"}
+    assert logged >= {"loss", "reward", "accuracy", "grad_norm", "lr", "images_per_second"}
     measured_under_attack = {r.step for r in results if r.metric == "adversarial_accuracy"}
     assert measured_under_attack == ({3, 4, 5, 6, 7, 8} if adversary else set())
     assert best >= (3 if adversary else 1)
 
 
-def test_reward_is_the_share_of_right_actions(tmp_path, data, hardware):
-    trained(tmp_path, data, hardware, recipe(epochs=1, objective=policy(EpsilonGreedy(1.0))))
+def test_reward_is_the_share_of_right_actions(train, tmp_path):
+    train(recipe(epochs=1, objective=policy(EpsilonGreedy(1.0))))
     reward = next(r.value for r in read_results(tmp_path / "results.jsonl") if r.metric == "reward")
     assert 0.35 < reward < 0.65  # pure exploration among two classes
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(tmp_path, data, hardware):
+def test_the_same_seed_gives_the_same_weights_to_the_bit_and_another_does_not(train, tmp_path):
     settings = recipe(objective=policy(EpsilonGreedy(0.1)))
-    first, again, other = (
-        trained(tmp_path / name, data, hardware, settings, seed)[0] for name, seed in [("a", 0), ("b", 0), ("c", 1)]
-    )
-    assert equal(first, again)
-    assert not equal(first, other)
+    first, again, other = (train(settings, name, seed) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
+    assert_same(tmp_path, first, again, ("a", "b"))
+    assert not torch.equal(first[0]["net.5.weight"], other[0]["net.5.weight"])
+
+
+def test_a_batch_size_beyond_the_data_is_all_of_it(train, tmp_path, caplog):
+    with caplog.at_level("INFO", "aerl"):
+        assert_same(tmp_path, train(recipe(batch_size=200), "whole"), train(recipe(batch_size=10**9), "cut"))
+    assert "trainer.batch_size=1000000000" in caplog.text
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step, augment):
+    def dies(images, generator, calls=iter(range(100))):  # noqa: B008
+        if next(calls) == step:
+            raise Killed
+        return augment(images, generator)
+
+    return dies
 
 
 @pytest.mark.parametrize("adversary", [None, Adversary(FGSM, 1)])
-def test_resuming_gives_the_undisturbed_weights_and_no_line_twice(tmp_path, data, hardware, adversary, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights_and_no_line_twice(train, tmp_path, adversary, monkeypatch):
     monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    settings = recipe(objective=policy(EpsilonGreedy(0.1)), adversary=adversary, epochs=4)
-    whole, best = trained(tmp_path / "whole", data, hardware, settings)
-
-    class Killed(Exception):
-        pass
-
-    def dies_in_the_third_epoch(images, generator, calls=iter(range(100))):  # noqa: B008
-        if next(calls) == 2 * 6 + 3:
-            raise Killed
-        return settings.augment(images, generator)
-
+    settings = recipe(objective=policy(EpsilonGreedy(0.1)), adversary=adversary)
     with pytest.raises(Killed):
-        trained(tmp_path / "cut", data, hardware, replace(settings, augment=dies_in_the_third_epoch))
+        train(replace(settings, augment=killed_at(2 * 6 + 3, settings.augment)), "cut")
     assert checkpoint.load(tmp_path / "cut/checkpoints/last.pt")["epoch"] == 2
-    resumed, best_resumed = trained(tmp_path / "cut", data, hardware, settings)
-    assert equal(whole, resumed) and best == best_resumed
-    assert results_of(tmp_path / "whole") == results_of(tmp_path / "cut")
+    assert_same(tmp_path, train(settings, "whole"), train(settings, "cut"))
 
 
-def diverges(model, at, what):
+@pytest.mark.parametrize("at", [0.02, 0.3, 0.6, 0.9])
+def test_a_flipped_bit_in_last_pt_is_refused(train, tmp_path, at, monkeypatch):
+    monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with pytest.raises(Killed):
+        train(recipe(augment=killed_at(6 + 3, recipe().augment)))
+    last = tmp_path / "checkpoints/last.pt"
+    content = bytearray(last.read_bytes())
+    content[int(at * len(content))] ^= 1
+    last.write_bytes(content)
+    try:
+        resumed = train(recipe())
+    except UserError as error:
+        assert "last.pt: damaged" in str(error) and "\n" not in str(error)
+    else:  # in the padding between two records
+        assert_same(tmp_path, train(recipe(), "whole"), resumed, ("whole", ""))
+
+
+@pytest.mark.parametrize("stops", [[3], [1, 2, 9]])
+def test_stopped_within_an_epoch_it_resumes_at_the_next_step_to_the_bit(train, tmp_path, monkeypatch, stops):
+    """The signal arrives after so many steps of each start, with dropout and random actions."""
+    settings = recipe(objective=policy(EpsilonGreedy(0.3)), epochs=3, adversary=Adversary(FGSM, 1))
+    whole, steps, left, forward = train(settings, "whole"), 0, list(stops), TrainStep.forward
+
+    def counted(*args, **options):
+        nonlocal steps
+        steps += 1
+        if left and steps == left[0]:
+            left.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(TrainStep, "forward", counted)
+    for _ in stops:
+        steps = 0
+        with signals.listening(), pytest.raises(signals.Stopped) as stopped:
+            train(settings, "cut")
+        assert stopped.value.code == signals.REQUEUE
+    with signals.listening():
+        assert_same(tmp_path, whole, train(settings, "cut"))
+
+
+def test_stopped_in_the_validation_it_resumes_there(train, tmp_path):
+    """At once, in its adversary; the epoch's steps are not repeated."""
+    settings, calls = recipe(epochs=3, adversary=Adversary(FGSM, 1)), iter(range(100))
+
+    def stops(model, x, y, *, generator):
+        if not model.training and next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise AssertionError("not stopped")
+        return FGSM(model, x, y, generator=generator)
+
+    for _ in range(2):
+        with signals.listening(), suppress(signals.Stopped):
+            resumed = train(replace(settings, adversary=Adversary(stops, 1)), "cut")
+    assert_same(tmp_path, train(settings, "whole"), resumed)
+
+
+def breaking(model, at, what):
     """An `augment` that breaks `what` of the model before step number `at` of the training, counted from 0."""
 
     def breaks(images, generator, calls=iter(range(1000))):  # noqa: B008
@@ -254,8 +348,8 @@ def diverges(model, at, what):
     return breaks
 
 
-def fill(name, value):
-    return lambda model: model.get_parameter(name).data.fill_(value)
+def nan_weight(model):
+    model.net[0].weight.data.fill_(math.nan)
 
 
 def one_infinite(model):
@@ -270,67 +364,54 @@ def statistics(model):
     model.net[1].running_var.fill_(math.nan)
 
 
-NOT_FINITE = [
-    (fill("net.0.weight", math.nan), "the loss or gradient is not finite at step 3;"),
-    (one_infinite, "the loss or gradient is not finite at step 3;"),
-    (huge, "the loss or gradient is not finite at step 3;"),
-    (statistics, r"net\.1\.running_var is not finite after step 6;"),
-]
-
-
 @pytest.mark.parametrize("act", [Labels(), EpsilonGreedy(0.1), EpsilonGreedy(0.1, expected=True)])
-@pytest.mark.parametrize(("what", "said"), NOT_FINITE)
-def test_what_is_not_finite_stops_training_names_the_place_and_keeps_the_best(
-    tmp_path, data, hardware, what, said, act
-):
-    """However training acts. The best weights are written though no checkpoint was due."""
+@pytest.mark.parametrize("what", [nan_weight, one_infinite, huge, statistics])
+def test_what_is_not_finite_stops_training_and_keeps_the_best(train, tmp_path, hardware, what, act):
+    """The best weights are written although no checkpoint was due."""
     model = hardware.place(network())
-    settings = recipe(objective=policy(act), augment=diverges(model, 6 + 2, what), clip=None)
-    with pytest.raises(UserError, match="training stopped at epoch 2 of 4.*" + said) as error:
-        fitted(model, tmp_path, data, settings, hardware)
-    assert "\n" not in str(error.value) and "trainer.optimizer.lr" in str(error.value)
-    assert f"of epoch 1, are in {tmp_path}" in str(error.value)
+    reason = "validation's accuracy is nan" if what is statistics else "loss or gradient is not finite at step 3"
+    with pytest.raises(
+        UserError, match=f"training stopped at epoch 2 of 4: the {reason};.*trainer.optimizer.lr"
+    ) as error:
+        train(recipe(objective=policy(act), augment=breaking(model, 6 + 2, what), clip=None), model=model)
+    assert "\n" not in str(error.value) and f"of epoch 1, in {tmp_path}" in str(error.value)
     weights = checkpoint.load(tmp_path / "checkpoints/best.pt")["model"]
     assert all(value.isfinite().all() for value in weights.values())
     assert {r.step for r in read_results(tmp_path / "results.jsonl")} == {1}
 
 
-def test_divergence_in_the_first_epoch_leaves_nothing_and_says_so(tmp_path, data, hardware):
+def test_divergence_in_the_first_epoch_leaves_no_files(train, tmp_path, hardware):
     model = hardware.place(network())
-    settings = recipe(augment=diverges(model, 2, fill("net.0.weight", math.nan)))
-    with pytest.raises(UserError, match=r"epoch 1 of 4.* at step 3;.*there are no best weights yet"):
-        fitted(model, tmp_path, data, settings, hardware)
+    with pytest.raises(UserError, match=r"epoch 1 of 4.* at step 3;.*best weights: none"):
+        train(recipe(augment=breaking(model, 2, nan_weight)), model=model)
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "results.jsonl").exists()
 
 
-def test_a_signal_never_saves_weights_that_are_not_finite(tmp_path, data, hardware, monkeypatch):
-    """Repeated, the run goes on from what was finite, and says the same again."""
+def test_a_signal_never_saves_weights_that_are_not_finite(train, tmp_path, hardware, monkeypatch):
+    """Repeated, the run resumes from the last finite state, and reports the same again."""
     monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
     def stop_and_break(model):
-        fill("net.0.weight", math.nan)(model)
+        nan_weight(model)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    for at, epoch in ((6 + 2, 2), (2, 2)):  # once anew, then resumed after the first epoch
+    for at in (6 + 2, 2):  # first from the beginning, then resumed after the first epoch
         model = hardware.place(network())
-        settings = recipe(augment=diverges(model, at, stop_and_break))
-        with signals.listening(), pytest.raises(UserError, match=rf"epoch {epoch} of 4: .* at step 3;"):
-            fitted(model, tmp_path, data, settings, hardware)
+        with signals.listening(), pytest.raises(UserError, match=r"epoch 2 of 4.* at step 3;"):
+            train(recipe(augment=breaking(model, at, stop_and_break)), model=model)
         state = checkpoint.load(tmp_path / "checkpoints/last.pt")
         assert state["epoch"] == 1 and "step" not in state
         assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize(
-    ("in_training", "said"), [(True, "at step 1;"), (False, "the validation's adversarial_accuracy is nan")]
-)
+@pytest.mark.parametrize(("in_training", "reason"), [(True, "at step 1;"), (False, "adversarial_accuracy is nan")])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_adversary_whose_images_are_not_finite_stops_training(tmp_path, data, hardware, bad, in_training, said):
+def test_an_adversary_whose_images_are_not_finite_stops_training(train, bad, in_training, reason):
     def attack(model, x, y, *, generator):
         return x * bad if model.training == in_training else x
 
-    with pytest.raises(UserError, match=f"epoch 2 of 4: .*{said}"):
-        trained(tmp_path, data, hardware, recipe(adversary=Adversary(attack, 1), select="last"))
+    with pytest.raises(UserError, match=f"epoch 2 of 4: .*{reason}"):
+        train(recipe(adversary=Adversary(attack, 1), select="last"))
 
 
 def test_logits_that_are_not_finite_earn_nothing(data, hardware):
@@ -352,111 +433,6 @@ def test_logits_that_are_not_finite_earn_nothing(data, hardware):
     assert math.isnan(scores["accuracy"]) and math.isnan(scores["loss"])
 
 
-class NoRate(torch.optim.SGD):
-    """An optimiser that knows no lr."""
-
-    def __init__(self, params):
-        super().__init__(params, lr=0.1)
-        for group in self.param_groups:
-            del group["lr"]
-
-    def step(self, closure=None):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "said"),
-    [
-        (torch.optim.LBFGS, "trainer.optimizer: TypeError: .*closure"),
-        (
-            torch.optim.SparseAdam,
-            "trainer.optimizer: RuntimeError: SparseAdam does not support dense gradients",
-        ),
-        (NoRate, "trainer.optimizer: has no lr"),
-        (partial(torch.optim.SGD, lr=-1), "trainer.optimizer: Invalid learning rate: -1"),
-    ],
-)
-def test_an_optimizer_that_cannot_step_is_found_before_training(data, optimizer, said):
-    with pytest.raises(UserError, match=said) as error:
-        check_recipe(recipe(optimizer=optimizer), network(), torch.device("cpu"))
-    assert "\n" not in str(error.value)
-
-
-def test_learning_rate_schedules():
-    factors = [learning_rate(step, 100, "linear", 0.1) for step in range(100)]
-    assert factors[0] == 0 and factors[5] == pytest.approx(0.5) and factors[10] == 1
-    assert factors[55] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 90)
-    cosine = [learning_rate(step, 100, "cosine", 0.0) for step in range(100)]
-    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
-    assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
-
-
-def test_bf16_training_learns_and_its_logits_stay_fp32(tmp_path, data, hardware):
-    hardware = replace(hardware, precision="bf16")
-    trained(tmp_path, data, hardware, recipe(epochs=6))
-    accuracies = [
-        r.value for r in read_results(tmp_path / "results.jsonl") if (r.split, r.metric) == ("val", "accuracy")
-    ]
-    assert accuracies[-1] > 0.9
-    with hardware.autocast():
-        assert network()(torch.rand(2, 1, 8, 8)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("stops", [[3], [1, 2, 9]])
-def test_stopped_within_an_epoch_it_goes_on_at_the_next_step_to_the_bit(tmp_path, data, hardware, monkeypatch, stops):
-    """The signal arrives after so many steps of each start, dropout and random actions in the loop."""
-    settings = recipe(objective=policy(EpsilonGreedy(0.3)), epochs=3, adversary=Adversary(FGSM, 1))
-    whole, best = trained(tmp_path / "whole", data, hardware, settings)
-    steps, left, forward = 0, list(stops), TrainStep.forward
-
-    def counted(*args, **options):
-        nonlocal steps
-        steps += 1
-        if left and steps == left[0]:
-            left.pop(0)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return forward(*args, **options)
-
-    monkeypatch.setattr(TrainStep, "forward", counted)
-    for _ in stops:
-        steps = 0
-        with signals.listening(), pytest.raises(signals.Stopped) as stopped:
-            trained(tmp_path / "cut", data, hardware, settings)
-        assert stopped.value.code == signals.REQUEUE
-    with signals.listening():
-        resumed, best_resumed = trained(tmp_path / "cut", data, hardware, settings)
-    assert equal(whole, resumed) and best == best_resumed
-    assert results_of(tmp_path / "whole") == results_of(tmp_path / "cut")
-
-
-def test_stopped_in_the_validation_it_goes_on_to_the_same_end(tmp_path, data, hardware):
-    """On the spot, in its adversary; the epoch's steps are not done again."""
-    settings = recipe(epochs=3, adversary=Adversary(FGSM, 1))
-    whole, best = trained(tmp_path / "whole", data, hardware, settings)
-    calls = iter(range(100))
-
-    def stops(model, x, y, *, generator):
-        if not model.training and next(calls) == 1:
-            os.kill(os.getpid(), signal.SIGHUP)
-            raise AssertionError("went on")
-        return FGSM(model, x, y, generator=generator)
-
-    cut = replace(settings, adversary=Adversary(stops, 1))
-    for _ in range(2):
-        with signals.listening(), suppress(signals.Stopped):
-            resumed, best_resumed = trained(tmp_path / "cut", data, hardware, cut)
-    assert equal(whole, resumed) and best == best_resumed
-    assert results_of(tmp_path / "whole") == results_of(tmp_path / "cut")
-
-
-def test_a_batch_size_beyond_the_data_is_all_of_it_and_said(tmp_path, data, hardware, caplog):
-    whole, _ = trained(tmp_path / "whole", data, hardware, recipe(batch_size=200))
-    with caplog.at_level("INFO", "aerl"):
-        more, _ = trained(tmp_path / "more", data, hardware, recipe(batch_size=10**9))
-    assert equal(whole, more)
-    assert "trainer.batch_size=1000000000: every batch is all 200 training images" in caplog.text
-
-
 class Full:
     """Out of memory at the call number `at`, then well."""
 
@@ -472,32 +448,34 @@ class Full:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize(
-    "where",
+    ("where", "calls"),
     [
-        "aerl.training.loop.to_unit",
-        "aerl.training.loop.TrainStep.forward",
-        "torch.nn.utils.clip_grad_norm_",
-        "torch.optim.AdamW.step",
-        "torch.Tensor.backward",
+        ("aerl.data.batches.Batches._select", 6),
+        ("aerl.training.loop.to_unit", 7),  # of an epoch: one is in the validation
+        ("aerl.training.loop.TrainStep.forward", 6),
+        ("torch.Tensor.backward", 6),
+        ("torch.nn.utils.clip_grad_norm_", 6),
+        ("torch.optim.AdamW.step", 6),
+        ("aerl.training.loop._Epoch.means", 1),
+        ("aerl.training.checkpoint.save", 0),
     ],
 )
-def test_out_of_memory_names_the_batch_size_that_halves_it(tmp_path, data, hardware, monkeypatch, where, error):
-    """In the second epoch: the best weights so far are kept."""
-    monkeypatch.setattr(where, full := Full(pkgutil.resolve_name(where), at=8, error=error))
-    if where.endswith(("step", "backward", "forward")):
-        monkeypatch.setattr(where, lambda self, *args: full(self, *args))
-    with pytest.raises(UserError, match=r"epoch 2 of 4, step [12] of 6: trainer.batch_size=32: .*=16 takes") as error:
-        trained(tmp_path, data, hardware, recipe())
-    assert "of epoch 1, are in" in str(error.value) and "\n" not in str(error.value)
-    assert checkpoint.load(tmp_path / "checkpoints/best.pt")["epoch"] == 1
+def test_out_of_memory_names_the_batch_size_that_halves_it(train, tmp_path, monkeypatch, where, calls, error):
+    """In the second epoch, within its steps or after them: the best weights so far are kept."""
+    full = Full(pkgutil.resolve_name(where), at=calls + 1, error=error)
+    monkeypatch.setattr(where, (lambda *args: full(*args)) if where.split(".")[-2].strip("_")[0].isupper() else full)
+    place = r"epoch 2 of 4, step 1 of 6" if calls > 1 else r"epoch [24] of 4"
+    with pytest.raises(UserError, match=rf"{place}: trainer.batch_size=32: .*trainer.batch_size=16") as error:
+        train(recipe())
+    assert "of epoch " in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "checkpoints/best.pt").exists()
 
 
-def test_validation_that_runs_out_of_memory_goes_on_with_half_a_batch_to_the_same_scores(data, hardware):
-    """Also under an adversary that draws at random and drops whom it has fooled."""
-    model = network()
+def test_validation_that_runs_out_of_memory_continues_with_half_a_batch_to_the_same_scores(data, hardware):
+    """Also under an adversary that draws at random and drops fooled samples."""
+    model, val = network(), Batches(data.val, 40)
     attack = partial(pgd, norm="L2", eps=0.5, steps=2, restarts=2)
-    val = Batches(data.val, 40)
-    whole = validate(model, val, hardware, Adversary(attack), seed=0)
+    expected = validate(model, val, hardware, Adversary(attack), seed=0)
     full = Full(attack)
-    assert validate(model, val, hardware, Adversary(full), seed=0) == pytest.approx(whole, rel=1e-6)
+    assert validate(model, val, hardware, Adversary(full), seed=0) == pytest.approx(expected, rel=1e-6)
     assert full.left < -2

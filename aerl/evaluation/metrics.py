@@ -43,11 +43,9 @@ BUILT_IN: Mapping[str, Metric] = {"p": probability, "confidence": confidence, "e
 def measure(metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """float32 (B,) by each metric's name, of logits (B, K) and labels (B,); 0 where a logit is not finite.
 
-    Raises UserError, under metric.NAME, for what a metric raises, and where it returns anything but one finite
-    number for each sample.
+    UserError about metric.NAME for what a metric raises, or if it does not return one finite number for each sample.
     """
-    finite = logits.isfinite().all(1)
-    found = {}
+    finite, found = logits.isfinite().all(1), {}
     for name, metric in metrics.items():
         key = f"metric.{name}"
         with foreign_code(key, metric):
@@ -57,5 +55,5 @@ def measure(metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> di
             raise UserError(f"{key}: returned {form}: expected a number for each sample, {tuple(labels.shape)}")
         found[name] = torch.where(finite, values.to(logits), 0)
         if not found[name].isfinite().all():
-            raise UserError(f"{key}: returned NaN or infinity for finite logits: expected finite numbers")
+            raise UserError(f"{key}: returned NaN or infinity for finite logits")
     return found

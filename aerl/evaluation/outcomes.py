@@ -1,11 +1,11 @@
 """Per-sample outcomes of every attack, accuracies with confidence intervals, and the worst case."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from aerl.data import Split, to_unit
 from aerl.evaluation.statistics import proportion
@@ -19,8 +19,8 @@ Policy = Literal["argmax", "sample"]
 class Attacked:
     """The outcome of one attack, or of none, on all samples.
 
-    samples: arrays (N,). `pred` int64, the class of the largest logit, -1 where a logit is not finite, so that the
-        sample is wrong; float32 each metric, and `l2` and `linf`, the perturbation in units of the images' range.
+    samples: arrays (N,). `pred` int64, the class of the largest logit, -1 if a logit is not finite; float32 each
+        metric, and `l2` and `linf`, the perturbation in units of the images' range.
     examples: float32 (k, C, H, W), the first k images as attacked.
     outside: how far any pixel left [0, 1].
     seconds: wall time.
@@ -42,23 +42,17 @@ class Attacked:
     def pred(self) -> np.ndarray:
         return self.samples["pred"]
 
-    def copy(self) -> "Attacked":
-        """The same samples, to be attacked further."""
-        samples = {key: values.copy() for key, values in self.samples.items()}
-        return replace(self, samples=samples, examples=self.examples.copy(), outside=0.0, seconds=0.0)
-
     def columns(self, attack: str) -> Outcomes:
         """The arrays of outcomes.npz: `<attack>_pred`, ...; of the clean images no distances."""
         keys = [key for key in self.samples if attack != "clean" or key not in ("l2", "linf")]
         return {f"{attack}_{key}": self.samples[key] for key in keys}
 
-    def record(self, rows: np.ndarray, values: Mapping[str, Tensor], x_adv: Tensor) -> None:
-        """Enter one batch: `values` (b,) for the samples `rows` (b,), whose images are x_adv (b, C, H, W)."""
+    def record(self, rows: np.ndarray, values: Outcomes, examples: np.ndarray, outside: float) -> None:
+        """Enter one batch: `values` (b,) of the samples `rows` (b,), and the images of those that are examples."""
         for key, column in values.items():
-            self.samples[key][rows] = column.cpu().numpy()
-        self.outside = max(self.outside, -x_adv.min().item(), x_adv.max().item() - 1)
-        shown = rows < len(self.examples)
-        self.examples[rows[shown]] = x_adv.cpu().numpy()[shown]
+            self.samples[key][rows] = column
+        self.examples[rows[rows < len(self.examples)]] = examples
+        self.outside = max(self.outside, outside)
 
 
 def accuracy(
@@ -72,8 +66,8 @@ def accuracy(
 def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
     """float (N,): the least reward of each sample, clean and under every one of `attacks`.
 
-    A model that deploys the class of its largest logit earns 1 where that is right under all of them. One
-    that draws its class from the softmax earns, in expectation, the probability of the label.
+    policy="argmax": 1 if the class of the largest logit is right under all of them. policy="sample", of a model that
+    draws its class from the softmax: the least probability of the label.
     """
     if policy == "sample":
         least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_p"] for name in ("clean", *attacks)])
@@ -90,8 +84,8 @@ def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> np
 
 
 def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequence[str]) -> Attacked:
-    """Every sample as the first of `attacks` to fool it left it, or unperturbed."""
-    state, survived = clean.copy(), right(outcomes)
+    """Every sample under the first of `attacks` that fooled it, or else unperturbed."""
+    state, survived = copy.deepcopy(clean), right(outcomes)
     for name in attacks:
         fooled = survived & (outcomes[f"{name}_pred"] != outcomes["label"])
         for key, values in state.samples.items():
@@ -101,15 +95,9 @@ def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequenc
 
 
 def check_within(name: str, attacked: Attacked, norm: str, eps: float, boxed: bool = True) -> None:
-    """UserError if an attack left its ball or, with `boxed`, the box [0, 1]: its outcomes prove nothing then."""
+    """UserError if an attack left its ball or, with `boxed`, [0, 1]: its outcomes then prove nothing."""
     size = float(attacked.samples[norm.lower()].max(initial=0.0))
     if not size <= eps * (1 + 1e-4) + 1e-6:
-        raise UserError(
-            f"attack.{name}: left its {norm} ball: a perturbation of {size:.6g} where eps is {eps:.6g}; "
-            "its result is not counted"
-        )
+        raise UserError(f"attack.{name}: left its {norm} ball: perturbation of {size:.6g}, eps={eps:.6g}")
     if boxed and not attacked.outside <= 1e-6:
-        raise UserError(
-            f"attack.{name}: left the box: a pixel lies {attacked.outside:.6g} outside [0, 1]; "
-            "its result is not counted"
-        )
+        raise UserError(f"attack.{name}: left the box: a pixel is {attacked.outside:.6g} outside [0, 1]")

@@ -1,4 +1,4 @@
-"""An attack in progress: progress.npz in the run folder, from which the same command continues it."""
+"""An attack in progress: progress.npz in the run folder, from which the same command resumes it."""
 
 import logging
 import time
@@ -21,10 +21,10 @@ _FILE = "progress.npz"
 
 @dataclass
 class Stage:
-    """The state of an attack between two batches: all that a restart needs to reach the same outcomes.
+    """An attack between two batches: all that is needed to reach the same outcomes.
 
-    `todo` bool (N,) are the samples of this stage, `done` those of them that have been attacked, `parts` what was
-    found so far, in all stages, by the names of the attack's parts.
+    `todo` bool (N,) are the samples of this stage, `done` those already attacked; `parts` are the outcomes so far, in
+    all stages, by the names of the attack's parts.
     """
 
     number: int
@@ -39,18 +39,15 @@ class Stage:
         return still
 
     def next(self, labels: np.ndarray) -> "Stage":
-        """The stage after this one, of the samples that this one left."""
+        """The stage after this one, of the samples that are still correct."""
         return Stage(self.number + 1, self.robust(labels), np.zeros_like(self.done), self.seconds, self.parts)
 
 
 class Saver:
-    """Saves the state of the attack `name` in the run folder, every two seconds and when the run must stop.
-
-    `warnings` are those of the attack, a list that grows while it runs.
-    """
+    """Saves the state of an attack, and its list of `warnings`, every two seconds and when the run must stop."""
 
     def __init__(self, folder: Path, name: str, warnings: Sequence[str]) -> None:
-        self.folder, self.name, self.warnings = folder, name, warnings
+        self.path, self.name, self.warnings = folder / _FILE, name, warnings
         self.saved_at = time.monotonic()
 
     def __call__(self, stage: Stage) -> None:
@@ -62,17 +59,17 @@ class Saver:
         for part, found in stage.parts.items():
             arrays |= {f"{part}/examples": found.examples, f"{part}/outside": np.asarray(found.outside)}
             arrays |= {f"{part}/samples/{key}": values for key, values in found.samples.items()}
-        save_arrays(self.folder / _FILE, arrays)
+        save_arrays(self.path, arrays)
         self.saved_at = time.monotonic()
         signals.raise_if_stopped()
 
 
 def interrupted(folder: Path, name: str) -> tuple[Stage | None, list[str]]:
-    """The state in which an earlier start left the attack `name`, and its warnings."""
+    """The saved state of the attack `name`, and its warnings; a damaged one is logged, and the attack starts again."""
     try:
         arrays = load_arrays(folder / _FILE)
     except UserError as error:
-        log.warning("%s; %s begins again", error, name)
+        log.warning("%s; %s starts again", error, name)
         return None, []
     if str(arrays.get("attack")) != name:
         return None, []
@@ -86,5 +83,4 @@ def interrupted(folder: Path, name: str) -> tuple[Stage | None, list[str]]:
 
 
 def finished(folder: Path) -> None:
-    """The attack's outcomes are in the run folder: its state is not needed any more."""
     (folder / _FILE).unlink(missing_ok=True)
