@@ -16,7 +16,7 @@ FREQUENT = f"""
 import os, runpy, sys
 from aerl.runtime import signals
 if "TORCHELASTIC_RUN_ID" in os.environ:  # as launch.py does, before what takes seconds
-    signals._end_with_parent(9)
+    signals.end_with_parent(9)
 import aerl.evaluation.resume
 import aerl.training.loop
 aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS = 0

@@ -339,7 +339,7 @@ def test_stopped_or_killed_and_repeated(tmp_path, data_dir, launch, moment, numb
     status = summary_of(tmp_path / "runs/cut")["status"]
     if number == signal.SIGTERM:
         assert (process.returncode, status) == (75, "stopped"), log
-        assert "stopped by SIGTERM; the same command goes on from here" in log and "Traceback" not in log
+        assert "stopped by SIGTERM; the same command resumes" in log and "Traceback" not in log
     else:
         assert status == "running"
     for name in ("cut", "whole"):

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Subset
 
-from aerl.tracking.fingerprint import is_hidden, walk
+from aerl.tracking.inputs import is_hidden, walk
 from aerl.types import UserError
 
 Labels = npt.NDArray[np.int64]

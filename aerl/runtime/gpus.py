@@ -1,4 +1,4 @@
-"""Which GPUs this machine has, and one of them for each worker process of a multirun."""
+"""The GPUs of this machine, and one of them for each worker process of a multirun."""
 
 import fcntl
 import functools
@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import re
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -17,25 +16,21 @@ _SECONDS_BETWEEN_TRIES = 1.0
 
 
 def visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; PyTorch is not imported for it."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:  # CUDA takes what comes before the first word that it does not know
-        words = (word.strip() for word in given.split(","))
-        return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, words))
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return re.findall(r"^GPU (\d+):", listing.stdout, re.MULTILINE)
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; does not initialise CUDA."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        import torch
+
+        return [str(number) for number in range(torch.cuda.device_count())]
+    words = (word.strip() for word in given.split(","))
+    return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, words))  # CUDA stops at any other word
 
 
 @functools.cache
 def claim() -> None:
-    """Take one GPU for as long as this process lives, whatever number of jobs it does; wait until one is free.
+    """Reserve one GPU for this process and all its jobs; wait until one is free. Call it before CUDA is initialised.
 
-    Call it before CUDA is initialised, which reads CUDA_VISIBLE_DEVICES once. The claim is a lock on a file in a folder
-    of this user's, so that the workers of two multiruns do not share a GPU either; the kernel frees it however
-    the process ends. Without a GPU this does nothing.
+    The claim is a lock on a file in this user's temporary folder, so two multiruns do not share a GPU either; the
+    kernel releases it when the process ends. Without a GPU this does nothing.
     """
     names = visible()
     folder = Path(tempfile.gettempdir()) / f"aerl-gpus-{os.getuid()}"
@@ -48,9 +43,9 @@ def claim() -> None:
             except BlockingIOError:
                 os.close(file)
                 continue
-            os.environ["CUDA_VISIBLE_DEVICES"] = name  # the file stays open, and locked
+            os.environ["CUDA_VISIBLE_DEVICES"] = name  # the file stays open and locked
             log.info("on GPU %s", name)
             return
         if attempt == 0:
-            log.info("waiting: other jobs have every GPU (%s)", ", ".join(names))
+            log.info("waiting: other jobs use all GPUs (%s)", ", ".join(names))
         time.sleep(_SECONDS_BETWEEN_TRIES)
