@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.runs import results_of, same_end, summary_of, wait_for
+from tests.runs import begin, ended, results_of, same_end, summary_of, wait_for
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-DDP = ("hardware=ddp", "hardware.device=cpu")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # Without dropout, which each process draws for itself.
 NET = ("model=foreign", "model.net._target_=tests.test_distributed.net", "model.mean=[0.3]", "model.std=[0.3]")
 QUICK = (*NET, "evaluation.samples=40", "evaluation.batch_size=2", "logger=none", "analysis=none", "eps=0.3")
@@ -53,19 +52,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(place: Path, data_dir: Path):  # type: ignore[no-untyped-def]
     """`start(TORCHRUN, "trainer=rl", ...)`: the command line in `place`, on two processes or, with (), on one."""
 
-    def popen(torchrun: tuple[str, ...], *words: str) -> subprocess.Popen[str]:
-        ddp = DDP if torchrun and "hardware=cpu" not in words else ()
-        command = [*(torchrun or (sys.executable,)), str(ROOT / "launch.py"), *words, *ddp]
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
-        env |= {"AERL_DATA": str(data_dir), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-        return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(torchrun: tuple[str, ...], *words: str) -> "subprocess.Popen[str]":
+        ddp = ("hardware=ddp", "hardware.device=cpu") if torchrun and "hardware=cpu" not in words else ()
+        return begin(place, data_dir, *words, *ddp, launcher=torchrun)
 
-    return popen
-
-
-def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return start
 
 
 def values(folder: Path) -> list[float]:
@@ -129,8 +120,7 @@ def test_a_process_that_fails_alone_ends_the_others(start, place):
     words = ("trainer.epochs=1", *QUICK, "model.net._target_=tests.test_distributed.OnlyTheSecondFails", "name=alone")
     done = ended(start(TORCHRUN, *words))
     assert done.returncode == 1
-    assert "error: process 1 of 2: training stopped at epoch 1 of 1, step 1 of " in done.stderr
-    assert "model.net: ValueError: a fault of this process alone" in done.stderr
+    assert "error: process 1 of 2: " in done.stderr and "ValueError: a fault of this process alone" in done.stderr
 
 
 @pytest.mark.slow
@@ -185,7 +175,7 @@ def test_killing_torchrun_ends_its_processes_at_once(start, place):
 
 def script(tmp_path: Path, text: str, processes: int = 2) -> "subprocess.CompletedProcess[str]":
     (tmp_path / "script.py").write_text(text)
-    command = [*TORCHRUN[:-1], f"--nproc-per-node={processes}", str(tmp_path / "script.py")]
+    command = [sys.executable, *TORCHRUN[:-1], f"--nproc-per-node={processes}", str(tmp_path / "script.py")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 

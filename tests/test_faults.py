@@ -11,23 +11,11 @@ from pathlib import Path
 import pytest
 
 from aerl.tracking.results import read_results
-from tests.conftest import ROOT
-from tests.runs import results_of, summary_of, wait_for
+from tests.runs import begin, results_of, summary_of, wait_for
 from tests.test_wandb import KEY, WandB, has_no_key, history, read_back, refusing, silent
 
 assert refusing and silent  # fixtures: servers out of reach
 WORDS = ("trainer.epochs=6", "attack=[fgsm,pgd]", "evaluation.samples=20", "analysis=pictures", "name=r")
-
-
-def begin(tmp_path, data_dir, *words, **environment):
-    """The real command line, in a process that the test can wait for or do something to."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
-    env |= {"AERL_DATA": str(data_dir), "HOME": str(tmp_path), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
-    command = [sys.executable, str(ROOT / "launch.py"), *words]
-    return subprocess.Popen(
-        command, cwd=tmp_path, env=env | environment, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------- Weights & Biases

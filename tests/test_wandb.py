@@ -14,11 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,7 +39,7 @@ root, mode = Path(sys.argv[1]), sys.argv[2]
 def start(folder, **options):
     folder.mkdir(exist_ok=True)
     return aerl.tracking.wandb.open_tracker(mode, folder, "digits-sl-" + folder.name, **{
-        "group": "digits-alicnn", "job_type": "train", "tags": ["sl", "test"],
+        "group": "digits-alicnn", "job_type": "train", "name": "sl", "tags": ["sl", "test"],
         "config": {"trainer": {"lr": 2e-4, "out": Path("x")}, "seed": 0, "bad": float("nan")}, **options})
 
 def record(folder, tracker):
@@ -50,7 +48,7 @@ def record(folder, tracker):
 
 def finish(tracker):
     began = time.monotonic()
-    tracker.finish()
+    tracker.finish(0)
     print("finished in", round(time.monotonic() - began, 1), tracker.where()["mode"])
 """
 THREE_EPOCHS = """
@@ -62,7 +60,7 @@ finish(tracker)
 """
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment(**extra):
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -71,7 +69,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **extra}
 
 
-def run(code: str, folder: Path, mode: str = "auto", **extra: str) -> str:
+def run(code, folder, mode: str = "auto", **extra):
     """What the scenario printed; its home has no key unless `extra` gives one."""
     (folder / "home").mkdir(exist_ok=True)
     env = environment(**{"HOME": str(folder / "home"), **extra})
@@ -84,27 +82,27 @@ def run(code: str, folder: Path, mode: str = "auto", **extra: str) -> str:
     return done.stdout
 
 
-def warnings(output: str) -> list[str]:
+def warnings(output):
     return [line for line in output.splitlines() if line.startswith("W&B")]
 
 
-def read_back(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def read_back(folder):
     """The records of the one run below `folder`, by type; of an offline one, if online did not work."""
     (file,) = list(folder.glob("wandb/offline-run-*/*.wandb")) or folder.glob("wandb/run-*/*.wandb")
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    records: dict[str, list[dict[str, Any]]] = {}
+    records = {}
     for line in done.stdout.splitlines():
         record = json.loads(line)
         records.setdefault(record["type"], []).append(record.get(record["type"], {}))
     return records
 
 
-def history(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def history(records):
     return [entry["item"] for entry in records["history"]]
 
 
-def summary(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(records):
     return {key: value for entry in records["summary"] for key, value in entry["update"].items()}
 
 
@@ -132,7 +130,7 @@ tracker.history(4, {"train/loss": 0.0})  # after the end: nothing, and no error
 """
 
 
-def test_an_offline_run_is_read_back(tmp_path: Path) -> None:
+def test_an_offline_run_is_read_back(tmp_path):
     output = run(FULL, tmp_path)
     assert warnings(output) == []
     folder = tmp_path / "a"
@@ -188,7 +186,7 @@ print("left", [name for name in os.environ if name.startswith("WANDB_DATA")])
 """
 
 
-def test_two_runs_in_one_process_are_two_runs_with_names_that_the_server_accepts(tmp_path: Path) -> None:
+def test_two_runs_in_one_process_are_two_runs_with_names_that_the_server_accepts(tmp_path):
     output = run(TWO, tmp_path)
     assert warnings(output) == [] and "left []" in output
     a, b = read_back(tmp_path / "a"), read_back(tmp_path / "b")
@@ -200,7 +198,7 @@ def test_two_runs_in_one_process_are_two_runs_with_names_that_the_server_accepts
     assert [[row["train/loss"] for row in history(records)] for records in (a, b)] == [[1], [2]]
 
 
-def test_the_id_belongs_to_the_folder(tmp_path: Path) -> None:
+def test_the_id_belongs_to_the_folder(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
     stored = _wandb_id(tmp_path / "a", "lr=1e-3,x/y")
@@ -216,31 +214,29 @@ class WandB(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, fault):
         super().__init__(("127.0.0.1", 0), Answer)
         self.fault, self.begun, self.url = fault, threading.Event(), f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def end(self) -> None:
+    def end(self):
         self.shutdown()
         self.server_close()
 
 
 class Answer(BaseHTTPRequestHandler):
-    server: WandB
-
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, format, *arguments):
         pass
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.do_POST()
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         query = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode(errors="replace")
         if self.server.fault == "stalls":
             time.sleep(600)
         project = {"id": "p", "name": "aerl", "entity": {"id": "e", "name": "me"}}
-        data: dict[str, Any] = {"model": {**project, "bucket": None}} if "RunResumeStatus" in query else {}
+        data = {"model": {**project, "bucket": None}} if "RunResumeStatus" in query else {}
         if "upsertBucket" in query:
             bucket = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "project": project}
             data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -255,7 +251,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def refusing() -> str:
+def refusing():
     """The address of a server that does not exist."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -263,24 +259,36 @@ def refusing() -> str:
 
 
 @pytest.fixture
-def silent() -> Iterator[str]:
+def silent():
     """The address of a server that accepts connections and never answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def has_no_key(folder: Path) -> bool:
+def has_no_key(folder):
     """Whether the key is in no file."""
     return not any(KEY.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("server", ["refusing", "silent"])
-def test_without_a_server_a_run_is_offline_within_seconds(
-    tmp_path: Path, server: str, request: pytest.FixtureRequest
-) -> None:
-    url, began = request.getfixturevalue(server), time.monotonic()
-    output = run(THREE_EPOCHS, tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
-    assert len(warnings(output)) == 1 and "this run is recorded offline" in output
+@pytest.mark.parametrize(
+    ("mode", "server", "variables", "warned"),
+    [
+        ("auto", "refusing", {}, 1),
+        ("auto", "silent", {}, 1),
+        ("auto", "refusing", {"WANDB_CONFIG_DIR": "settings"}, 0),  # where W&B is set to offline
+        ("offline", "refusing", {"WANDB_MODE": "disabled"}, 0),  # the configuration precedes the environment
+        ("auto", None, {"HOME": "/proc/self/nowhere"}, 0),  # cannot be written to
+    ],
+)
+def test_without_a_server_a_run_is_offline_within_seconds(tmp_path, mode, server, variables, warned, request):
+    if server is not None:
+        variables = variables | {"WANDB_BASE_URL": request.getfixturevalue(server), "WANDB_API_KEY": KEY}
+    if "WANDB_CONFIG_DIR" in variables:
+        variables["WANDB_CONFIG_DIR"] = str(tmp_path)
+        (tmp_path / "settings").write_text("[default]\nmode = offline\n")
+    began = time.monotonic()
+    output = run(THREE_EPOCHS, tmp_path, mode, **variables)
+    assert len(warnings(output)) == warned == output.count("this run is recorded offline")
     assert time.monotonic() - began < 15  # 2 s of waiting, 2 s of giving up; the rest is a slow machine
     assert len(read_results(tmp_path / "a/results.jsonl")) == len(history(read_back(tmp_path / "a"))) == 3
     assert has_no_key(tmp_path)
@@ -298,14 +306,13 @@ finish(tracker)
 """
 
 
-def test_a_lost_server_delays_the_end_by_a_bounded_time(tmp_path: Path) -> None:
+def test_a_lost_server_delays_the_end_by_a_bounded_time(tmp_path):
     server = WandB("well")
     env = environment(HOME=str(tmp_path), WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
     process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + LOST, str(tmp_path), "auto"],
         env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
     began = process.stdout.readline()
     assert "'mode': 'online'" in began and "/me/aerl/runs/" in began
     server.end()
@@ -341,7 +348,7 @@ finish(second)
 
 
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc")
-def test_a_killed_service_is_one_warning_and_does_not_affect_the_next_run(tmp_path: Path) -> None:
+def test_a_killed_service_is_one_warning_and_does_not_affect_the_next_run(tmp_path):
     output = run(KILLED, tmp_path)
     (warning,) = warnings(output)
     assert "killed" in output and warning.startswith("W&B stopped")
@@ -349,12 +356,7 @@ def test_a_killed_service_is_one_warning_and_does_not_affect_the_next_run(tmp_pa
     assert [row["train/loss"] for row in history(read_back(tmp_path / "b"))] == [2]
 
 
-def test_a_home_that_cannot_be_written_to_does_not_matter(tmp_path: Path) -> None:
-    assert warnings(run(THREE_EPOCHS, tmp_path, HOME="/proc/self/nowhere")) == []
-    assert len(history(read_back(tmp_path / "a"))) == 3
-
-
-def test_a_folder_that_wandb_cannot_use_is_one_warning(tmp_path: Path) -> None:
+def test_a_folder_that_wandb_cannot_use_is_one_warning(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/wandb").write_text("in the way")
     (warning,) = warnings(run(THREE_EPOCHS.replace("finish(tracker)", "assert tracker is None"), tmp_path))
@@ -363,7 +365,7 @@ def test_a_folder_that_wandb_cannot_use_is_one_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "warned"), [("auto", 0), ("online", 1)])
-def test_without_a_key_nothing_is_asked_at_a_terminal(tmp_path: Path, mode: str, warned: int) -> None:
+def test_without_a_key_nothing_is_asked_at_a_terminal(tmp_path, mode, warned):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + THREE_EPOCHS, str(tmp_path), mode],
@@ -384,26 +386,14 @@ def test_without_a_key_nothing_is_asked_at_a_terminal(tmp_path: Path, mode: str,
 
 
 @pytest.mark.parametrize(("mode", "variable"), [("disabled", "online"), ("auto", "disabled")])
-def test_switched_off(tmp_path: Path, mode: str, variable: str) -> None:
+def test_switched_off(tmp_path, mode, variable):
     output = run("print(start(root / 'a'), 'wandb' in sys.modules)", tmp_path, mode, WANDB_MODE=variable)
     assert f"None {mode == 'auto'}" in output  # only W&B itself knows its settings
     assert not list(tmp_path.rglob("*.wandb"))
 
 
-def test_the_configuration_precedes_the_environment(tmp_path: Path) -> None:
-    run(THREE_EPOCHS, tmp_path, "offline", WANDB_MODE="disabled")
-    assert len(history(read_back(tmp_path / "a"))) == 3
-
-
-def test_offline_in_wandbs_settings_file_counts(tmp_path: Path, refusing: str) -> None:
-    settings = tmp_path / "home/.config/wandb/settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text("[default]\nmode = offline\n")
-    assert warnings(run(THREE_EPOCHS, tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=refusing)) == []
-
-
 @pytest.mark.parametrize(("password", "online"), [(KEY, True), ('""', False)])
-def test_a_netrc_entry_is_a_login(tmp_path: Path, password: str, online: bool, refusing: str) -> None:
+def test_a_netrc_entry_is_a_login(tmp_path, password, online, refusing):
     host = refusing.removeprefix("http://")
     (tmp_path / "netrc").write_text(f"machine {host} login user password {password}")
     code = "print('logged in', aerl.tracking.wandb.logged_in())"

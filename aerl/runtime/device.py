@@ -20,8 +20,7 @@ import aerl
 from aerl.runtime.ddp import world_size
 from aerl.types import UserError, foreign_code
 
-# Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 # The settings at the start of this process, for jobs of a multirun that do not set them.
 _THREADS = torch.get_num_threads()
@@ -55,18 +54,9 @@ class Hardware:
 
 
 def set_up(
-    *,
-    device: str,
-    precision: Precision,
-    tf32: bool,
-    channels_last: bool,
-    compile: bool,
-    threads: int | None,
-    deterministic: bool,
-    fused: bool = False,
-    distributed: bool = False,
+    *, device: str, tf32: bool, threads: int | None, deterministic: bool, distributed: bool = False, **settings: Any
 ) -> Hardware:
-    """Configure this process; UserError if the machine cannot do it.
+    """Configure this process; UserError if the machine cannot do it. `settings` are those of `Hardware`.
 
     Every setting that changes numbers is set either way: the jobs of a multirun share a process.
     With `distributed`, each process of torchrun takes a GPU of its own, if there are GPUs.
@@ -93,7 +83,7 @@ def set_up(
     if deterministic != torch.are_deterministic_algorithms_enabled():  # either way imports the whole compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    return Hardware(torch.device(device), precision, channels_last, compile, fused)
+    return Hardware(torch.device(device), **settings)
 
 
 # The messages of PyTorch, cuDNN, cuBLAS, oneDNN, NumPy and the operating system.

@@ -187,28 +187,28 @@ def locked(folder: Path, check: Callable[[], object] = lambda: None) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        began = time.monotonic()
-        if holder := _try_lock(file, folder):
+        began, holder = time.monotonic(), try_lock(file, folder)
+        if holder:
             log.info("waiting for %s: in use by %s", folder, holder)
-        while holder := holder and _try_lock(file, folder):
+        while holder:
             if time.monotonic() - began > _LOCK_SECONDS:
                 raise UserError(f"run folder {folder}: in use by {holder}; wait for it or stop it")
             check()
             time.sleep(0.2)
-        with contextlib.suppress(OSError):  # a full disk; the name is only for the reader
-            os.truncate(file, 0)
-            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            holder = try_lock(file, folder)
         yield
     finally:
         os.close(file)
 
 
-def _try_lock(file: int, folder: Path) -> str:
-    """Lock the file, or return the name of the process that holds the lock."""
+def try_lock(file: int, folder: Path) -> str:
+    """Lock the open `file` in `folder`, or return the name of the process that holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
         return os.pread(file, 1000, 0).decode(errors="replace") or "another process"
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s cannot be locked (%s); start no second process in it", folder, error.strerror)
+    except OSError as error:  # a full disk, or a network file system without locks
+        log.warning("%s: the lock may not work (%s); start no second process", folder, error.strerror)
     return ""

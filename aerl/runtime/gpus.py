@@ -1,6 +1,5 @@
 """The GPUs of this machine, and one of them for each worker process of a multirun."""
 
-import fcntl
 import functools
 import itertools
 import logging
@@ -9,6 +8,8 @@ import re
 import tempfile
 import time
 from pathlib import Path
+
+from aerl.runtime.files import try_lock
 
 log = logging.getLogger("aerl")
 
@@ -38,14 +39,11 @@ def claim() -> None:
     for attempt in itertools.count() if names else ():
         for name in names:
             file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(file)
-                continue
-            os.environ["CUDA_VISIBLE_DEVICES"] = name  # the file stays open and locked
-            log.info("on GPU %s", name)
-            return
+            if not try_lock(file, folder):
+                os.environ["CUDA_VISIBLE_DEVICES"] = name  # the file stays open and locked
+                log.info("on GPU %s", name)
+                return
+            os.close(file)
         if attempt == 0:
             log.info("waiting: other jobs use all GPUs (%s)", ", ".join(names))
         time.sleep(_SECONDS_BETWEEN_TRIES)

@@ -18,15 +18,6 @@ from aerl.runtime.signals import is_worker
 log = logging.getLogger("aerl")
 
 
-class _LogFile(io.StringIO):
-    """Logs what tqdm prints."""
-
-    def write(self, text: str) -> int:
-        if line := text.strip():
-            log.info(line)
-        return len(text)
-
-
 class Bar(tqdm):  # type: ignore[misc]
     """tqdm whose postfix is read only when it is shown, so that a step does not wait for the GPU."""
 
@@ -35,13 +26,12 @@ class Bar(tqdm):  # type: ignore[misc]
     def __init__(self, description: str, total: int, unit: str, start: int) -> None:
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not is_worker()
         self._postfix: dict[str, Any] = {}
-        where: dict[str, Any] = {"file": _LogFile(), "mininterval": 10}
-        if self.live:
-            where = {"file": sys.stderr, "mininterval": 0.2, "ncols": shutil.get_terminal_size().columns, "nrows": 20}
         shown = "{desc}: {percentage:.0f} % " + ("|{bar:16}| {remaining}  " if self.live else " ") + "{details}"
         super().__init__(
-            desc=description, total=total, initial=start, unit=f" {unit}", bar_format=shown,
-            miniters=1, smoothing=0, delay=1e-3, leave=False, disable=not is_main(), **where,
+            desc=description, total=total, initial=start, unit=f" {unit}", bar_format=shown, leave=False,
+            file=sys.stderr if self.live else io.StringIO(), mininterval=0.2 if self.live else 10, miniters=1,
+            ncols=shutil.get_terminal_size().columns if self.live else None, nrows=20, smoothing=0,
+            disable=not is_main(),
         )  # fmt: skip
 
     def update(self, advance: int = 0, **postfix: Any) -> None:
@@ -51,6 +41,12 @@ class Bar(tqdm):  # type: ignore[misc]
         """
         self._postfix.update(postfix)
         super().update(advance)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.live:
+            super().display(msg, pos)
+        elif msg is None and self.n > self.initial:
+            log.info(str(self))
 
     @property
     def format_dict(self) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The run folder: what a run writes into it, and what an earlier start left.
 
-Everything that is read back has a digest: summary.json, .npz files and checkpoints inside them, results.jsonl in the
-state that says how far the run is, and all files of a finished run in `files` of summary.json. summary.json is written
-first: only a folder that has it belongs to aerl.
+Everything that is read back has a digest: in the .npz files, the checkpoints and summary.json themselves, and in
+summary.json for all others. summary.json is written first: only a folder that has it belongs to aerl.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +55,14 @@ class Record:
         """Save, together with the results logged so far: a restart goes back to here."""
         self.save(results=self.results.seal(), **news)
 
-    def close(self, **news: Any) -> None:
+    def close(self, status: str, error: str | None = None, **news: Any) -> None:
         """Record how the run ended; again after W&B, whose files the summary names."""
-        self.save(**news)
+        self.save(status=status, error=error, **news)
         if self.tracker is not None:
-            finished = self.summary["status"] == "finished"
-            self.tracker.summary({"status": self.summary["status"], "error": self.summary["error"]})
-            if self.artifacts and finished:
+            self.tracker.summary({"status": status, "error": error})
+            if self.artifacts and status == "finished":
                 log_artifacts(self.tracker, self.folder, self.summary)
-            self.tracker.finish(0 if finished else 1)
+            self.tracker.finish(0 if status == "finished" else 1)
             self.save(wandb=self.tracker.where())
 
 
@@ -142,20 +140,12 @@ def unattacked() -> dict[str, Any]:
 
 @contextmanager
 def recorded(
-    folder: Path,
-    config: Config,
-    previous: Mapping[str, Any],
-    *,
-    overrides: Sequence[str],
-    choices: Mapping[str, str],
-    environment: Mapping[str, str],
-    inputs: Mapping[str, str],
-    request: str | None = None,
+    folder: Path, config: Config, previous: Mapping[str, Any], *, request: str | None = None, **facts: Any
 ) -> Iterator[Record]:
     """Open the run folder and W&B; on the way out, record how the run ended.
 
-    `previous` is from `load_previous`, `inputs` from `inputs.read`. `choices`, the options of the groups dataset and
-    model, are for runs that evaluate this one's model.
+    `previous` and `request` are as in `load_previous`. `facts` are entries of summary.json: `overrides`, `environment`,
+    `inputs`, and `choices` (of dataset and model, for runs that evaluate this one's model).
     """
     identity = {
         "run_id": previous.get("run_id") or secrets.token_hex(4),
@@ -177,12 +167,9 @@ def recorded(
         "error": None,
         "folder": str(folder),
         "epochs": config.trainer.epochs if config.trainer else None,
-        "choices": dict(choices),
-        "overrides": list(overrides),
         "checkpoint": config.checkpoint,
         "origin": None if config.trainer else origin(config.checkpoint),
-        "environment": dict(environment),
-        "inputs": dict(inputs),
+        **facts,
         "files": {"config.yaml": hashlib.sha256(text.encode()).hexdigest()},
     }
     write_summary(folder, summary)
@@ -195,13 +182,13 @@ def recorded(
         with _log_file(folder / "run.log"):
             yield record
         total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
-        record.close(status="finished", seconds=summary["seconds"] | {"total": total}, files=_digests(folder))
+        record.close("finished", seconds=summary["seconds"] | {"total": total}, files=_digests(folder))
     except Stopped as stopped:
         log.warning(str(stopped))
-        record.close(status="stopped", error=str(stopped))
+        record.close("stopped", str(stopped))
         raise
     except BaseException as error:
-        record.close(status="failed", error=explain(error) or f"{type(error).__name__}: {error}")
+        record.close("failed", explain(error) or f"{type(error).__name__}: {error}")
         raise
 
 
@@ -249,17 +236,15 @@ def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) ->
 
     headline = {key: summary[key] for key in ("clean_accuracy", "worst_case_accuracy")}
     origin = summary["origin"]
-    owner = origin or summary
-    if origin or summary["trainer"] != "none":
-        place = Path(owner["folder"]) if origin else folder
-        try:
+    owner, place = (origin, Path(origin["folder"])) if origin else (summary, folder)
+    try:
+        if origin or summary["trainer"] != "none":
             weights = checkpoint.find(summary["checkpoint"] if origin else str(folder))
-        except UserError as error:  # removed since it was loaded
-            log.warning("the model is not logged to W&B: %s", error)
-        else:
             files = {path.relative_to(place).as_posix(): path for path in (weights, place / "config.yaml")}
             metadata = {key: owner[key] for key in ("run_id", "trainer", "seed")} | ({} if origin else headline)
             tracker.artifact(f"model-{owner['run_id']}", "model", files, metadata, used=bool(origin))
+    except UserError as error:  # removed since it was loaded
+        log.warning("the model is not logged to W&B: %s", error)
     files = {name: folder / name for name in ("outcomes.npz", "summary.json")}
     metadata = headline | {"attacks": list(summary["attacks"])}
     tracker.artifact(f"outcomes-{summary['run_id']}", "outcomes", files, metadata)

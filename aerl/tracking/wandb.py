@@ -38,28 +38,27 @@ class Tracker:
         self._url: str | None = run.url if mode == "online" else None
         # Epochs, not W&B's own count of calls, are the x axis: a resumed run continues where it was.
         self._call(lambda run: run.define_metric("epoch", hidden=True))
-        for split in ("train/*", "val/*"):
-            self._call(lambda run, split=split: run.define_metric(split, step_metric="epoch"))
+        self._call(lambda run: [run.define_metric(f"{split}/*", step_metric="epoch") for split in ("train", "val")])
 
     def where(self) -> dict[str, str | None]:
         """For summary.json: `mode` (online, offline, interrupted), `path` of W&B's files in the run folder, `url`."""
         return {"mode": self.mode, "path": self._path, "url": self._url}
 
     def history(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Values of epoch `step`, such as train/loss or val/accuracy."""
+        """Values of epoch `step`."""
         self._call(lambda run: run.log({"epoch": step, **metrics}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values, the columns of W&B's table of runs; later ones replace earlier ones."""
+        """Final values: the columns of W&B's table of runs."""
         self._call(lambda run: run.summary.update(plain(values)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; its cells may be numbers, text and None."""
+        """A table of numbers, text and None."""
         table = {"columns": list(columns), "data": plain(rows), "allow_mixed_types": True}
         self._call(lambda run: run.log({name: self._wandb.Table(**table)}))
 
     def pictures(self, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
-        """Captioned pictures: each a file's path or an array (H, W) or (H, W, 3), uint8."""
+        """Captioned pictures: paths or arrays (H, W) or (H, W, 3), uint8."""
         self._call(lambda run: run.log({name: [self._wandb.Image(data, caption=text) for text, data in pictures]}))
 
     def artifact(
@@ -83,8 +82,8 @@ class Tracker:
 
         self._call(add)
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where`."""
+    def finish(self, exit_code: int) -> None:
+        """Close the W&B run, as failed unless `exit_code` is 0."""
         self._call(lambda run: run.finish(exit_code=exit_code), _FINISH_SECONDS + _TEARDOWN_SECONDS)
         self._run = None
 
@@ -101,16 +100,7 @@ class Tracker:
 
 
 def open_tracker(
-    mode: Mode,
-    folder: Path,
-    run_id: str,
-    *,
-    group: str = "",
-    job_type: str = "",
-    name: str = "",
-    tags: Sequence[str] = (),
-    config: Mapping[str, Any] | None = None,
-    **options: Any,
+    mode: Mode, folder: Path, run_id: str, *, group: str, name: str, tags: Sequence[str], config: Any, **options: Any
 ) -> Tracker | None:
     """Open the W&B run of a run folder, or resume it; None if W&B is off or does not work.
 
@@ -135,10 +125,9 @@ def open_tracker(
                 "dir": str(folder),
                 # W&B's server refuses longer names, and the run with them.
                 "group": shortened(group, 128),
-                "job_type": job_type,
-                "name": shortened(name or run_id, 128),
+                "name": shortened(name, 128),
                 "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
-                "config": plain(config or {}),
+                "config": plain(config),
                 "resume": "allow",
                 "reinit": "finish_previous",  # the default would return the open run of a crashed job
                 "settings": settings,
@@ -172,10 +161,7 @@ def _start(wandb: Any, mode: str, options: Mapping[str, Any]) -> tuple[Any, str]
 
 
 def _wandb_id(folder: Path, run_id: str) -> str:
-    """The id of this folder's W&B run, drawn once and stored in the folder.
-
-    Without its random tail, the same command on another machine would write into the same W&B run.
-    """
+    """The id of this folder's W&B run, stored in the folder. Its random tail is not that of another machine."""
     path = folder / "wandb" / "id"
     if not path.exists():
         name = shortened(re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id), 64)  # of 128: names of artifacts contain it
@@ -187,12 +173,8 @@ def _wandb_id(folder: Path, run_id: str) -> str:
 @contextlib.contextmanager
 def _environment(folder: Path) -> Iterator[None]:
     """What W&B reads only from environment variables: its files go to the run folder, and it prints nothing."""
-    wanted = {
-        "WANDB_DATA_DIR": str(folder / "wandb"),
-        "WANDB_CACHE_DIR": str(folder / "wandb" / "cache"),
-        "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",  # with it, a server that stalls would delay the end of the process
-    }
+    wanted = {"WANDB_DATA_DIR": f"{folder}/wandb", "WANDB_CACHE_DIR": f"{folder}/wandb/cache", "WANDB_SILENT": "true"}
+    wanted["WANDB_ERROR_REPORTING"] = "false"  # with it, a server that stalls would delay the end of the process
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:
