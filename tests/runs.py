@@ -29,14 +29,14 @@ runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """
 
 
-def begin(place, data_dir, *words, launcher=(), **environment):
+def begin(place, data_dir, *words, launcher=(), new_session=False, **environment):
     """Start the real command line in the folder `place`, with its own home and without keys."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     env |= {"AERL_DATA": str(data_dir), "MPLCONFIGDIR": str(data_dir / "matplotlib"), "HOME": str(place)}
     env |= {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "launch.py"), *words], cwd=place, env=env | environment, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=new_session,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def test_a_grid_file_may_choose_the_launcher_and_each_worker_has_its_gpu(launch,
 @pytest.mark.parametrize("group", [False, True])
 def test_at_a_signal_the_workers_save_and_no_further_job_starts(tmp_path, data_dir, group):
     words = ("hydra/launcher=gpus", "hydra.launcher.n_jobs=2", "seed=0,1,2", "trainer.epochs=60")
-    process = begin(tmp_path, data_dir, "-m", *words, *WORDS, CUDA_VISIBLE_DEVICES="")
+    process = begin(tmp_path, data_dir, "-m", *words, *WORDS, new_session=True, CUDA_VISIBLE_DEVICES="")
     started = "runs/*/*/*/*/*/results.jsonl"
     wait_for(lambda: len(list(tmp_path.glob(started))) == 2, process)
     (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)

@@ -52,7 +52,7 @@ def test_files_of_the_run_folder(finished):
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert files == {
         "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
-        "report.html",
+        "report.html", ".lock",
         "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
         *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
         *(f"tables/{name}.csv" for name in measured),

@@ -94,26 +94,29 @@ def destroy_process_group() -> None:
         sys.modules["torch.distributed"].destroy_process_group()
 
 
+def _collective(name: str, *arguments: Any) -> None:
+    """Call an operation of torch.distributed; Stopped if the others have ended because all were asked to."""
+    try:
+        getattr(sys.modules["torch.distributed"], name)(*arguments)
+    except RuntimeError:
+        if signals.received():
+            raise Stopped(signal.Signals(signals.received())) from None
+        raise
+
+
 def gather(value: T) -> list[T]:
     """The `value` of each process, in the order of their ranks; all of them must call it."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    try:
-        sys.modules["torch.distributed"].all_gather_object(values, value)
-    except RuntimeError:
-        if signals.received():  # the others have ended because all were asked to
-            raise Stopped(signal.Signals(signals.received())) from None
-        raise
+    _collective("all_gather_object", values, value)
     return values
 
 
 def total(values: "Tensor") -> "Tensor":
     """The sum over the processes, in place; all of them must call it."""
     if world_size() > 1:
-        import torch
-
-        values.copy_(torch.stack(gather(values.cpu())).sum(0))
+        _collective("all_reduce", values)
     return values
 
 
@@ -129,9 +132,23 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
+def broadcast_weights(model: "Module") -> None:
+    """Give `model` the parameters and buffers that it has in the first process."""
+    if world_size() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            _collective("broadcast", tensor.detach(), 0)
+
+
 def sync_stop_request() -> None:
     """Request a stop if any process has received a signal; all of them must call it, at the same point."""
-    signals.request_stop(max(gather(signals.received())))
+    received = signals.received()
+    if world_size() > 1:
+        import torch
+
+        highest = torch.tensor(received)
+        _collective("all_reduce", highest, torch.distributed.ReduceOp.MAX)
+        received = int(highest)
+    signals.request_stop(received)
 
 
 def main_first(make: Callable[[], T]) -> T:
@@ -186,13 +203,6 @@ def data_parallel(module: "Module") -> "Module":
 
     warnings.filterwarnings("ignore", message=".*did not find any unused parameters")  # a user's model may have some
     return DistributedDataParallel(module, find_unused_parameters=True)
-
-
-def broadcast_weights(model: "Module") -> None:
-    """Give `model` the parameters and buffers that it has in the first process."""
-    if world_size() > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            sys.modules["torch.distributed"].broadcast(tensor.detach(), 0)
 
 
 @contextmanager

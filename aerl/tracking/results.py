@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aerl.runtime.ddp import is_main
 from aerl.runtime.files import CHANGED, atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError
 
@@ -116,7 +117,7 @@ def read_results(path: Path) -> list[Result]:
     Raises UserError if the file cannot be read, or if any other line is not a Result.
     """
     try:
-        *lines, last = Path(path).read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     results = []
@@ -124,9 +125,8 @@ def read_results(path: Path) -> list[Result]:
         try:
             results.append(_parse(line))
         except (ValueError, TypeError) as error:
-            raise UserError(f"cannot read {path}: line {number} is not a result ({error})") from error
-    with contextlib.suppress(ValueError, TypeError):
-        results.append(_parse(last))
+            if number < len(lines):
+                raise UserError(f"cannot read {path}: line {number} is not a result ({error})") from error
     return results
 
 
@@ -143,15 +143,11 @@ def _parse(line: bytes) -> Result:
 class ResultLog:
     """The results of one run folder: every number goes to results.jsonl, then to W&B.
 
-    `identity` has the `run_id`, `seed`, `dataset`, `model` and `trainer` of each line. A `scratch` folder is temporary,
-    and has no results of earlier starts.
+    `identity` has the `run_id`, `seed`, `dataset`, `model` and `trainer` of each line.
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None, *, scratch: bool = False
-    ) -> None:
-        self.path = Path(folder) / "results.jsonl"
-        self.tracker, self.scratch, self.identity = tracker, scratch, dict(identity)
+    def __init__(self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None) -> None:
+        self.path, self.identity, self.tracker = Path(folder) / "results.jsonl", dict(identity), tracker
 
     def log(
         self,
@@ -191,7 +187,7 @@ class ResultLog:
 
         Raises UserError if the sealed results are missing or were changed.
         """
-        if self.scratch:
+        if not is_main():  # the folder is temporary
             return
         content = self._read()
         sealed = content[: seal["bytes"] if seal else 0]

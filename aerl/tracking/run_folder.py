@@ -34,6 +34,7 @@ _SEALED = ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz")
 _SEALED_FOLDERS = ("checkpoints", "figures", "tables")
 # What overwrite=true deletes.
 _OWN = ("summary.json", *_SEALED, "progress.npz", "report.html", "run.log", *_SEALED_FOLDERS, "wandb")
+_IDENTITY = ("run_id", "seed", "dataset", "model", "trainer")  # of each line of results.jsonl
 _DISCARDED = "discarded"  # the status of a folder that overwrite=true empties
 
 
@@ -147,38 +148,12 @@ def recorded(
     `previous` and `request` are as in `load_previous`. `facts` are entries of summary.json: `overrides`, `environment`,
     `inputs`, and `choices` (of dataset and model, for runs that evaluate this one's model).
     """
-    identity = {
-        "run_id": previous.get("run_id") or secrets.token_hex(4),
-        "seed": config.seed,
-        "dataset": config.dataset.name,
-        "model": config.model.name,
-        "trainer": config.trainer_name,
-    }
-    started = {"config_hash": config_hash(config), "wish": (request or "single") if config.overwrite else None}
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if previous.get("status") == _DISCARDED:
-            _discard(folder, {"status": _DISCARDED, **identity, **started})
-            previous = {}
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **identity, **started, **previous}
-    summary |= {
-        "status": "running",
-        "error": None,
-        "folder": str(folder),
-        "epochs": config.trainer.epochs if config.trainer else None,
-        "checkpoint": config.checkpoint,
-        "origin": None if config.trainer else origin(config.checkpoint),
-        **facts,
-        "files": {"config.yaml": hashlib.sha256(text.encode()).hexdigest()},
-    }
-    write_summary(folder, summary)
+    summary = _start(folder, config, previous, request, facts)
     tracker = _track(folder, config, summary) if is_main() else None
-    results = ResultLog(folder, identity, tracker, scratch=not is_main())
+    results = ResultLog(folder, {key: summary[key] for key in _IDENTITY}, tracker)
     record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
     began = time.monotonic()
     try:
-        atomic_write(folder / "config.yaml", text)
         with _log_file(folder / "run.log"):
             yield record
         total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
@@ -190,6 +165,39 @@ def recorded(
     except BaseException as error:
         record.close("failed", explain(error) or f"{type(error).__name__}: {error}")
         raise
+
+
+def _start(
+    folder: Path, config: Config, previous: Mapping[str, Any], request: str | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write summary.json, then config.yaml, of a run that starts or resumes; returns the summary."""
+    run_id = previous.get("run_id") or secrets.token_hex(4)
+    names = (run_id, config.seed, config.dataset.name, config.model.name, config.trainer_name)
+    started = {
+        **dict(zip(_IDENTITY, names, strict=True)),
+        "config_hash": config_hash(config),
+        "wish": (request or "single") if config.overwrite else None,
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if previous.get("status") == _DISCARDED:
+            _discard(folder, {"status": _DISCARDED, **started})
+            previous = {}
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **started, **previous}
+    summary |= {
+        "status": "running",
+        "error": None,
+        "folder": str(folder),
+        "epochs": config.trainer.epochs if config.trainer else None,
+        "checkpoint": config.checkpoint,
+        "origin": None if config.trainer else origin(config.checkpoint),
+        **facts,
+        "files": {"config.yaml": hashlib.sha256(text.encode()).hexdigest()},
+    }
+    write_summary(folder, summary)
+    atomic_write(folder / "config.yaml", text)
+    return summary
 
 
 def _track(folder: Path, config: Config, summary: Mapping[str, Any]) -> Tracker | None:
