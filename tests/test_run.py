@@ -188,7 +188,7 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: run folder runs/mine: holds another configuration (trainer.batch_size is 32 there, 16 here); "
-        "name=NAME keeps both, overwrite=true discards it"
+        "use name=NAME to keep both, overwrite=true to start again"
     ]
     assert summary_of(tmp_path / "runs/mine") == before
 

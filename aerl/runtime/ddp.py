@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -174,8 +173,10 @@ def end_together() -> Iterator[None]:
         try:
             _wait_for(range(world_size()), "end of run", _TIMEOUT_OF_FAILURE)
         except RuntimeError:
+            if isinstance(error, Stopped):
+                os._exit(signals.REQUEUE)
             print(f"error: process {rank()} of {world_size()}: {error}", file=sys.stderr, flush=True)
-            os._exit(signals.REQUEUE if isinstance(error, Stopped) else 1)
+            os._exit(1)
         raise
     _wait_for(range(world_size()), "end of run")
 
@@ -201,8 +202,7 @@ def data_parallel(module: "Module") -> "Module":
         return module
     from torch.nn.parallel import DistributedDataParallel
 
-    warnings.filterwarnings("ignore", message=".*did not find any unused parameters")  # a user's model may have some
-    return DistributedDataParallel(module, find_unused_parameters=True)
+    return DistributedDataParallel(module, find_unused_parameters=True)  # a user's model may have some
 
 
 @contextmanager
