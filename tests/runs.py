@@ -1,6 +1,9 @@
 """What tests of whole runs share: how to wait for a moment in one, and what it has left behind."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import torch
@@ -16,7 +19,7 @@ FREQUENT = f"""
 import os, runpy, sys
 from aerl.runtime import signals
 if "TORCHELASTIC_RUN_ID" in os.environ:  # as launch.py does, before what takes seconds
-    signals._end_with_parent(9)
+    signals.end_with_parent(9)
 import aerl.evaluation.resume
 import aerl.training.loop
 aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS = 0
@@ -24,6 +27,23 @@ aerl.evaluation.resume._SECONDS_BETWEEN_SAVES = 0
 sys.argv = ["launch.py", *sys.argv[1:]]
 runpy.run_path({str(ROOT / "launch.py")!r}, run_name="__main__")
 """
+
+
+def begin(place, data_dir, *words, launcher=(), new_session=False, **environment):
+    """Start the real command line in the folder `place`, with its own home and without keys."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
+    env |= {"AERL_DATA": str(data_dir), "MPLCONFIGDIR": str(data_dir / "matplotlib"), "HOME": str(place)}
+    env |= {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "launch.py"), *words], cwd=place, env=env | environment, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=new_session,
+    )  # fmt: skip
+
+
+def ended(process, timeout=240):
+    """Wait for the end of a process."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def wait_for(happened, process, seconds=120):

@@ -1,7 +1,6 @@
-"""Killed at a hundred random moments, whatever it was doing, a run ends as if it had never been disturbed."""
+"""A run that is killed at a hundred random moments ends as if it had never been disturbed."""
 
 import collections
-import json
 import os
 import random
 import shutil
@@ -18,7 +17,8 @@ import torch
 
 from aerl.tracking.results import read_results
 from tests.conftest import ROOT
-from tests.runs import FREQUENT
+from tests.runs import FREQUENT, summary_of
+from tests.test_distributed import TORCHRUN
 
 WORDS = (
     "trainer=rl_adv", "trainer.epochs=8", "trainer.adversary.start_epoch=4", "eps=0.4", "evaluation.samples=60",
@@ -27,14 +27,7 @@ WORDS = (
     "logger=none", "analysis=[pictures,norms,curve,masking]", "analysis.masking.samples=12",
     "analysis.masking.steps=10", "analysis.masking.queries=10", "analysis.curve.steps=5",
 )  # fmt: skip
-SHORT = (
-    "trainer.epochs=4",
-    "evaluation.samples=30",
-    "attack=[fgsm,pgd]",
-    "attack.pgd.steps=10",
-    "analysis=norms",
-)
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+SHORT = ("trainer.epochs=4", "evaluation.samples=30", "attack=[fgsm,pgd]", "attack.pgd.steps=10", "analysis=norms")
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,7 @@ DISTURBANCES = {
     "ddp": Disturbance(10, (*SHORT, "logger=none", "name=cut", "hardware=ddp", "hardware.device=cpu"), torchrun=True),
     "wandb": Disturbance(15, (*SHORT, "logger.mode=offline", "name=cut"), victim="wandb-core"),
 }  # fmt: skip
+CHANGING = ("seconds", "run_id", "environment", "files", "results", "trained", "evaluated", "seal", "wish", "wandb")
 
 
 def start(place, data_dir, disturbance):
@@ -84,7 +78,7 @@ def phase(folder):
     """What a run was doing when it was killed."""
     if not (folder / "summary.json").exists():
         return "start-up"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = summary_of(folder)
     if summary["status"] == "finished":
         return "page"
     if "train" not in summary["seconds"]:
@@ -94,24 +88,12 @@ def phase(folder):
 
 def without_times(value):
     if isinstance(value, dict):
-        other = (
-            "seconds",
-            "run_id",
-            "environment",
-            "files",
-            "results",
-            "trained",
-            "evaluated",
-            "seal",
-            "wish",
-            "wandb",
-        )
-        return {key: without_times(item) for key, item in value.items() if key not in other}
+        return {key: without_times(item) for key, item in value.items() if key not in CHANGING}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-def end(place):
-    """All that the runs in a folder have left, but for times."""
+def ends(place):
+    """Everything that the runs in a folder have left, except times."""
     return {path.parent.name: end_of_run(path.parent) for path in sorted((place / "runs").rglob("summary.json"))}
 
 
@@ -130,52 +112,42 @@ def end_of_run(folder):
     ]
     assert len(set(left["results"])) == len(left["results"]) > 20
     left |= {path.name: path.read_text() for path in (folder / "tables").iterdir()}
-    left["files"] = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        # A killed process leaves the file of its lock, which holds nobody; who finds the run finished takes none.
-        if "wandb" not in path.parts and path.name != ".lock"
-    )
-    return left | {"summary": without_times(json.loads((folder / "summary.json").read_text()))}
+    left["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "wandb" not in path.parts)
+    return left | {"summary": without_times(summary_of(folder))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTURBANCES)
 def test_a_hundred_kills_are_a_hundred_identical_ends(tmp_path, data_dir, name):
     """One after another on the same folder, until the run gets through before it is killed; then on a new one."""
-    disturbance, seed = DISTURBANCES[name], 0
-    began = time.monotonic()
-    assert start(tmp_path / "whole", data_dir, disturbance).wait(600) == 0
+    disturbance, began = DISTURBANCES[name], time.monotonic()
+    assert start(tmp_path / "straight", data_dir, disturbance).wait(600) == 0
     duration = time.monotonic() - began
-    whole = end(tmp_path / "whole")
-    moments, kills, folders = random.Random(f"{name}{seed}"), collections.Counter(), 0
+    straight = ends(tmp_path / "straight")
+    moments, kills, folders = random.Random(name), collections.Counter(), 0
     while kills.total() < disturbance.kills:
         place = tmp_path / str(folders)
         if name == "overwrite":  # of what is finished
-            shutil.copytree(tmp_path / "whole", place)
+            shutil.copytree(tmp_path / "straight", place)
         # Every third folder prepares the dataset itself, so that it may be killed in that.
         data = place / "data" if folders % 3 == 0 else data_dir
-        while True:
+        code = None
+        while code is None:
             process = start(place, data, disturbance)
+            # Mostly as long as a whole run takes; the last kills of a chain come in what is left of it.
+            limit = moments.uniform(0, duration) if kills.total() < disturbance.kills else 600
             try:
-                # Mostly as long as a whole run takes; the last kills of a chain come in what is left of it.
-                limit = moments.uniform(0, duration) if kills.total() < disturbance.kills else 600
                 code = process.wait(limit)
-                break
             except subprocess.TimeoutExpired:
                 kill(process, disturbance.victim)
                 kills[phase(place / "runs/cut")] += 1
-                if process.returncode is None:  # it goes on without the service
+                if process.returncode is None:  # it continues without the service
                     code = process.wait(600)
-                    break
         assert code == 0, (place / "stderr").read_text()
-        assert end(place) == whole
+        assert ends(place) == straight
         folders += 1
         if name == "overwrite":
             shutil.rmtree(place)
-    print(
-        f"{name}, seed {seed}: {dict(kills)} in {folders} folders; {duration:.0f} s undisturbed, "
-        f"{time.monotonic() - began:.0f} s in all"
-    )
-    if name == "run":
+    print(f"{name}: {dict(kills)} in {folders} folders; {duration:.0f} s undisturbed")
+    if name == "run" and disturbance.kills >= 40:
         assert {"start-up", "training", "attacks", "analyses"} <= set(kills)

@@ -52,7 +52,7 @@ def test_files_of_the_run_folder(finished):
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert files == {
         "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
-        "report.html",
+        "report.html", ".lock",
         "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
         *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
         *(f"tables/{name}.csv" for name in measured),
@@ -188,7 +188,7 @@ def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error: run folder runs/mine: holds another configuration (trainer.batch_size is 32 there, 16 here); "
-        "name=NAME keeps both, overwrite=true discards it"
+        "use name=NAME to keep both, overwrite=true to start again"
     ]
     assert summary_of(tmp_path / "runs/mine") == before
 
@@ -339,7 +339,7 @@ def test_stopped_or_killed_and_repeated(tmp_path, data_dir, launch, moment, numb
     status = summary_of(tmp_path / "runs/cut")["status"]
     if number == signal.SIGTERM:
         assert (process.returncode, status) == (75, "stopped"), log
-        assert "stopped by SIGTERM; the same command goes on from here" in log and "Traceback" not in log
+        assert "stopped by SIGTERM; the same command resumes" in log and "Traceback" not in log
     else:
         assert status == "running"
     for name in ("cut", "whole"):

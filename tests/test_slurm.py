@@ -1,4 +1,4 @@
-"""On a real Slurm: a grid as an array; jobs requeued, or stopped by their time limit, end as if undisturbed.
+"""On a real Slurm: a grid as an array; jobs that are requeued or reach their time limit end as if undisturbed.
 
 Slurm's shortest time limit is a minute, and what it requeues waits two, which `scontrol update` cuts short.
 """
@@ -12,16 +12,11 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import log_of, same_end, summary_of, wait_for
+from tests.runs import begin, log_of, same_end, summary_of, wait_for
 from tests.test_gpus import WORDS
 
 pytestmark = pytest.mark.slurm
-ON_SLURM = (
-    "-m",
-    "hydra/launcher=slurm",
-    "hydra.launcher.gpus_per_node=null",
-    "hydra.launcher.cpus_per_task=1",
-)
+ON_SLURM = ("-m", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1")
 
 
 def output_of(*command: str) -> str:
@@ -37,15 +32,11 @@ def partition():
 
 @pytest.fixture
 def background(tmp_path, data_dir):
-    """`background(*words)` starts the real command line; whatever it leaves in the queue is cancelled."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("AERL")}
+    """`background(*words)` starts the real command line; its jobs in the queue are cancelled at the end."""
     started = []
 
     def start(*words):
-        command = [sys.executable, str(ROOT / "launch.py"), *words]
-        pipe = subprocess.PIPE
-        env["AERL_DATA"] = str(data_dir)
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=pipe, stderr=pipe, text=True))
+        started.append(begin(tmp_path, data_dir, *words))
         return started[-1]
 
     yield start
@@ -57,7 +48,7 @@ def background(tmp_path, data_dir):
 
 
 def waits(job: str) -> bool:
-    """Whether a job waits to be started anew; it need not wait longer."""
+    """Whether a job waits to be started again; it then starts at once."""
     squeue = ["squeue", "-h", "-r", "-j", job, "-o", "%T"]
     if "PENDING" not in subprocess.run(squeue, capture_output=True, text=True, check=False).stdout:
         return False
@@ -67,7 +58,7 @@ def waits(job: str) -> bool:
 
 @pytest.mark.parametrize("exported", ["ALL", "NONE"])
 def test_a_grid_is_an_array_and_ends_with_its_table(launch, tmp_path, exported):
-    """Also where the cluster hands no environment on, and from another folder than the repository."""
+    """Also if the cluster passes no environment on, and from another folder than the repository."""
     done = launch(*ON_SLURM, "seed=0,1,-1", "trainer.epochs=1", "runs_dir=out", *WORDS, SBATCH_EXPORT=exported)
     assert done.returncode == 1
     assert re.search(r"^sl\s+2\s+[\d.]+ ± ", done.stdout, re.MULTILINE), done.stdout
@@ -79,7 +70,7 @@ def test_a_grid_is_an_array_and_ends_with_its_table(launch, tmp_path, exported):
 
 
 @pytest.mark.parametrize(("event", "epochs"), [("requeue", 40), ("time limit", 100)])
-def test_a_job_disturbed_in_mid_training_ends_as_if_undisturbed(launch, background, tmp_path, event, epochs):
+def test_a_job_disturbed_during_training_ends_as_if_undisturbed(launch, background, tmp_path, event, epochs):
     words = ("trainer=rl", f"trainer.epochs={epochs}", *WORDS)
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=50") if event == "time limit" else ()
     process = background(*ON_SLURM, *limit, "seed=0", "name=cut", *words)
@@ -92,9 +83,9 @@ def test_a_job_disturbed_in_mid_training_ends_as_if_undisturbed(launch, backgrou
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert re.search(r"^rl\s+1\s+[\d.]+", output, re.MULTILINE)
-    assert re.search(r"resuming after epoch \d+ and step \d+ of the next, from ", log_of(tmp_path / "runs/cut"))
-    assert launch(*words, "seed=0", "name=whole").returncode == 0
-    same_end(tmp_path / "runs/cut", tmp_path / "runs/whole")
+    assert re.search(r"after epoch \d+ and step \d+", log_of(tmp_path / "runs/cut"))
+    assert launch(*words, "seed=0", "name=straight").returncode == 0
+    same_end(tmp_path / "runs/cut", tmp_path / "runs/straight")
 
 
 def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, tmp_path, data_dir):
@@ -113,15 +104,8 @@ def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, t
         script = script.replace(old, new)
     (tmp_path / "array.sh").write_text(script)
     env = {**os.environ, "AERL_DATA": str(data_dir)}
-    submitted = subprocess.run(
-        ["sbatch", "--parsable", "array.sh"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    array = submitted.stdout.strip()
+    sbatch = ["sbatch", "--parsable", "array.sh"]
+    array = subprocess.run(sbatch, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
     sleeper = subprocess.Popen(["sleep", "600"])
     try:
         for task in (0, 1):
@@ -135,7 +119,7 @@ def test_the_script_of_the_docs_requeues_only_the_job_that_was_stopped(launch, t
         sleeper.kill()
         sleeper.wait()
         subprocess.run(["scancel", array], check=False)
-    goings_on = [(tmp_path / f"runs/job{one}/run.log").read_text().count("resuming after") for one in (0, 1)]
-    assert goings_on == [int(task) == 0, int(task) == 1]
-    assert launch(*words, f"seed={task}", "name=whole").returncode == 0
-    same_end(tmp_path / f"runs/job{task}", tmp_path / "runs/whole")
+    resumed = [len(re.findall(r"after epoch \d", log_of(tmp_path / f"runs/job{number}"))) for number in (0, 1)]
+    assert resumed == [int(task) == 0, int(task) == 1]
+    assert launch(*words, f"seed={task}", "name=straight").returncode == 0
+    same_end(tmp_path / f"runs/job{task}", tmp_path / "runs/straight")

@@ -2,7 +2,7 @@
 
     <data_dir>/prepared/<name>-<key>/{train,val,test}_{images,labels}.npy, meta.json
 
-The key is `aerl.tracking.fingerprint` of all that decides the content, so that nothing stale is ever read. A folder
+The key is `aerl.tracking.inputs` of all that decides the content, so that nothing stale is ever read. A folder
 appears under its name complete or not at all. meta.json holds the SHA-256 of itself and of the arrays; an array is
 checked again if its file was touched since. A prepared folder needs neither the source nor its libraries.
 """
@@ -30,7 +30,7 @@ import torch
 from aerl.data.sources import Source, few, reading
 from aerl.data.splits import DataSplits, Split
 from aerl.runtime.files import atomic_write
-from aerl.tracking.fingerprint import fingerprint, stamp
+from aerl.tracking.inputs import fingerprint, stamp
 from aerl.types import UserError, first_line
 
 Pixels = npt.NDArray[np.uint8]

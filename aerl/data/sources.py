@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from aerl.tracking.fingerprint import is_hidden, walk
+from aerl.tracking.inputs import is_hidden, walk
 from aerl.types import UserError, first_line
 
 NETWORK_TIMEOUT = 20.0  # seconds to wait for a silent server

@@ -1,15 +1,15 @@
-"""Where a run computes: device, precision, layout, threads, and the random streams."""
+"""Device, precision, memory layout, threads, and random streams."""
 
 import contextlib
 import ctypes
 import hashlib
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 import aerl
-from aerl.runtime.ddp import local_rank, world_size
+from aerl.runtime.ddp import world_size
 from aerl.types import UserError, foreign_code
 
-# Parameters of glibc's mallopt, from malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
-# What this process began with, for the jobs of a multirun that do not set it.
+# The settings at the start of this process, for jobs of a multirun that do not set them.
 _THREADS = torch.get_num_threads()
 _WORKSPACE = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
 
@@ -33,7 +32,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine as the rest of aerl sees it. Training may run in bf16; validation and evaluation are fp32."""
+    """Where and how a run computes. Training may run in bf16; validation and evaluation are fp32."""
 
     device: torch.device
     precision: Precision = "fp32"
@@ -46,45 +45,33 @@ class Hardware:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: ModuleT) -> ModuleT:
-        """Move a model here, in the layout its convolutions are fastest in."""
+        """Move a model to the device, in the memory layout of the configuration."""
         return model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload, no-any-return]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of the forward passes of training."""
+        """For the forward passes of training."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def set_up(
-    *,
-    device: str,
-    precision: Precision,
-    tf32: bool,
-    channels_last: bool,
-    compile: bool,
-    threads: int | None,
-    deterministic: bool,
-    fused: bool = False,
-    distributed: bool = False,
+    *, device: str, tf32: bool, threads: int | None, deterministic: bool, distributed: bool = False, **settings: Any
 ) -> Hardware:
-    """Make this process compute as configured; a UserError where the machine cannot.
+    """Configure this process; UserError if the machine cannot do it. `settings` are those of `Hardware`.
 
     Every setting that changes numbers is set either way: the jobs of a multirun share a process.
-    With `distributed` each process of torchrun takes a GPU of its own, where there are GPUs.
+    With `distributed`, each process of torchrun takes a GPU of its own, if there are GPUs.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda: PyTorch sees no GPU here; hardware=cpu or hardware=auto would do")
+        raise UserError("hardware.device=cuda: PyTorch finds no GPU; use hardware=cpu or hardware=auto")
     if device == "cuda" and distributed:
-        device = f"cuda:{local_rank()}"
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"hardware=ddp: torchrun has started more processes than there are GPUs here, "
-                f"{torch.cuda.device_count()}; --nproc-per-node=gpu starts one for each"
-            )
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError("hardware=ddp: torchrun started more processes than GPUs; use --nproc-per-node=gpu")
         torch.cuda.set_device(device)
     if device == "cpu":
-        _keep_memory()
+        _keep_freed_memory()
     if (threads or _THREADS) != torch.get_num_threads():
         torch.set_num_threads(threads or _THREADS)
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -96,10 +83,10 @@ def set_up(
     if deterministic != torch.are_deterministic_algorithms_enabled():  # either way imports the whole compiler
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    return Hardware(torch.device(device), precision, channels_last, compile, fused)
+    return Hardware(torch.device(device), **settings)
 
 
-# What PyTorch, cuDNN, cuBLAS, oneDNN, NumPy and the operating system say of memory that they do not get.
+# The messages of PyTorch, cuDNN, cuBLAS, oneDNN, NumPy and the operating system.
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|can(no|')t allocate memory|unable to allocate|bad_alloc|alloc_failed"
     "|cublascreate|cudnncreate|could not (create|execute) a primitive$",
@@ -115,24 +102,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_compiler(hardware: Hardware) -> None:
-    """Compile something small: a UserError where torch.compile finds no compiler, before a run begins."""
-    with foreign_code("hardware.compile=true", remedy="it needs a C++ compiler; hardware.compile=false does not"):
+    """UserError if torch.compile finds no compiler; called before a run starts."""
+    with foreign_code("hardware.compile=true", remedy="needs a C++ compiler; or use hardware.compile=false"):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=hardware.device))
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: else every step maps and pages in its large activations anew, which costs a good
-    part of a training step on the CPU. Without glibc this does nothing."""
-    with contextlib.suppress(OSError, AttributeError):
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory: mapping large activations again in every step costs a good part of it on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def describe(hardware: Hardware) -> dict[str, str]:
-    """What a reader of the numbers must know of the machine and its software."""
-    import torchvision
-
+    """The machine and the software, for readers of the numbers."""
     cuda = hardware.device.type == "cuda"
     environment = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -144,8 +128,7 @@ def describe(hardware: Hardware) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "" if cuda else "",
-        "torchvision": torchvision.__version__,
-        **{name: _version(name) for name in ("numpy", "pyautoattack", "wandb")},
+        **{name: version(name) for name in ("torchvision", "numpy", "pyautoattack", "wandb")},
         "platform": platform.platform(),
     }
     return {name: value for name, value in environment.items() if value}
@@ -158,21 +141,13 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def _commit() -> str:
-    """The commit of the code, with -dirty where files differ from it; nothing where the code is in no repository."""
+    """The commit of the code, with -dirty if files differ from it; "" outside a repository of aerl's own."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     return ""
 
 
@@ -183,5 +158,5 @@ def seed_from(*words: int | str) -> int:
 
 
 def stream(*words: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for one purpose, e.g. `stream(seed, "actions", epoch)`."""
+    """A generator for one purpose, e.g. `stream(seed, "actions", epoch)`."""
     return torch.Generator(device).manual_seed(seed_from(*words))

@@ -1,8 +1,7 @@
-"""Files that are complete or absent, sealed by digests; a disk that refuses is one line."""
+"""Files that are complete or absent, with digests of their content; disk errors in one line."""
 
 import contextlib
 import csv
-import errno
 import fcntl
 import glob
 import hashlib
@@ -22,23 +21,16 @@ from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
 
-_REMEDIES = {
-    errno.ENOSPC: "; free some space and repeat the command",
-    errno.EDQUOT: "; free some of the quota and repeat the command",
-    errno.EFBIG: "; raise the limit on file sizes and repeat the command",
-    errno.EACCES: "; choose a folder that you may write to",
-    errno.EROFS: "; choose a folder that can be written to",
-}
+CHANGED = "was changed or damaged since aerl wrote it"
+
 _STALE_SECONDS = 3600.0  # after which a temporary file is that of a killed process
-_MAX_BYTES = 8_000_000  # of a JSON or YAML file
-_MAX_DEPTH = 100
+_MAX_BYTES, _MAX_DEPTH = 8_000_000, 100  # of a JSON or YAML file
 _LOCK_SECONDS = 60.0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Report a failure of the disk as a UserError, also where a library has wrapped it in an error of its own."""
+    """Report a failure of the disk as a UserError, also if a library has wrapped it in an error of its own."""
     try:
         yield
     except Exception as error:
@@ -47,15 +39,14 @@ def writing(path: Path) -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        reason = cause.strerror or str(cause) or type(cause).__name__
-        raise UserError(f"cannot write {path}: {reason}{_REMEDIES.get(cause.errno or 0, '')}") from error
+        raise UserError(f"cannot write {path}: {cause.strerror or first_line(cause)}") from error
 
 
 def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path`: after a crash at any moment there is the complete old content or the new.
+    """Replace the file at `path`: after a crash at any moment it has the complete old content or the new.
 
-    `content` is bytes, text (stored as UTF-8) or a function that writes to the binary file it is given.
-    Raises UserError where the disk refuses; no temporary file remains.
+    `content` is bytes, text (stored as UTF-8) or a function that writes to a binary file. Raises UserError for a
+    failure of the disk; no temporary file remains.
     """
     path = Path(path)
     # Random, because two containers that share a disk may have the same process ids.
@@ -73,13 +64,8 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
                 stale.unlink()
 
@@ -91,10 +77,10 @@ def sha256(path: Path) -> str:
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path`, if it lies in `folder` with all links followed, so that a foreign folder cannot point elsewhere.
+    """`path`, if it is in `folder` after all links are followed, so that a foreign folder cannot point elsewhere.
 
-    The folder itself may be reached through links; a snapshot in the Hugging Face cache consists of links to the blobs
-    beside it. Raises UserError otherwise, also for a link that leads nowhere.
+    `folder` itself may be a link; a snapshot in the Hugging Face cache links to the blobs next to it. Raises UserError
+    otherwise, also for a broken link.
     """
     home = folder.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -103,68 +89,49 @@ def inside(folder: Path, path: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: is a link that leads nowhere ({first_line(error)})") from error
     if not any(target.is_relative_to(place) for place in homes):
-        raise UserError(f"{path}: is a link out of {folder}, to {target}; put a copy in its place if you trust it")
+        raise UserError(f"{path}: is a link to {target}, outside {folder}; replace it by a copy if you trust it")
     return path
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. UserError for whatever cannot be read: missing, too large, nested too deep, damaged."""
-    with _reading(path):
-        value = json.loads(_text(path))
-        if _depth(value) > _MAX_DEPTH:
-            raise RecursionError
-        return value
-
-
-def _depth(value: Any) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, children), default=0)
+    """The content of a JSON file; UserError if it cannot be read: missing, too large, nested too deeply, damaged."""
+    with _reading(path) as text:
+        return json.loads(text)
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds: plain values, no aliases, which can make a few lines mean gigabytes.
-
-    Raises UserError for whatever cannot be read: missing, too large, nested too deep, damaged.
-    """
+    """The content of a YAML file without aliases and objects; UserError as for `read_json`."""
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
-    with _reading(path):
-        text, depth = _text(path), 0
-        for event in yaml.parse(text, loader):  # the C loader would crash on what is nested too deep
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if it was built
+    with _reading(path) as text:
+        depth = 0
+        for event in yaml.parse(text, loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
+            if depth > _MAX_DEPTH:  # the C loader would crash
                 raise RecursionError
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("it has aliases (*), which are not read; write the values out")
+            if isinstance(event, yaml.AliasEvent):  # with which a few lines can mean gigabytes
+                raise ValueError("aliases (*) are not supported; write the values out")
         return yaml.load(text, loader)
 
 
-def _text(path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise ValueError("is not a file")
-    with path.open("rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"is larger than {_MAX_BYTES:,} bytes")
-    return content.decode()
-
-
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[str]:
     try:
-        yield
+        if path.exists() and not (path.is_file() and path.stat().st_size <= _MAX_BYTES):
+            raise ValueError(f"is not a file of at most {_MAX_BYTES:,} bytes")
+        yield path.read_text("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
     except RecursionError:
-        raise UserError(f"cannot read {path}: it is nested too deep") from None
-    except Exception as error:  # the YAML reader raises whatever a damaged date or number makes Python raise
+        raise UserError(f"cannot read {path}: is nested too deeply") from None
+    except Exception as error:  # a damaged date or number makes the YAML reader raise any exception of Python's
         reason = getattr(error, "problem", None) or first_line(error)  # YAML's first line is only "while parsing"
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table atomically, its first line the names of the columns."""
+    """Write a table atomically, with the names of the columns in its first line."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     atomic_write(path, text.getvalue())
@@ -183,9 +150,9 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def load_arrays(path: Path, *, sealed: bool = True) -> dict[str, Any]:
-    """The arrays of an .npz by name; none where there is no such file.
+    """The arrays of an .npz by name; {} if there is no such file.
 
-    Raises UserError where the file is damaged or, if it must be `sealed`, is not as `save_arrays` wrote it.
+    Raises UserError if the file is damaged or was changed; without `sealed`, it need not have a digest.
     """
     import numpy as np
 
@@ -194,10 +161,10 @@ def load_arrays(path: Path, *, sealed: bool = True) -> dict[str, Any]:
             arrays, comment = {name: file[name] for name in file.files}, archive.comment
     except FileNotFoundError:
         return {}
-    except Exception as error:  # what a damaged file makes zipfile and NumPy raise depends on where it is damaged
+    except Exception as error:  # zipfile and NumPy raise many kinds for a damaged file
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
     if (sealed or comment) and comment != _digest(arrays):
-        raise UserError(f"{path}: is not as aerl wrote it: it was changed, or is damaged")
+        raise UserError(f"{path}: {CHANGED}")
     return arrays
 
 
@@ -211,48 +178,37 @@ def _digest(arrays: Mapping[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def locked(folder: Path, check: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Keep other processes out of a folder, which is created; one that holds it is waited for.
+    """Keep other processes out of a folder, which is created; wait for one that holds it.
 
-    `check` is called while waiting, and may raise. Raises UserError with the holder's name after 60 s. The kernel frees
-    the lock however its process ends. A file system without locks keeps nobody out: that is logged.
+    `check` is called while waiting, and may raise. Raises UserError with the holder's name after 60 s. The kernel
+    releases the lock however its process ends.
     """
-    path = folder / ".lock"
-    while True:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            _acquire(file, folder, check)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):  # else its holder has removed it
-                with contextlib.suppress(OSError):  # a full disk: the name is for the reader alone
-                    os.truncate(file, 0)
-                    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                try:
-                    yield
-                finally:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                        folder.rmdir()  # if nothing else was written
-                return
-        finally:
-            os.close(file)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        began, holder = time.monotonic(), try_lock(file, folder)
+        if holder:
+            log.info("waiting for %s: in use by %s", folder, holder)
+        while holder:
+            if time.monotonic() - began > _LOCK_SECONDS:
+                raise UserError(f"run folder {folder}: in use by {holder}; wait for it or stop it")
+            check()
+            time.sleep(0.2)
+            holder = try_lock(file, folder)
+        yield
+    finally:
+        os.close(file)
 
 
-def _acquire(file: int, folder: Path, check: Callable[[], object]) -> None:
-    deadline, waiting = time.monotonic() + _LOCK_SECONDS, False
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise UserError(f"cannot lock {folder / '.lock'}: {error.strerror}") from error
-            return log.warning("%s: its file system has no locks; start no second process on it", folder)
-        if time.monotonic() > deadline:
-            raise UserError(f"run folder {folder}: {holder} is at work in it; wait for it, or stop it")
-        if not waiting:
-            log.info("waiting up to %.0f s: %s is at work in %s", _LOCK_SECONDS, holder, folder)
-            waiting = True
-        check()
-        time.sleep(0.2)
+def try_lock(file: int, folder: Path) -> str:
+    """Lock the open `file` in `folder`, or return the name of the process that holds the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        return os.pread(file, 1000, 0).decode(errors="replace") or "another process"
+    except OSError as error:  # a full disk, or a network file system without locks
+        log.warning("%s: the lock may not work (%s); start no second process", folder, error.strerror)
+    return ""

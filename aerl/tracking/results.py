@@ -1,7 +1,4 @@
-"""Where a run's numbers go: `results.jsonl` and `summary.json` first, Weights & Biases second.
-
-This module imports neither torch nor wandb.
-"""
+"""results.jsonl, summary.json and config.yaml of a run folder. Imports neither torch nor wandb."""
 
 import contextlib
 import hashlib
@@ -13,23 +10,21 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aerl.runtime.files import atomic_write, inside, read_json, read_yaml, sha256, writing
+from aerl.runtime.ddp import is_main
+from aerl.runtime.files import CHANGED, atomic_write, inside, read_json, read_yaml, sha256, writing
 from aerl.types import UserError
 
 if TYPE_CHECKING:
     from aerl.tracking.wandb import Tracker
-
-_CHANGED = "is not as aerl wrote it: it was changed, or is damaged; restore it"
 
 
 @dataclass(frozen=True)
 class Result:
     """One measured number, one line of results.jsonl.
 
-    `n` is the number of samples behind `value`, `step` the epoch (None for what is measured once),
-    `eps` is in the [0, 1] scale of the images, `source` names the model a transferred attack was made on,
-    or the run that this one is compared with.
-    JSON knows no NaN and no infinity: such a value is written as null, and null is read back as NaN.
+    `n` is the number of samples behind `value`, `step` the epoch (None for what is measured once), `eps` in the scale
+    [0, 1] of the images. `source` names the model that a transferred attack was made on, or the run that this one is
+    compared with. NaN and infinity are stored as null, and null is read back as NaN.
     """
 
     metric: str
@@ -48,8 +43,11 @@ class Result:
     step: int | None = None
 
 
+_FIELDS = frozenset(field.name for field in fields(Result))
+
+
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays become lists, paths text, and what is not finite null."""
+    """`value` for JSON: arrays become lists, paths text, NaN and infinity null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,36 +56,31 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):  # NumPy and torch, without importing them
         return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON; a number that is not finite becomes null."""
+    """Write `value` atomically as indented JSON; see `plain`."""
     atomic_write(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json` of a run folder atomically, with a digest of its content that `read_summary` checks."""
+    """Write summary.json of a run folder atomically, with a digest that `read_summary` checks."""
     content = {key: value for key, value in plain(summary).items() if key != "seal"}
     write_json(Path(folder) / "summary.json", {**content, "seal": _digest(content)})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The `summary.json` of a run folder, or None where there is none.
-
-    Raises UserError where it is damaged, or is not as it was written.
-    """
+    """summary.json of a run folder, or None if there is none; UserError if it was changed or damaged."""
     path = Path(folder) / "summary.json"
     if not path.exists():
         return None
     summary = read_json(inside(Path(folder), path))
     if not isinstance(summary, dict):
-        raise UserError(f"cannot read {path}: it holds no summary of a run")
+        raise UserError(f"cannot read {path}: is not the summary of a run")
     seal = summary.pop("seal", None)
-    if (seal is not None or "analyses" in summary) and seal != _digest(summary):  # earlier versions sealed none
-        raise UserError(f"{path}: {_CHANGED}")
+    if (seal is not None or "analyses" in summary) and seal != _digest(summary):  # early versions had no seal
+        raise UserError(f"{path}: {CHANGED}")
     return summary
 
 
@@ -96,48 +89,35 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.yaml` of a run folder; UserError where it is damaged, or is not the one summary.json records."""
+    """config.yaml of a run folder; UserError if it is damaged, or is not the one that summary.json records."""
     path = Path(folder) / "config.yaml"
     config = read_yaml(inside(Path(folder), path))
     if not isinstance(config, dict):
-        raise UserError(f"cannot read {path}: it holds no configuration")
+        raise UserError(f"cannot read {path}: is not a configuration")
     if changed_files(folder, read_summary(folder) or {}, ["config.yaml"]):
-        raise UserError(f"{path}: {_CHANGED}")
+        raise UserError(f"{path}: {CHANGED}")
     return config
 
 
 def changed_files(folder: Path, summary: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    """Which files of a run, of `names` or all, are missing or do not have the digest that its summary records."""
+    """The files of a run (of `names`, or all) that are missing or lack the digest in its summary."""
     recorded: Mapping[str, str] = summary.get("files") or {}
-
-    def changed(name: str) -> bool:
-        try:
-            return sha256(folder / name) != recorded[name]
-        except OSError:
-            return True
-
-    return [name for name in names or recorded if name in recorded and changed(name)]
-
-
-_FIELDS = frozenset(field.name for field in fields(Result))
-
-
-def _parse(line: bytes) -> Result:
-    """One line as a Result, without fields of a later version; ValueError or TypeError if it is none."""
-    stored = json.loads(line)
-    if not isinstance(stored, dict):
-        raise ValueError("not an object")
-    result = Result(**{key: value for key, value in stored.items() if key in _FIELDS})
-    return result if result.value is not None else Result(**{**asdict(result), "value": math.nan})
+    changed = []
+    for name in names or recorded:
+        with contextlib.suppress(OSError):
+            if name not in recorded or sha256(folder / name) == recorded[name]:
+                continue
+        changed.append(name)
+    return changed
 
 
 def read_results(path: Path) -> list[Result]:
-    """Every Result in `path`; a last line torn by a killed process is passed over.
+    """Every Result in `path`; a last line that a killed process left incomplete is ignored.
 
-    Raises UserError where the file cannot be read, or where any other line is not a Result.
+    Raises UserError if the file cannot be read, or if any other line is not a Result.
     """
     try:
-        *lines, last = Path(path).read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     results = []
@@ -145,26 +125,29 @@ def read_results(path: Path) -> list[Result]:
         try:
             results.append(_parse(line))
         except (ValueError, TypeError) as error:
-            raise UserError(f"cannot read {path}: line {number} is not a result ({error})") from error
-    with contextlib.suppress(ValueError, TypeError):
-        results.append(_parse(last))
+            if number < len(lines):
+                raise UserError(f"cannot read {path}: line {number} is not a result ({error})") from error
     return results
 
 
-class ResultLog:
-    """The results of one run folder: every number goes to results.jsonl, then to the tracker, if any.
+def _parse(line: bytes) -> Result:
+    """One line as a Result, without the fields of later versions; ValueError or TypeError if it is not a Result."""
+    stored = json.loads(line)
+    if not isinstance(stored, dict):
+        raise ValueError("not an object")
+    if stored.get("value", 0) is None:
+        stored["value"] = math.nan
+    return Result(**{key: value for key, value in stored.items() if key in _FIELDS})
 
-    `identity` gives each line its `run_id`, `seed`, `dataset`, `model` and `trainer`. A saved state of the run
-    contains the `seal` of its results; `restore` goes back to it.
+
+class ResultLog:
+    """The results of one run folder: every number goes to results.jsonl, then to W&B.
+
+    `identity` has the `run_id`, `seed`, `dataset`, `model` and `trainer` of each line.
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None, *, scratch: bool = False
-    ) -> None:
-        """`scratch`: of a process whose results nobody reads, and which has none of the earlier starts."""
-        self.path = Path(folder) / "results.jsonl"
-        self.tracker, self.scratch = tracker, scratch
-        self._identity = dict(identity)
+    def __init__(self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None) -> None:
+        self.path, self.identity, self.tracker = Path(folder) / "results.jsonl", dict(identity), tracker
 
     def log(
         self,
@@ -178,16 +161,12 @@ class ResultLog:
         eps: float = 0.0,
         source: str = "",
     ) -> list[Result]:
-        """Store one Result per metric, measured on `n` samples of `split`; they are on the disk on return.
+        """Store one Result per metric; they are on the disk on return. UserError for a failure of the disk.
 
-        With a `step` (the epoch) they also become W&B history under `split/metric`, without one a value
-        of the W&B summary under `split/attack/metric`. Raises UserError where the disk refuses.
+        In W&B they are history (`split/metric`) with a `step`, else summary values (`split/attack/metric`).
         """
-        results = [
-            Result(metric, float(value), n, split, **self._identity,
-                   attack=attack, norm=norm, eps=float(eps), source=source, step=step)
-            for metric, value in metrics.items()
-        ]  # fmt: skip
+        rest = {**self.identity, "attack": attack, "norm": norm, "eps": float(eps), "source": source, "step": step}
+        results = [Result(metric, float(value), n, split, **rest) for metric, value in metrics.items()]
         with writing(self.path), self.path.open("ab") as file:
             for result in results:
                 file.write(json.dumps(plain(asdict(result)), ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -196,27 +175,24 @@ class ResultLog:
         if self.tracker is not None:
             prefix = split if attack == "none" else f"{split}/{attack}"
             named = {f"{prefix}/{result.metric}": result.value for result in results}
-            if step is None:
-                self.tracker.summary(named)
-            else:
-                self.tracker.history(step, named)
+            self.tracker.summary(named) if step is None else self.tracker.history(step, named)
         return results
 
     def seal(self) -> dict[str, Any]:
-        """What `restore` goes back to: the number of `bytes` so far, and their `sha256`."""
+        """The number of `bytes` so far and their `sha256`, for `restore`."""
         return _sealed(self._read())
 
     def restore(self, seal: Mapping[str, Any] | None) -> None:
-        """Go back to a `seal` (None: the beginning) and drop what a resumed run will measure again.
+        """Go back to a `seal` (None: the beginning) and drop the rest, which a resumed run measures again.
 
-        Raises UserError where what it seals is missing or was changed.
+        Raises UserError if the sealed results are missing or were changed.
         """
-        if self.scratch:
+        if not is_main():  # the folder is temporary
             return
         content = self._read()
         sealed = content[: seal["bytes"] if seal else 0]
         if seal and _sealed(sealed) != seal:
-            raise UserError(f"{self.path}: {_CHANGED}, or begin the run again with overwrite=true")
+            raise UserError(f"{self.path}: {CHANGED}; restore it, or use overwrite=true to start again")
         if sealed != content:
             atomic_write(self.path, sealed)
 

@@ -1,8 +1,7 @@
 """The run folder: what a run writes into it, and what an earlier start left.
 
-Everything that is read back is sealed: summary.json, the .npz files and the checkpoints by a digest inside them,
-results.jsonl by one in the state that says how far the run has come, and all files of a finished run by `files` of
-summary.json. summary.json is the first file of a folder: only a folder that has it belongs to aerl.
+Everything that is read back has a digest: in the .npz files, the checkpoints and summary.json themselves, and in
+summary.json for all others. summary.json is written first: only a folder that has it belongs to aerl.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +32,15 @@ log = logging.getLogger("aerl")
 
 _SEALED = ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz")
 _SEALED_FOLDERS = ("checkpoints", "figures", "tables")
-# What overwrite=true discards.
+# What overwrite=true deletes.
 _OWN = ("summary.json", *_SEALED, "progress.npz", "report.html", "run.log", *_SEALED_FOLDERS, "wandb")
-_TRAINED = ("results.jsonl", "checkpoints/")  # what only training makes again
+_IDENTITY = ("run_id", "seed", "dataset", "model", "trainer")  # of each line of results.jsonl
 _DISCARDED = "discarded"  # the status of a folder that overwrite=true empties
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run writes: its folder, its results, and a summary that is never behind."""
+    """What a run writes: its folder, its results, and its summary."""
 
     folder: Path
     summary: dict[str, Any]
@@ -57,206 +56,171 @@ class Record:
         """Save, together with the results logged so far: a restart goes back to here."""
         self.save(results=self.results.seal(), **news)
 
-    def close(self, **news: Any) -> None:
-        """Record how the run ended; once more after W&B, so that the summary names W&B's files."""
-        self.save(**news)
+    def close(self, status: str, error: str | None = None, **news: Any) -> None:
+        """Record how the run ended; again after W&B, whose files the summary names."""
+        self.save(status=status, error=error, **news)
         if self.tracker is not None:
-            finished = self.summary["status"] == "finished"
-            self.tracker.summary({"status": self.summary["status"], "error": self.summary["error"]})
-            if self.artifacts and finished:
+            self.tracker.summary({"status": status, "error": error})
+            if self.artifacts and status == "finished":
                 log_artifacts(self.tracker, self.folder, self.summary)
-            self.tracker.finish(0 if finished else 1)
-            self.summary["wandb"] = self.tracker.where()
-        self.save()
+            self.tracker.finish(0 if status == "finished" else 1)
+            self.save(wandb=self.tracker.where())
 
 
 def load_previous(folder: Path, config: Config, request: str | None = None) -> dict[str, Any]:
-    """The summary of an earlier start of this very run; {} where there was none.
+    """The summary of an earlier start of this run; {} if there was none.
 
-    overwrite=true is used up once: a run that it began, and that was stopped or killed, resumes. In a multirun
-    `request` is the id of the command that asked for it. Raises UserError where the folder holds another run, damaged
-    files, or files that are not aerl's.
+    overwrite=true counts once: a run that it started resumes. In a multirun `request` is the id of the command. Raises
+    UserError if the folder holds another run, damaged files, or files that are not aerl's.
     """
-    discarded = {"status": _DISCARDED}
     try:
         summary = read_summary(folder)
     except UserError:
-        if not config.overwrite or _foreign(folder, _OWN):
+        if not config.overwrite:
             raise
-        return discarded
+        summary = None
     if summary is None or "config_hash" not in summary:
-        if foreign := _foreign(folder, _OWN if summary is None else _OWN[1:]):  # a summary.json of somebody else's
+        own = _OWN[summary is not None :]  # a summary.json without a hash is another program's
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if foreign := [n for n in names if n not in own and not n.startswith((".lock", ".summary.json."))]:
             others = ", ".join(foreign[:3])
-            raise UserError(f"run folder {folder}: holds other files ({others}) and no run; choose another name=NAME")
-        if config.overwrite:
-            return discarded
-        if any(_holds_something(folder / name) for name in _OWN):
+            raise UserError(f"run folder {folder}: holds other files ({others}) and no run; use another name=NAME")
+        if not config.overwrite and any(_has_content(folder / name) for name in _OWN):
             raise UserError(
-                f"run folder {folder}: its summary.json is missing; restore it, or overwrite=true begins again"
+                f"run folder {folder}: summary.json is missing; restore it, or use overwrite=true to start again"
             )
-        return {}
+        return {"status": _DISCARDED} if config.overwrite else {}
     same = summary["config_hash"] == config_hash(config)
     if config.overwrite:
-        if not same or not _used_up(summary, request):
-            return discarded
-        log.info("overwrite=true has begun this run already: going on with it")
+        unfinished = summary["status"] in (_DISCARDED, "running", "stopped")
+        if not same or summary.get("wish") != (request or "single") or not (request or unfinished):
+            return {"status": _DISCARDED}
+        log.info("already started by overwrite=true; resuming")
     elif not same:
         raise UserError(
             f"run folder {folder}: holds another configuration ({difference(config, folder)}); "
-            "name=NAME keeps both, overwrite=true discards it"
+            "use name=NAME to keep both, overwrite=true to start again"
         )
     return summary
 
 
-def _holds_something(path: Path) -> bool:
-    """Whether there is a file, or a folder with something in it: W&B's may be a disk of its own, still empty."""
-    if path.is_dir():
-        return any(one.name != "lost+found" for one in path.iterdir())
-    return path.exists()
-
-
-def _used_up(summary: Mapping[str, Any], request: str | None) -> bool:
-    if request is None:
-        return summary.get("wish") is not None and summary["status"] in (_DISCARDED, "running", "stopped")
-    return bool(summary.get("wish") == request)
-
-
-def _foreign(folder: Path, own: Sequence[str]) -> list[str]:
-    """The files and folders in `folder` that aerl does not write."""
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if name not in (*own, ".lock") and not name.startswith(".summary.json.")]
+def _has_content(path: Path) -> bool:
+    """Whether `path` is a file or a folder with something in it: W&B's may be an empty disk mounted there."""
+    return any(child.name != "lost+found" for child in path.iterdir()) if path.is_dir() else path.exists()
 
 
 def verify(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a finished run: marked unfinished where files have changed or an analysis failed.
+    """The summary of a finished run, marked as unfinished if files have changed or an analysis failed.
 
-    What can be measured again is, which is logged. Raises UserError where training would have to be repeated.
+    Raises UserError if the run would have to be trained again; anything else is measured again.
     """
-    lost = changed_files(folder, summary)
-    trained = [name for name in lost if name.startswith(_TRAINED)]
+    changed = changed_files(folder, summary)
+    trained = [name for name in changed if name.startswith(("results.jsonl", "checkpoints/"))]
     if trained and summary["trainer"] != "none":
         raise UserError(
             f"run folder {folder}: {trained[0]} is missing, damaged or was changed since the run finished; restore it, "
-            "or begin the run again with overwrite=true"
+            "or use overwrite=true to start again"
         )
     failed = any(row["status"] == "failed" for row in (summary.get("analyses") or {}).values())
-    if not lost and not failed:
+    if not changed and not failed:
         return summary
     summary = {**summary, "status": "running"}
-    if lost:
-        log.warning("%s: changed since the run finished, and made again: %s", folder, ", ".join(lost))
-    if any(name.startswith(("figures/", "tables/")) for name in lost):
+    if changed:
+        log.warning("%s: changed since the run finished, computing again: %s", folder, ", ".join(changed))
+    if any(name.startswith(("figures/", "tables/")) for name in changed):
         summary |= {"analyses": {}, "results": summary["evaluated"]}
-    if not {"results.jsonl", "outcomes.npz", "examples.npz"}.isdisjoint(lost):
+    if not {"results.jsonl", "outcomes.npz", "examples.npz"}.isdisjoint(changed):
         summary |= unattacked()
     return summary
 
 
 def unattacked() -> dict[str, Any]:
-    """What a summary says before the first attack."""
+    """The summary before the first attack."""
     return {"attacks": {}, "analyses": {}, "masking": None, "evaluated": None}
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a run that somebody may read back."""
-    paths = [folder / name for name in _SEALED]
-    paths += [path for name in _SEALED_FOLDERS for path in sorted((folder / name).glob("*"))]
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.is_file()}
 
 
 @contextmanager
 def recorded(
-    folder: Path,
-    config: Config,
-    previous: Mapping[str, Any],
-    *,
-    overrides: Sequence[str],
-    choices: Mapping[str, str],
-    environment: Mapping[str, str],
-    inputs: Mapping[str, str],
-    request: str | None = None,
+    folder: Path, config: Config, previous: Mapping[str, Any], *, request: str | None = None, **facts: Any
 ) -> Iterator[Record]:
-    """Open the run folder and W&B; on the way out record how the run ended, whatever happened.
+    """Open the run folder and W&B; on the way out, record how the run ended.
 
-    `previous` is from `load_previous`; `choices` are the options of the groups dataset and model, for runs that
-    evaluate this one's model; `inputs` are the digests of what the run reads.
+    `previous` and `request` are as in `load_previous`. `facts` are entries of summary.json: `overrides`, `environment`,
+    `inputs`, and `choices` (of dataset and model, for runs that evaluate this one's model).
     """
+    summary = _start(folder, config, previous, request, facts)
+    tracker = _track(folder, config, summary) if is_main() else None
+    results = ResultLog(folder, {key: summary[key] for key in _IDENTITY}, tracker)
+    record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
+    began = time.monotonic()
+    try:
+        with _log_file(folder / "run.log"):
+            yield record
+        total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
+        record.close("finished", seconds=summary["seconds"] | {"total": total}, files=_digests(folder))
+    except Stopped as stopped:
+        log.warning(str(stopped))
+        record.close("stopped", str(stopped))
+        raise
+    except BaseException as error:
+        record.close("failed", explain(error) or f"{type(error).__name__}: {error}")
+        raise
+
+
+def _start(
+    folder: Path, config: Config, previous: Mapping[str, Any], request: str | None, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write summary.json, then config.yaml, of a run that starts or resumes; returns the summary."""
     run_id = previous.get("run_id") or secrets.token_hex(4)
-    identity = {
-        "run_id": run_id,
-        "seed": config.seed,
-        "dataset": config.dataset.name,
-        "model": config.model.name,
-        "trainer": config.trainer_name,
-    }
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    trained_by = None if config.trainer else origin(config.checkpoint)
-    begun: dict[str, Any] = {
-        "status": _DISCARDED,
-        **identity,
+    names = (run_id, config.seed, config.dataset.name, config.model.name, config.trainer_name)
+    started = {
+        **dict(zip(_IDENTITY, names, strict=True)),
         "config_hash": config_hash(config),
         "wish": (request or "single") if config.overwrite else None,
     }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if previous.get("status") == _DISCARDED:
-            _discard(folder, begun)
+            _discard(folder, {"status": _DISCARDED, **started})
             previous = {}
-    summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **begun, **previous}
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **started, **previous}
     summary |= {
         "status": "running",
         "error": None,
         "folder": str(folder),
         "epochs": config.trainer.epochs if config.trainer else None,
-        "choices": dict(choices),
-        "overrides": list(overrides),
         "checkpoint": config.checkpoint,
-        "origin": trained_by,
-        "environment": dict(environment),
-        "inputs": dict(inputs),
+        "origin": None if config.trainer else origin(config.checkpoint),
+        **facts,
         "files": {"config.yaml": hashlib.sha256(text.encode()).hexdigest()},
     }
     write_summary(folder, summary)
-    tracker = open_tracker(
-        config.logger.mode if is_main() else "disabled",
+    atomic_write(folder / "config.yaml", text)
+    return summary
+
+
+def _track(folder: Path, config: Config, summary: Mapping[str, Any]) -> Tracker | None:
+    overrides, logger = summary["overrides"], config.logger
+    threat_model = f"{config.norm} eps {eps_text(config.eps)}"
+    trainer = str((summary["origin"] or summary)["trainer"])
+    return open_tracker(
+        logger.mode,
         folder,
-        run_id,
-        project=config.logger.project,
-        entity=config.logger.entity,
-        group=config.logger.group or group_name(config, overrides),
+        summary["run_id"],
+        project=logger.project,
+        entity=logger.entity,
+        group=logger.group or group_name(config, overrides),
         job_type="train" if config.trainer else "evaluate",
         name=" ".join([config.trainer_name, *distinguishing_overrides(overrides), f"seed={config.seed}"]),
-        tags=[
-            config.dataset.name,
-            config.model.name,
-            str((trained_by or identity)["trainer"]),
-            f"{config.norm} eps {eps_text(config.eps)}",
-            *config.attack,
-            *config.logger.tags,
-        ],
-        config=config.model_dump() | {"origin": trained_by},
+        tags=[config.dataset.name, config.model.name, trainer, threat_model, *config.attack, *logger.tags],
+        config=config.model_dump() | {"origin": summary["origin"]},
     )
-    results = ResultLog(folder, identity, tracker, scratch=not is_main())
-    record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
-    began = time.monotonic()
-    try:
-        atomic_write(folder / "config.yaml", text)
-        with _log_file(folder / "run.log"):
-            yield record
-        total = summary["seconds"].get("total", 0.0) + time.monotonic() - began
-        record.close(status="finished", seconds=summary["seconds"] | {"total": total}, files=_digests(folder))
-    except Stopped as stopped:
-        log.warning(str(stopped))
-        record.close(status="stopped", error=str(stopped))
-        raise
-    except BaseException as error:
-        record.close(status="failed", error=explain(error) or f"{type(error).__name__}: {error}")
-        raise
 
 
-def _discard(folder: Path, begun: Mapping[str, Any]) -> None:
-    """Delete what aerl has written into a run folder. Killed in between, the next start continues."""
-    write_summary(folder, begun)
+def _discard(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Delete what aerl has written into a run folder. If it is killed meanwhile, the next start continues."""
+    write_summary(folder, summary)
     for name in _OWN[1:]:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -265,43 +229,45 @@ def _discard(folder: Path, begun: Mapping[str, Any]) -> None:
             path.unlink(missing_ok=True)
 
 
-def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) -> None:
-    """Version in W&B what a finished run leaves: its outcomes, and the model it trained or evaluated.
+def _digests(folder: Path) -> dict[str, str]:
+    paths = [folder / name for name in _SEALED]
+    paths += [path for name in _SEALED_FOLDERS for path in sorted((folder / name).glob("*"))]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths if path.is_file()}
 
-    An evaluated model of another run is that run's artifact, from the same files: W&B then draws the line from the run
-    that trained it to the one that evaluated it.
+
+def log_artifacts(tracker: Tracker, folder: Path, summary: Mapping[str, Any]) -> None:
+    """Version in W&B the outcomes of a finished run and the model that it trained or evaluated.
+
+    The model of another run is that run's artifact, from the same files: W&B then links the two runs.
     """
     from aerl.training import checkpoint  # which needs torch
 
     headline = {key: summary[key] for key in ("clean_accuracy", "worst_case_accuracy")}
     origin = summary["origin"]
-    owner = origin or summary
-    if origin or summary["trainer"] != "none":
-        place = Path(owner["folder"]) if origin else folder
-        try:
+    owner, place = (origin, Path(origin["folder"])) if origin else (summary, folder)
+    try:
+        if origin or summary["trainer"] != "none":
             weights = checkpoint.find(summary["checkpoint"] if origin else str(folder))
-        except UserError as error:  # removed since it was loaded
-            log.warning("the model is no artifact in W&B: %s", error)
-        else:
             files = {path.relative_to(place).as_posix(): path for path in (weights, place / "config.yaml")}
             metadata = {key: owner[key] for key in ("run_id", "trainer", "seed")} | ({} if origin else headline)
             tracker.artifact(f"model-{owner['run_id']}", "model", files, metadata, used=bool(origin))
+    except UserError as error:  # removed since it was loaded
+        log.warning("the model is not logged to W&B: %s", error)
     files = {name: folder / name for name in ("outcomes.npz", "summary.json")}
     metadata = headline | {"attacks": list(summary["attacks"])}
-    tracker.artifact(f"outcomes-{summary['run_id']}", "outcomes", files, metadata, changing=["summary.json"])
+    tracker.artifact(f"outcomes-{summary['run_id']}", "outcomes", files, metadata)
 
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Log to run.log too, also how the run failed, which the command line prints itself."""
+    """Log to run.log, too, also how the run failed, which the command line prints itself."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     except Exception as error:
-        trace = None if isinstance(error, UserError) else (type(error), error, error.__traceback__)
-        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, str(error), (), trace))
+        log.debug(str(error), exc_info=not isinstance(error, UserError))
         raise
     finally:
         log.removeHandler(handler)

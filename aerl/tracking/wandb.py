@@ -1,4 +1,4 @@
-"""Weights & Biases. It never decides whether a run lives."""
+"""Weights & Biases. No failure of it fails a run."""
 
 import contextlib
 import logging
@@ -7,7 +7,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,130 +22,59 @@ T = TypeVar("T")
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
+_INIT_SECONDS = 15.0  # for the server to answer, else the run is recorded offline
 _CALL_SECONDS = 60.0  # for one call of W&B
+_FINISH_SECONDS = 60.0  # for the upload at the end
 _TEARDOWN_SECONDS = 30.0  # for its session to end, before its service is killed
-_STOPPING_SECONDS = 10.0  # for either once the run is to end
-
-
-def _bounded(action: Callable[[], T], seconds: float) -> T:
-    """What `action` returns or raises; TimeoutError after `seconds`.
-
-    In a thread: signals are handled meanwhile, and a call that hangs does not keep the process from ending.
-    """
-    outcome: list[tuple[T | None, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            outcome.append((action(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    began = time.monotonic()
-    thread.start()
-    while thread.is_alive() and time.monotonic() - began < seconds:
-        thread.join(0.5)
-        if signals.received():
-            seconds = min(seconds, _STOPPING_SECONDS)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
-
-
-def _teardown(wandb: Any) -> None:
-    """End W&B's session: the next run of this process would get it, or it would keep this one from ending."""
-    service: Any = None
-    with contextlib.suppress(Exception):  # private to W&B
-        service = wandb.sdk.wandb_setup._singleton._connection._proc._process
-    try:
-        _bounded(lambda: wandb.teardown(exit_code=1), _TEARDOWN_SECONDS)
-    except Exception:
-        if service is not None:
-            service.kill()
-
-
-@contextlib.contextmanager
-def _environment(folder: Path) -> Iterator[None]:
-    """What W&B reads from environment variables alone: it stages uploads in the run folder, and is silent.
-
-    Its reports of its own errors are off: a server that stalls would hold up the end of the process.
-    """
-    wanted = {"WANDB_DATA_DIR": str(folder / "wandb"), "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111 (Path.home may raise)
-        wanted["WANDB_CACHE_DIR"] = str(folder / "wandb" / "cache")  # W&B would log to the terminal
-    ours = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+_STOPPING_SECONDS = 10.0  # for any of these once the run is to end
 
 
 class Tracker:
-    """One W&B run. No method raises: the first failure warns once and ends this run's W&B record.
+    """One W&B run. No method raises: the first failure is one warning, and ends this run's W&B record."""
 
-    `mode` is "online", "offline", or "interrupted" once W&B has failed.
-    """
-
-    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str, finish_timeout: float = 60.0) -> None:
-        self._wandb, self._run, self._folder, self._finish_timeout = wandb, run, folder, finish_timeout
-        self.mode = mode
+    def __init__(self, wandb: Any, run: Any, folder: Path, mode: str) -> None:
+        self._wandb, self._run, self._folder, self.mode = wandb, run, folder, mode
         self._path = os.path.relpath(run.settings.sync_dir, folder)
         self._url: str | None = run.url if mode == "online" else None
         # Epochs, not W&B's own count of calls, are the x axis: a resumed run continues where it was.
         self._call(lambda run: run.define_metric("epoch", hidden=True))
-        self._call(lambda run: run.define_metric("train/*", step_metric="epoch"))
-        self._call(lambda run: run.define_metric("val/*", step_metric="epoch"))
+        self._call(lambda run: [run.define_metric(f"{split}/*", step_metric="epoch") for split in ("train", "val")])
 
     def where(self) -> dict[str, str | None]:
-        """For summary.json: `mode`, `path` (W&B's files, relative to the run folder), `url` (or None)."""
+        """For summary.json: `mode` (online, offline, interrupted), `path` of W&B's files in the run folder, `url`."""
         return {"mode": self.mode, "path": self._path, "url": self._url}
 
     def history(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Values of epoch `step`, such as train/loss or val/accuracy."""
+        """Values of epoch `step`."""
         self._call(lambda run: run.log({"epoch": step, **metrics}))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final values, the columns of W&B's table of runs; later ones replace earlier ones."""
+        """Final values: the columns of W&B's table of runs."""
         self._call(lambda run: run.summary.update(plain(values)))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; its cells may be numbers, text and None."""
-        data = [plain(list(row)) for row in rows]
-        self._call(
-            lambda run: run.log({name: self._wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
-        )
+        """A table of numbers, text and None."""
+        table = {"columns": list(columns), "data": plain(rows), "allow_mixed_types": True}
+        self._call(lambda run: run.log({name: self._wandb.Table(**table)}))
 
     def pictures(self, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
-        """Captioned pictures: each a file's path or an array (H, W) or (H, W, 3), uint8."""
+        """Captioned pictures: paths or arrays (H, W) or (H, W, 3), uint8."""
         self._call(lambda run: run.log({name: [self._wandb.Image(data, caption=text) for text, data in pictures]}))
 
     def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: Mapping[str, Path],
-        metadata: Mapping[str, Any],
-        *,
-        used: bool = False,
-        changing: Collection[str] = (),
+        self, name: str, kind: str, files: Mapping[str, Path], metadata: Mapping[str, Any], *, used: bool = False
     ) -> None:
-        """A version of the artifact `name`: finished `files` by their names in it; with `used` a run's input.
+        """A version of the artifact `name`: `files` by their names in it; with `used` an input of the run.
 
-        Its metadata include the SHA-256 of each file. Only those `changing` later are copied: the others must stay
-        as they are until the run is uploaded.
+        Its metadata include the SHA-256 of each file. All but summary.json must stay unchanged until they are uploaded.
         """
 
         def add(run: Any) -> None:
             digests = {stored: sha256(path) for stored, path in files.items()}
             artifact = self._wandb.Artifact(name, type=kind, metadata=plain({**metadata, "sha256": digests}))
             for stored, path in files.items():
-                policy = "mutable" if stored in changing else "immutable"
-                artifact.add_file(str(Path(path).resolve()), stored, policy=policy, skip_cache=True)
+                policy = "mutable" if stored == "summary.json" else "immutable"  # whether W&B copies it
+                artifact.add_file(str(path.resolve()), stored, policy=policy, skip_cache=True)
             if used:  # run.use_artifact refuses offline, and waits for the server without a limit
                 run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
             else:
@@ -152,9 +82,9 @@ class Tracker:
 
         self._call(add)
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the W&B run, as failed unless `exit_code` is 0. Call it before `where` is written down."""
-        self._call(lambda run: run.finish(exit_code=exit_code), self._finish_timeout + _TEARDOWN_SECONDS)
+    def finish(self, exit_code: int) -> None:
+        """Close the W&B run, as failed unless `exit_code` is 0."""
+        self._call(lambda run: run.finish(exit_code=exit_code), _FINISH_SECONDS + _TEARDOWN_SECONDS)
         self._run = None
 
     def _call(self, action: Callable[[Any], object], seconds: float = _CALL_SECONDS) -> None:
@@ -165,77 +95,54 @@ class Tracker:
                 _bounded(lambda: action(run), seconds)
         except Exception as error:
             self._run, self.mode = None, "interrupted"
-            log.warning(
-                "W&B stopped (%s): the results are in %s, what W&B has so far in %s",
-                first_line(error), self._folder / "results.jsonl", self._folder / self._path,
-            )  # fmt: skip
+            log.warning("W&B stopped (%s): results are in %s", first_line(error), self._folder / "results.jsonl")
             _teardown(self._wandb)
 
 
 def open_tracker(
-    mode: Mode,
-    folder: Path,
-    run_id: str,
-    *,
-    project: str = "aerl",
-    entity: str | None = None,
-    group: str | None = None,
-    job_type: str | None = None,
-    name: str | None = None,
-    tags: Sequence[str] = (),
-    config: Mapping[str, Any] | None = None,
-    init_timeout: float = 15.0,
-    finish_timeout: float = 60.0,
+    mode: Mode, folder: Path, run_id: str, *, group: str, name: str, tags: Sequence[str], config: Any, **options: Any
 ) -> Tracker | None:
-    """Open the W&B run of a run folder, or resume it; None where W&B is off or does not work.
+    """Open the W&B run of a run folder, or resume it; None if W&B is off or does not work.
 
-    "auto" is what W&B's own settings say (WANDB_MODE, `wandb offline`), and offline where W&B finds no key. Nothing is
-    ever asked. Offline data stay inside the run folder. A server that is not reached within `init_timeout` seconds
-    means offline too, and at the end W&B is waited for during at most `finish_timeout` seconds.
+    "auto" follows W&B's own settings (WANDB_MODE, `wandb offline`), and is offline without a key or a server; nothing
+    is ever asked. Offline data stay inside the run folder. `options` are those of wandb.init.
     """
     if mode == "disabled":
         return None
     folder = Path(folder).resolve()
-    options = {
-        "dir": str(folder),
-        "project": project,
-        "entity": entity,
-        # W&B's server refuses longer ones, and the run with them.
-        "group": group and shortened(group, 128),
-        "job_type": job_type and shortened(job_type, 64),
-        "name": shortened(name or run_id, 128),
-        "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
-        "config": plain(config or {}),
-        "resume": "allow",
-        "reinit": "finish_previous",  # the default would return the open run of a crashed job
-    }
     wandb: Any = None
     try:
         with _environment(folder):
             import wandb
 
             settings = wandb.Settings(
-                silent=True,
-                console="off",
-                save_code=False,
-                disable_code=True,
-                init_timeout=init_timeout,
-                finish_timeout=finish_timeout,
-                finish_timeout_raises=True,
+                silent=True, console="off", save_code=False, disable_code=True, init_timeout=_INIT_SECONDS,
+                finish_timeout=_FINISH_SECONDS, finish_timeout_raises=True,
                 **({} if mode == "auto" else {"mode": mode}),
-            )
-            options |= {"id": _wandb_id(folder, run_id), "settings": settings}
-            run, started = _bounded(lambda: _start(wandb, mode, options), _CALL_SECONDS + init_timeout)
-        return Tracker(wandb, run, folder, started, finish_timeout) if run is not None else None
+            )  # fmt: skip
+            options |= {
+                "id": _wandb_id(folder, run_id),
+                "dir": str(folder),
+                # W&B's server refuses longer names, and the run with them.
+                "group": shortened(group, 128),
+                "name": shortened(name, 128),
+                "tags": list(dict.fromkeys(shortened(tag, 64) for tag in tags if tag)),
+                "config": plain(config),
+                "resume": "allow",
+                "reinit": "finish_previous",  # the default would return the open run of a crashed job
+                "settings": settings,
+            }
+            run, started = _bounded(lambda: _start(wandb, mode, options), _CALL_SECONDS + _INIT_SECONDS)
+        return Tracker(wandb, run, folder, started) if run is not None else None
     except Exception as error:
+        log.warning("W&B is off (%s): results are only in %s", first_line(error), folder / "results.jsonl")
         if isinstance(error, TimeoutError):
             _teardown(wandb)
-        log.warning("W&B is off (%s): results are in %s only", first_line(error), folder / "results.jsonl")
         return None
 
 
 def _start(wandb: Any, mode: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The started run and its mode: offline where nobody is logged in or the server is out of reach."""
+    """The started run and its mode: offline without a key, and if the server is out of reach."""
     session = wandb.setup(options["settings"]).settings
     if session._noop:
         return None, "disabled"
@@ -253,25 +160,72 @@ def _start(wandb: Any, mode: str, options: Mapping[str, Any]) -> tuple[Any, str]
     return wandb.init(mode="offline", **options), "offline"
 
 
-def logged_in() -> bool:
-    """Whether W&B finds credentials."""
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True, mode="online"))
-    return bool(wandb.login(prompt=False, verify=False))
-
-
 def _wandb_id(folder: Path, run_id: str) -> str:
-    """The id of this folder's W&B run: the run's own and a random tail, drawn once and stored in the folder.
-
-    Without the tail, the same command on another machine would write into the same W&B run.
-    """
+    """The id of this folder's W&B run, stored in the folder. Its random tail is not that of another machine."""
     path = folder / "wandb" / "id"
     if not path.exists():
         name = shortened(re.sub(r"[^0-9A-Za-z_.-]+", "-", run_id), 64)  # of 128: names of artifacts contain it
         path.parent.mkdir(exist_ok=True)
         atomic_write(path, f"{name}-{secrets.token_hex(3)}\n")
     return path.read_text().strip()
+
+
+@contextlib.contextmanager
+def _environment(folder: Path) -> Iterator[None]:
+    """What W&B reads only from environment variables: its files go to the run folder, and it prints nothing."""
+    wanted = {"WANDB_DATA_DIR": f"{folder}/wandb", "WANDB_CACHE_DIR": f"{folder}/wandb/cache", "WANDB_SILENT": "true"}
+    wanted["WANDB_ERROR_REPORTING"] = "false"  # with it, a server that stalls would delay the end of the process
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _bounded(action: Callable[[], T], seconds: float) -> T:
+    """What `action` returns or raises; TimeoutError after `seconds`.
+
+    In a thread: signals are handled meanwhile, and a call that hangs does not keep the process from ending.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    began = time.monotonic()
+    while not future.done():
+        if signals.received():
+            seconds = min(seconds, _STOPPING_SECONDS)
+        if time.monotonic() - began > seconds:
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        wait([future], 0.5)
+    return future.result()
+
+
+def _teardown(wandb: Any) -> None:
+    """End W&B's session: the next run of this process would get it, or it would keep this one from ending."""
+    service: Any = None
+    with contextlib.suppress(Exception):  # private to W&B
+        service = wandb.sdk.wandb_setup._singleton._connection._proc._process
+    try:
+        _bounded(lambda: wandb.teardown(exit_code=1), _TEARDOWN_SECONDS)
+    except Exception:
+        if service is not None:
+            service.kill()
+
+
+def logged_in() -> bool:
+    """Whether W&B finds credentials."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True, mode="online"))
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def log_accuracies(tracker: Tracker, summary: Mapping[str, Any]) -> None:
@@ -282,9 +236,8 @@ def log_accuracies(tracker: Tracker, summary: Mapping[str, Any]) -> None:
     if summary["worst_case_accuracy"] is not None:
         accuracies["worst case"] = summary["worst_case_accuracy"]
     tracker.summary({f"accuracy/{name.replace(' ', '_')}": value["value"] for name, value in accuracies.items()})
-    columns = ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"]
-    rows = [
-        [name, *(attacks.get(name, {}).get(key) for key in columns[1:4]), *(value[k] for k in ("value", *columns[5:]))]
-        for name, value in accuracies.items()
-    ]
-    tracker.table("tables/attacks", columns, rows)
+    rows = []
+    for name, accuracy in accuracies.items():
+        settings = [attacks.get(name, {}).get(key) for key in ("norm", "eps", "seconds")]
+        rows.append([name, *settings, *(accuracy[key] for key in ("value", "low", "high", "n"))])
+    tracker.table("tables/attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows)
