@@ -37,8 +37,8 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Path:
-    """Plain PGD: cross-entropy, margin and "misclassified" of the iterates (n, steps + 1), "the gradient is zero"
-    (n, steps), and the last iterate (n, C, H, W)."""
+    """Plain PGD: cross-entropy, margin, "misclassified" and "the gradient is zero" (False at the last) of the iterates
+    (n, steps + 1), and the last iterate (n, C, H, W)."""
 
     loss: Tensor
     margin: Tensor
@@ -62,15 +62,13 @@ class Audit:
 
     @cached_property
     def logits(self) -> Tensor:
-        logits: Tensor = self.model(self.x)
-        return logits
+        return self.model.forward(self.x)
 
     @cached_property
     def randomised(self) -> Tensor:
         """The samples whose logits differ between two passes by more than 1 % of their spread."""
         spread = self.logits.amax(1) - self.logits.amin(1)
-        differs: Tensor = (self.model(self.x) - self.logits).abs().amax(1) > 0.01 * spread
-        return differs
+        return (self.model.forward(self.x) - self.logits).abs().amax(1) > 0.01 * spread
 
     def require_deterministic(self) -> None:
         if self.randomised.any():
@@ -118,23 +116,19 @@ class Audit:
         return Path(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def _path(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        loss, margin, wrong, zero, last = [], [], [], [], x
+        seen, last = [], x
 
         def observe(step: int, rows: Tensor, point: Tensor, logits: Tensor, gradient: Tensor | None) -> None:
             nonlocal last
             if not logits.isfinite().all():
                 raise NotMeasured("the model returned NaN or infinite logits")
-            loss.append(losses.ce(logits, y))
-            margin.append(losses.margin(logits, y))
-            wrong.append(predictions(logits) != y)
-            if gradient is None:
-                last = point
-            else:
-                zero.append(is_zero(gradient))
+            last, wrong = point, predictions(logits) != y
+            zero = torch.zeros_like(wrong) if gradient is None else is_zero(gradient)
+            seen.append((losses.ce(logits, y), losses.margin(logits, y), wrong, zero))
 
         attack = self.attack(keep="worst", drop_fooled=False, observe=observe)
         attack(self.model, x, y, generator=self.noise(x, "plain"))
-        return *(torch.stack(values, 1) for values in (loss, margin, wrong, zero)), last
+        return *(torch.stack(values, 1) for values in zip(*seen, strict=True)), last
 
     def wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Whether images x (B, C, H, W) are misclassified; by a randomised model in the majority of passes."""

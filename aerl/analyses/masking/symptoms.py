@@ -122,7 +122,7 @@ def silent_success(audit: Audit) -> Finding:
 
 def zero_on_path(audit: Audit) -> Finding:
     before = audit.plain.wrong.cumsum(1)[:, :-1] == 0  # the first adversarial example
-    share = ((audit.plain.zero & before).sum(1) / before.sum(1).clamp_min(1)).mean().item()
+    share = ((audit.plain.zero[:, :-1] & before).sum(1) / before.sum(1).clamp_min(1)).mean().item()
     return Finding(share, f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps")
 
 
