@@ -14,19 +14,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn import functional as F
 
 from aerl.analyses import AnalysisContext
 from aerl.analyses.masking import masking
 from aerl.analyses.masking.audit import Audit
 from aerl.analyses.masking.effects import EFFECTS
 from aerl.analyses.masking.symptoms import _paper_direction
-from aerl.attacks import attacking, pgd, predictions
+from aerl.attacks import SampleGenerator, attacking, losses, pgd, predictions
 from aerl.build import attack
 from aerl.config.compose import read
-from aerl.runtime.device import stream
 from aerl.tracking.results import ResultLog, read_results
-from aerl.training.loop import TrainStep
-from aerl.training.objectives import Labels, adversarial_training, policy_gradient, trades
 from tests.conftest import ROOT
 
 QUICK = {"samples": 40, "steps": 30, "queries": 100}
@@ -73,16 +71,27 @@ def digits():
     return torch.from_numpy(images[order])[:, None], torch.from_numpy(data.target[order])
 
 
-CLEAN = (partial(policy_gradient, weight=0.0), None)
+def adversarial(norm, eps, trades):
+    """The loss of PGD adversarial training, or that of TRADES."""
+
+    def loss(net, x, y):
+        x_adv = pgd(
+            net, x, y, generator=SampleGenerator.for_images(x, 0), norm=norm, eps=eps, steps=3, step_size=eps / 2,
+            loss="kl" if trades else "ce", drop_fooled=False, keep="last",
+        )  # fmt: skip
+        if trades:
+            return F.cross_entropy(net(x), y) + 4 * losses.kl(net(x_adv), net(x)).mean()
+        return F.cross_entropy(net(x_adv), y)
+
+    return loss
 
 
 @pytest.fixture(scope="module")
-def trained(digits, hardware):
-    """`trained(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
+def trained(digits):
+    """`trained(epochs=6, loss=None, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
 
-    def train(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1.0):
-        images, labels = digits
-        generator = stream(0, "masking tests")
+    def train(epochs=6, loss=None, activation=nn.ReLU, temperature=1.0):
+        loss = loss or (lambda net, x, y: F.cross_entropy(net(x) / temperature, y))
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             net = nn.Sequential(
@@ -90,15 +99,11 @@ def trained(digits, hardware):
                 nn.Conv2d(12, 24, 3, padding=1), activation(), nn.Flatten(),
                 nn.Linear(384, 48), activation(), nn.Linear(48, 10),
             )  # fmt: skip
-            objective, attack = defence
-            step = TrainStep(Apply(net, after=lambda logits: logits / temperature),
-                             partial(objective, act=Labels(), probability_floor=0.0), hardware)  # fmt: skip
             optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
-            for _ in range(epochs):
-                for batch in torch.randperm(1400, generator=generator).split(64):
-                    optimizer.zero_grad()
-                    step(images[batch].float() / 255, labels[batch], generator, attack)[0].backward()
-                    optimizer.step()
+            for batch in (batch for _ in range(epochs) for batch in torch.randperm(1400).split(64)):
+                optimizer.zero_grad()
+                loss(net, digits[0][batch].float() / 255, digits[1][batch]).backward()
+                optimizer.step()
             optimizer.zero_grad()
         return net
 
@@ -204,18 +209,11 @@ def test_masked_networks(case, plain, trained, audit):
         assert checks["slope"]["value"] is None and "every gradient of the margin is zero" in checks["slope"]["says"]
 
 
-def climb(norm, eps, loss="ce"):
-    return partial(pgd, norm=norm, eps=eps, steps=3, step_size=eps / 2, loss=loss, drop_fooled=False, keep="last")
-
-
 @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
 @pytest.mark.parametrize("training", ["supervised", "PGD", "TRADES"])
 def test_other_networks_show_no_sign(training, norm, eps, plain, trained, audit):
-    defences = {
-        "PGD": (adversarial_training, climb(norm, eps)),
-        "TRADES": (partial(trades, weight=4.0), climb(norm, eps, "kl")),
-    }
-    net = trained(epochs=4, defence=defences[training]) if training in defences else plain
+    loss = adversarial(norm, eps, trades=training == "TRADES")
+    net = plain if training == "supervised" else trained(epochs=4, loss=loss)
     report, checks = audit(net, norm=norm, eps=eps)
     assert [name for name, check in checks.items() if check["flag"]] == []
     assert report["verdict"] == "no sign"
