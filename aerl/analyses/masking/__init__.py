@@ -120,7 +120,7 @@ def _run(audit: Audit, checks: Sequence[Check], significance: float) -> tuple[li
         torch.manual_seed(seed_from(audit.context.seed, "masking"))  # a randomised model draws from the global state
         began = time.monotonic()
         _, obstacle = _attempt(lambda: audit.plain)
-        obstacle = obstacle.removeprefix("not measured: ").replace("failed: ", "plain PGD failed: ")
+        obstacle = f"plain PGD {obstacle}" if obstacle.startswith("failed") else obstacle.removeprefix("not measured: ")
         for name, role, threshold, source, measure in checks:
             value, flag, text = None, False, f"not measured: {obstacle}"
             if not obstacle:
