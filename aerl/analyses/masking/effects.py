@@ -107,6 +107,6 @@ EFFECTS = {
 
 
 def unbounded(audit: Audit) -> Finding:
-    """Plain PGD must fool every sample if it may change the whole image."""
+    """Plain PGD must fool every sample if its ball contains the box."""
     count = audit.n - int(audit.balls["unbounded"].sum())
-    return Finding(count / audit.n, f"{count} of {audit.n} samples withstand plain PGD with the whole box as its ball")
+    return Finding(count / audit.n, f"{count} of {audit.n} samples withstand plain PGD with the box as its ball")
