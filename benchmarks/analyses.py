@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from aerl.analyses import AnalysisContext
 from aerl.analyses.curvature import curvature
 from aerl.analyses.curve import curve
-from aerl.analyses.gradients import Gradients, Recorder
+from aerl.analyses.gradients import Dynamics, Gradients
 from aerl.analyses.landscape import Landscape, plane
 from aerl.analyses.masking import masking
 from aerl.analyses.outcomes import confusion, entropy, norms
@@ -74,15 +74,15 @@ def _landscape(model: nn.Module, x: Tensor, y: Tensor, rounds: int, resolution: 
 
 
 def _statistics(model: nn.Module, x: Tensor, y: Tensor, rounds: int, steps: int) -> tuple[str, str, str]:
-    recorder = Recorder(len(x), steps, x[0].numel(), x.device)
-    recorder.batch(torch.arange(len(x), device=x.device))
+    dynamics = Dynamics.empty(len(x), steps, x[0].numel(), x.device)
+    rows = torch.arange(len(x), device=x.device)
 
     def attack(**options: object) -> Tensor:
         noise = SampleGenerator.for_images(x, 0)
         return pgd(model, x, y, generator=noise, eps=1.0, steps=steps, loss="ce", drop_fooled=False, keep="last",
                    **options)  # type: ignore[arg-type]  # fmt: skip
 
-    seconds = time_in_turns({"plain": attack, "observed": lambda: attack(observe=recorder)}, rounds)
+    seconds = time_in_turns({"plain": attack, "observed": lambda: attack(observe=dynamics.observer(rows))}, rounds)
     what = f"gradient statistics, PGD-{steps}, batch {len(x)}: time over PGD's without them"
     return what, f"{ratio(seconds['observed'], seconds['plain']):.3f}", "<= 1.1"
 

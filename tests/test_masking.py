@@ -1,9 +1,11 @@
 """The gradient-masking audit on networks whose gradients are known to be masked, or known not to be."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,20 +14,20 @@ import yaml
 from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn import functional as F
 
 from aerl.analyses import AnalysisContext
-from aerl.analyses.masking import _ALTERNATIVES, masking
-from aerl.analyses.masking.checks import Audit
-from aerl.attacks import SampleGenerator, attacking, pgd
+from aerl.analyses.masking import masking
+from aerl.analyses.masking.audit import Audit
+from aerl.analyses.masking.effects import EFFECTS
+from aerl.analyses.masking.symptoms import _paper_direction
+from aerl.attacks import SampleGenerator, attacking, losses, pgd, predictions
 from aerl.build import attack
 from aerl.config.compose import read
-from aerl.runtime.device import stream
 from aerl.tracking.results import ResultLog, read_results
-from aerl.training.loop import TrainStep
-from aerl.training.objectives import Labels, adversarial_training, policy_gradient, trades
 from tests.conftest import ROOT
 
-QUICK = {"samples": 40, "steps": 30, "queries": 150}
+QUICK = {"samples": 40, "steps": 30, "queries": 100}
 
 
 class WinnersTakeAll(nn.Module):
@@ -38,7 +40,7 @@ class WinnersTakeAll(nn.Module):
 
 
 class Apply(nn.Module):
-    """A network whose images or logits go through a function."""
+    """A network with a function before or after it."""
 
     def __init__(self, net, *, before=nn.Identity(), after=nn.Identity()):  # noqa: B008
         super().__init__()
@@ -56,6 +58,10 @@ def noisy(x):
     return x + 0.3 * torch.randn_like(x)
 
 
+def scaled(net):
+    return Apply(net, after=lambda logits: 100 * logits)
+
+
 @pytest.fixture(scope="module")
 def digits():
     """Images uint8 (N, 1, 8, 8), labels; the first 1400 are for training."""
@@ -65,16 +71,27 @@ def digits():
     return torch.from_numpy(images[order])[:, None], torch.from_numpy(data.target[order])
 
 
-CLEAN = (partial(policy_gradient, weight=0.0), None)
+def adversarial(norm, eps, trades):
+    """The loss of PGD adversarial training, or that of TRADES."""
+
+    def loss(net, x, y):
+        x_adv = pgd(
+            net, x, y, generator=SampleGenerator.for_images(x, 0), norm=norm, eps=eps, steps=3, step_size=eps / 2,
+            loss="kl" if trades else "ce", drop_fooled=False, keep="last",
+        )  # fmt: skip
+        if trades:
+            return F.cross_entropy(net(x), y) + 4 * losses.kl(net(x_adv), net(x)).mean()
+        return F.cross_entropy(net(x_adv), y)
+
+    return loss
 
 
 @pytest.fixture(scope="module")
-def trained(digits, hardware):
-    """`trained(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
+def trained(digits):
+    """`trained(epochs=6, loss=None, activation=nn.ReLU, temperature=1)`: a small network, in training mode."""
 
-    def train(epochs=6, defence=CLEAN, activation=nn.ReLU, temperature=1.0):
-        images, labels = digits
-        generator = stream(0, "masking tests")
+    def train(epochs=6, loss=None, activation=nn.ReLU, temperature=1.0):
+        loss = loss or (lambda net, x, y: F.cross_entropy(net(x) / temperature, y))
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             net = nn.Sequential(
@@ -82,16 +99,11 @@ def trained(digits, hardware):
                 nn.Conv2d(12, 24, 3, padding=1), activation(), nn.Flatten(),
                 nn.Linear(384, 48), activation(), nn.Linear(48, 10),
             )  # fmt: skip
-            cooled = Apply(net, after=lambda logits: logits / temperature)
-            objective, attack = defence
-            step = TrainStep(cooled, partial(objective, act=Labels(), probability_floor=0.0), hardware)
             optimizer = torch.optim.AdamW(net.parameters(), 4e-3)
-            for _ in range(epochs):
-                for batch in torch.randperm(1400, generator=generator).split(64):
-                    optimizer.zero_grad()
-                    x, y = images[batch].float() / 255, labels[batch]
-                    step(x, y, generator, attack)[0].backward()
-                    optimizer.step()
+            for batch in (batch for _ in range(epochs) for batch in torch.randperm(1400).split(64)):
+                optimizer.zero_grad()
+                loss(net, digits[0][batch].float() / 255, digits[1][batch]).backward()
+                optimizer.step()
             optimizer.zero_grad()
         return net
 
@@ -105,7 +117,7 @@ def plain(trained):
 
 @pytest.fixture
 def context(digits, hardware, tmp_path):
-    """`context(model)` -> (what the audit is given, the summary it writes to)."""
+    """`context(model, **changes)` -> (the context of an audit, the summary that it writes to)."""
 
     def make(model, **changes):
         images, labels = digits[0][1400:], digits[1][1400:]
@@ -128,134 +140,124 @@ def context(digits, hardware, tmp_path):
 
 @pytest.fixture
 def audit(context):
-    """`audit(model)` -> what summary.json says, and the checks by name."""
+    """`audit(model, settings)` -> `masking` of summary.json, and its checks by name."""
 
     def run(model, settings=QUICK, **changes):
         given, summary = context(model, **changes)
         masking(given, **settings)
-        told = summary["masking"]
-        return told, {check["name"]: check for check in told["checks"]}
+        return summary["masking"], {check["name"]: check for check in summary["masking"]["checks"]}
 
     return run
 
 
-def climb(norm, eps, loss="ce"):
-    return partial(pgd, norm=norm, eps=eps, steps=3, step_size=eps / 2, loss=loss, drop_fooled=False, keep="last")
-
-
-# ------------------------------------------------------------------------------- masked, and known to be
+# --- networks that are masked, and others -----------------------------------------------------------------------
 
 
 def test_logits_times_a_hundred_are_a_saturated_softmax(plain, audit):
-    told, checks = audit(Apply(plain, after=lambda logits: 100 * logits))
-    assert told["verdict"] == "masked"
-    n = told["n"]
-    zero = round(checks["zero_ce_gradient"]["value"] * n)
-    assert told["mechanism"] == (
+    report, checks = audit(scaled(plain))
+    n, zero = report["n"], round(checks["zero_ce_gradient"]["value"] * report["n"])
+    assert report["verdict"] == "masked" and zero > n / 2
+    assert report["mechanism"] == (
         f"saturated softmax: the gradient of the cross-entropy is exactly zero, that of the margin is not, on {zero} "
         f"of {n} samples"
     )
-    assert zero > n / 2
-    assert told["trust"].startswith("PGD on ") and "not plain PGD on cross-entropy" in told["trust"]
-    for name in (
-        "log_odds",
-        "margin",
-        "logit_scale",
-        "float64",
-        "float64_gradient",
-        "unbounded",
-        "zero_on_path",
-    ):
-        assert checks[name]["flag"], name
-    assert not checks["zero_gradient"]["flag"]
-    # The decisions are those of the plain network: an attack that the scale cannot touch finds the same.
-    honest = audit(plain)[1]
-    assert abs(robust(checks) - robust(honest)) <= 2 / n
-    assert checks["paper_step_length"]["value"] < 0.1 < 0.9 < honest["paper_step_length"]["value"]
+    assert report["trust"].startswith("PGD on ") and "plain PGD on cross-entropy misses" in report["trust"]
+    flagged = {name for name, check in checks.items() if check["flag"]}
+    assert flagged >= {"log_odds", "margin", "logit_scale", "float64", "float64_gradient", "unbounded", "zero_on_path"}
+    assert "zero_gradient" not in flagged
+    # It decides like the plain network, so an attack that does not depend on the scale fools the same samples.
+    unscaled = audit(plain)[1]
+    assert abs(robust(checks, n) - robust(unscaled, n)) <= 2 / n
+    assert checks["paper_step_length"]["value"] < 0.1 < 0.9 < unscaled["paper_step_length"]["value"]
 
 
-def robust(checks):
-    """The share of samples that neither plain PGD nor PGD on the log-odds fools."""
-    missed, n = map(int, checks["log_odds"]["says"].split("that plain")[0].removeprefix("of the ").replace(
-        " samples ", "").split(" of "))  # fmt: skip
+def robust(checks, n):
+    """The share of samples that withstand plain PGD and PGD on the log-odds."""
+    missed = int(re.search(r"of the (\d+) samples", checks["log_odds"]["says"])[1])
     return missed / n - checks["log_odds"]["value"]
 
 
-def test_temperature_distillation_is_a_saturated_softmax(trained, audit):
-    told, checks = audit(trained(epochs=10, temperature=100.0))
-    assert told["verdict"] == "masked"
-    assert told["mechanism"].startswith("saturated softmax: ")
-    assert checks["log_odds"]["flag"]
+EITHER = "masked|suspicious"  # by the luck of a draw
+NO_GRADIENT = "an operation without gradient: the gradient of every loss is exactly zero"
+# The network, patterns of its verdict and of the attack to trust, and how the mechanism starts.
+MASKED = {
+    "distilled": (lambda plain, train: train(epochs=10, temperature=100.0), "masked", "PGD on", "saturated softmax: "),
+    "quantised": (lambda plain, train: Apply(plain, before=quantised), "masked", "Square", NO_GRADIENT),
+    "detached": (lambda plain, train: Apply(plain, before=lambda x: quantised(x).detach()), "masked", "Square",
+                 NO_GRADIENT),
+    "shattered": (lambda plain, train: train(epochs=12, activation=WinnersTakeAll), EITHER, "Square",
+                  "shattered gradients: "),
+    "noisy": (lambda plain, train: Apply(plain, before=noisy), EITHER, "PGD averaged over passes",
+              "randomised model: two passes give different logits"),
+    "probabilities": (lambda plain, train: Apply(plain, after=nn.Softmax(dim=1)), "suspicious", "attacks on the logits",
+                      "probabilities in place of logits: "),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_quantised_images_are_an_operation_without_gradient(plain, audit, detached):
-    before = (lambda x: quantised(x).detach()) if detached else quantised  # zero, or no graph at all
-    told, checks = audit(Apply(plain, before=before))
-    assert told["verdict"] == "masked"
-    assert told["mechanism"].startswith("an operation without gradient: the gradient of every loss is exactly zero")
-    assert told["trust"].startswith("Square")
-    assert checks["zero_gradient"]["value"] == 1
-    assert checks["slope"]["value"] is None and "every gradient of the margin is zero" in checks["slope"]["says"]
-
-
-def test_winners_take_all_shatters_gradients(trained, audit):
-    told, _ = audit(trained(epochs=12, activation=WinnersTakeAll), norm="Linf", eps=0.1)
-    assert told["verdict"] in ("masked", "suspicious")
-    assert told["mechanism"].startswith("shattered gradients: ")
-    assert "Square" in told["trust"]
-
-
-def test_noise_inside_is_a_randomised_model(plain, audit):
-    told, checks = audit(Apply(plain, before=noisy), settings=QUICK | {"queries": 50})
-    assert told["verdict"] in ("masked", "suspicious")
-    assert told["mechanism"].startswith("randomised model: two passes give different logits")
-    assert told["trust"].startswith("PGD averaged over passes")
-    assert checks["eot"]["value"] is not None and checks["slope"]["value"] is None
-    again, _ = audit(Apply(plain, before=noisy), settings=QUICK | {"queries": 50})
-    assert [check["value"] for check in again["checks"]] == [check["value"] for check in told["checks"]]
-
-
-def test_probabilities_are_told_from_logits(plain, audit):
-    told, _ = audit(Apply(plain, after=nn.Softmax(dim=1)), settings=QUICK | {"queries": 50})
-    assert told["verdict"] == "suspicious"
-    assert told["mechanism"].startswith("probabilities in place of logits: ")
-
-
-# ------------------------------------------------------------------------------ honest, and known to be
+@pytest.mark.parametrize("case", MASKED)
+def test_masked_networks(case, plain, trained, audit):
+    make, verdict, trust, mechanism = MASKED[case]
+    model = make(plain, trained)
+    report, checks = audit(model, **({"norm": "Linf", "eps": 0.1} if case == "shattered" else {}))
+    assert re.fullmatch(verdict, report["verdict"]) and trust in report["trust"]
+    assert report["mechanism"].startswith(mechanism)
+    if case == "noisy":
+        assert checks["eot"]["value"] is not None and checks["slope"]["value"] is None
+        assert [check["value"] for check in audit(model)[0]["checks"]] == [c["value"] for c in report["checks"]]
+    if mechanism == NO_GRADIENT:
+        assert checks["zero_gradient"]["value"] == 1
+        assert checks["slope"]["value"] is None and "every gradient of the margin is zero" in checks["slope"]["says"]
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
 @pytest.mark.parametrize("training", ["supervised", "PGD", "TRADES"])
-def test_honest_training_shows_no_sign(training, norm, eps, plain, trained, audit):
-    given = {
-        "PGD": (adversarial_training, climb(norm, eps)),
-        "TRADES": (partial(trades, weight=4.0), climb(norm, eps, "kl")),
-    }
-    net = trained(epochs=4, defence=given[training]) if training in given else plain
-    told, checks = audit(net, norm=norm, eps=eps)
+def test_other_networks_show_no_sign(training, norm, eps, plain, trained, audit):
+    loss = adversarial(norm, eps, trades=training == "TRADES")
+    net = plain if training == "supervised" else trained(epochs=4, loss=loss)
+    report, checks = audit(net, norm=norm, eps=eps)
     assert [name for name, check in checks.items() if check["flag"]] == []
-    assert told["verdict"] == "no sign"
-    assert [name for name, check in checks.items() if check["value"] is None] == (
-        ["transfer"] if norm == "L2" else ["paper_formula", "transfer"]
-    )
-    assert sum(check["passes"] for check in checks.values()) == pytest.approx(told["passes"])
+    assert report["verdict"] == "no sign"
+    unmeasured = [name for name, check in checks.items() if check["value"] is None]
+    assert unmeasured == (["transfer"] if norm == "L2" else ["paper_formula", "transfer"])
+    assert sum(check["passes"] for check in checks.values()) == pytest.approx(report["passes"])
 
 
-# ----------------------------------------------------------------------------- what the audit must not do
+def test_two_classes(audit):
+    images = torch.full((40, 1, 8, 8), 128, dtype=torch.uint8)
+    images[:, 0, 1, 0] = torch.arange(40)  # equal images would get equal noise
+    labels = torch.zeros(40, dtype=torch.int64)
+    model = Apply(nn.Identity(), after=lambda x: (x[:, :1, 0, 0] - 0.6) * torch.tensor([-1.0, 1.0]))
+    outcomes = {"label": labels.numpy(), "clean_pred": labels.numpy()}
+    report, checks = audit(model, images=images, labels=labels, eps=0.05, outcomes=outcomes)
+    assert report["verdict"] == "no sign" and report["n"] == 40
+    assert checks["consistency"]["value"] == pytest.approx(1) and checks["slope"]["value"] == 0
 
 
-def test_it_leaves_model_and_random_state_as_they_were(plain, audit, digits):
+def test_the_path_ends_where_plain_pgd_does_and_the_papers_steps_shrink_with_the_gradient(plain, context):
+    state = Audit(context(plain)[0], samples=50, steps=20, queries=1)
+    attack, noise = partial(pgd, eps=0.5, steps=20, loss="ce", drop_fooled=False, keep="last"), state.noise
+    with attacking(state.model), torch.no_grad():
+        last = attack(plain, state.x, state.y, generator=noise(state.x, "plain"))
+        assert torch.equal(state.plain.last, last)
+        assert torch.equal(predictions(plain(last)) != state.y, state.plain.wrong[:, -1])
+        assert state.plain.wrong[:, -1].sum() > state.plain.wrong[:, 0].sum()
+    gradient = torch.tensor([1e-3, 1.0]).view(2, 1, 1, 1) * 2.56e-5  # norms of the batch mean: 1e-10 and 1e-7
+    assert _paper_direction(gradient, "L2").flatten().tolist() == pytest.approx([1e-4, 0.1])
+
+
+# --- the audit as a part of the run -----------------------------------------------------------------------------
+
+
+def test_it_changes_neither_the_model_nor_the_random_state(plain, audit):
     plain.train()
     plain[0].bias.requires_grad_(False)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    flags = [(module.training) for module in plain.modules()]
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     try:
         audit(Apply(plain, before=noisy), settings=QUICK | {"samples": 20, "queries": 5})
         assert torch.equal(torch.get_rng_state(), state)
         assert np.array_equal(np.random.get_state()[1], numpy_state)
-        assert [module.training for module in plain.modules()] == flags
+        assert all(module.training for module in plain.modules())
         for name, value in plain.state_dict().items():
             assert value.dtype == torch.float32 and torch.equal(value, before[name])
         assert [name for name, parameter in plain.named_parameters() if not parameter.requires_grad] == ["0.bias"]
@@ -265,174 +267,96 @@ def test_it_leaves_model_and_random_state_as_they_were(plain, audit, digits):
 
 
 def test_the_batch_size_changes_nothing(plain, audit):
-    scaled = Apply(plain, after=lambda logits: 100 * logits)
-    few = QUICK | {"samples": 40, "steps": 15, "queries": 50}
-    (one, _), (other, _) = (audit(scaled, few, batch_size=size) for size in (16, 500))
-    for a, b in zip(one["checks"], other["checks"], strict=True):
+    first, second = (audit(scaled(plain), QUICK | {"steps": 15}, batch_size=size)[0] for size in (16, 500))
+    for a, b in zip(first["checks"], second["checks"], strict=True):
         assert (a["name"], a["flag"]) == (b["name"], b["flag"])
-        assert a["value"] == pytest.approx(b["value"], abs=1.01 / one["n"]), a["name"]
+        assert a["value"] == pytest.approx(b["value"], abs=1.01 / first["n"]), a["name"]
         assert a["passes"] == pytest.approx(b["passes"], rel=0.1, abs=1)
-    assert (one["verdict"], one["n"]) == (other["verdict"], other["n"])
-
-
-# ----------------------------------------------------------------------------------- the parts of it
-
-
-def test_plain_pgd_is_the_pgd_of_attack_pgd(plain, context):
-    given, _ = context(plain)
-    audit = Audit(given, samples=50, steps=20, queries=1, gain=0.05, significance=0.01)
-    plain_pgd = partial(pgd, norm="L2", eps=0.5, steps=20, loss="ce", drop_fooled=False, keep="last")
-    noise = SampleGenerator.for_images(audit.x, 0, "masking/plain")
-    with attacking(audit.model), torch.no_grad():
-        assert torch.equal(audit.plain.last, plain_pgd(plain, audit.x, audit.y, generator=noise))
-        assert audit.plain.wrong.any(1).sum() > audit.plain.wrong[:, 0].sum()  # and it does attack
+    assert (first["verdict"], first["n"]) == (second["verdict"], second["n"])
 
 
 def test_transferred_examples_count_only_within_the_threat_model_and_on_all_samples(plain, audit, digits):
     labels = digits[1][1400:].numpy()
-    wrong = (labels + 1) % 10
-    counts = {"counts": True, "alone": True}
     with torch.no_grad():
         pred = plain(digits[0][1400:].float() / 255).argmax(1).numpy()
-    outcomes = {"label": labels, "clean_pred": pred, "transfer_a_pred": wrong, "transfer_b_pred": wrong}
-    few = QUICK | {"samples": 30, "queries": 5}
-    told, checks = audit(plain, few, outcomes=outcomes, attacks={"transfer_a": counts})
-    assert told["verdict"] == "masked" and checks["transfer"]["flag"]
-    assert told["trust"].startswith("transferred examples (attack=transfer), not plain PGD")
-    for other in ({"counts": False, "alone": True}, {"counts": True, "alone": False}):
-        told, checks = audit(plain, few, outcomes=outcomes, attacks={"transfer_b": other})
-        assert told["verdict"] == "no sign"
-        assert checks["transfer"]["says"] == "not measured: no source; add attack=transfer"
+    outcomes = {"label": labels, "clean_pred": pred, "transfer_a_pred": (labels + 1) % 10}
+    for counts, alone in ((True, True), (False, True), (True, False)):
+        attacks = {"transfer_a": {"counts": counts, "alone": alone}}
+        report, checks = audit(plain, QUICK | {"queries": 5}, outcomes=outcomes, attacks=attacks)
+        if counts and alone:
+            assert report["verdict"] == "masked" and checks["transfer"]["flag"]
+            assert report["trust"].startswith("transfer (attack=transfer): it fools ")
+        else:
+            assert report["verdict"] == "no sign"
+            assert checks["transfer"]["says"] == "not measured: no source; add attack=transfer"
 
 
-class Cycle(nn.Module):
-    """Two classes, whose margin is a given function of the first pixel."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        value = self.function(x[:, 0, 0, 0])
-        return torch.stack([-value, value], dim=1)
-
-
-def test_two_classes_will_do(context):
-    images = torch.full((40, 1, 8, 8), 128, dtype=torch.uint8)
-    images[:, 0, 1, 0] = torch.arange(40)  # or all would draw the same noise
-    labels = torch.zeros(40, dtype=torch.int64)
-    given, summary = context(
-        Cycle(lambda pixel: pixel - 0.6), images=images, labels=labels, eps=0.05,
-        outcomes={"label": labels.numpy(), "clean_pred": labels.numpy()},
-    )  # fmt: skip
-    masking(given, **QUICK)
-    told = summary["masking"]
-    assert told["verdict"] == "no sign" and told["n"] == 40
-    checks = {check["name"]: check for check in told["checks"]}
-    assert checks["consistency"]["value"] == pytest.approx(1) and checks["slope"]["value"] == 0
-
-
-def never(x):
-    raise RuntimeError("no such model\nnor its friends")
+def crash(*args, **kwargs):
+    raise RuntimeError("The size of tensor a (2) must match\nthe size of tensor b (4)")
 
 
 @pytest.mark.parametrize(
-    ("model", "eps", "says"),
+    ("model", "eps", "reason"),
     [
         (lambda x: x.flatten(1)[:, :10] / 0, 0.5, "NaN"),
-        (never, 0.5, "plain PGD on cross-entropy cannot run: no such model"),
+        (crash, 0.5, "plain PGD failed: The size of tensor a (2) must match"),
         (lambda x: x.flatten(1)[:, :10], 0.0, "eps is 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said_and_crashes_nothing(model, eps, says, context, digits):
-    labels = digits[1][1400:]
-    given, summary = context(
-        Apply(nn.Identity(), after=model), eps=eps,
-        outcomes={"label": labels.numpy(), "clean_pred": labels.numpy()},
-    )  # fmt: skip
+def test_where_plain_pgd_cannot_run_nothing_is_measured(model, eps, reason, context, digits):
+    labels = digits[1][1400:].numpy()
+    outcomes = {"label": labels, "clean_pred": labels}
+    given, summary = context(Apply(nn.Identity(), after=model), eps=eps, outcomes=outcomes)
     assert masking(given, **QUICK) == []
-    told = summary["masking"]
-    assert told["verdict"] == "not measured" and says in told["mechanism"]
-    assert all(check["value"] is None and check["says"].startswith("not measured: ") for check in told["checks"])
-
-
-class Failing(Apply):
-    """Fails with `error` from the pass after `calls` without a gradient on."""
-
-    def __init__(self, net, error, calls):
-        super().__init__(net)
-        self.error, self.calls = error, calls
-
-    def forward(self, x):
-        if not torch.is_grad_enabled():
-            self.calls -= 1
-            if self.calls < 0:
-                raise self.error
-        return super().forward(x)
+    report = summary["masking"]
+    assert report["verdict"] == "not measured" and reason in report["mechanism"]
+    assert all(check["value"] is None and check["says"].startswith("not measured: ") for check in report["checks"])
 
 
 def test_a_check_that_fails_is_named_in_the_verdict(plain, audit, monkeypatch):
-    def crash(*args, **kwargs):
-        raise RuntimeError("The size of tensor a (2) must match\nthe size of tensor b (4)")
-
     monkeypatch.setattr("pyautoattack.square.SquareAttack.attack_single_run", crash)
     few = QUICK | {"queries": 20}
-    told, checks = audit(plain, few)
-    assert told["verdict"] == "no sign (square failed)"
-    assert "square failed: The size of tensor a (2) must match" in told["mechanism"]
+    report, checks = audit(Apply(plain, before=lambda x: x.float()), few)  # no float64
+    assert report["verdict"] == "no sign (float64_gradient, float64, square failed)"
+    assert "square failed: The size of tensor a (2) must match" in report["mechanism"]
     assert checks["square"]["value"] is None and checks["square"]["says"].startswith("failed: The size")
-    assert checks["transfer"]["says"] == "not measured: no source; add attack=transfer"  # which is no failure
-    assert audit(Apply(plain, after=lambda z: 100 * z), few)[0]["verdict"] == "masked (square failed)"
-    told, _ = audit(Apply(plain, before=lambda x: x.float()), few)
-    assert told["verdict"] == "no sign (float64_gradient, float64, square failed)"
+    assert audit(scaled(plain), few)[0]["verdict"] == "masked (square failed)"
 
 
-def test_out_of_memory_is_no_finding(plain, context):
-    """Wherever it happens, it is raised, for the run to try again with smaller batches, and nothing is recorded."""
-    memory = torch.OutOfMemoryError("out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-    for calls in (0, 60):
-        given, summary = context(Apply(plain))
-        for error in memory:
-            with pytest.raises(type(error)):
-                masking(replace(given, model=Failing(plain, error, calls)), samples=20, steps=5, queries=50)
-        assert summary == {} and not given.log.path.exists()
-
-
-def test_numbers_go_to_the_results_and_the_tracker(plain, context, tmp_path):
-    class Tracker:
-        def __init__(self):
-            self.tables, self.values = {}, {}
-
-        def table(self, name, columns, rows):
-            self.tables[name] = [dict(zip(columns, row, strict=True)) for row in rows]
-
-        def summary(self, values):
-            self.values |= values
-
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("cuDNN: CUDNN_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize("place", ["torch.nn.Linear.forward", "pyautoattack.square.SquareAttack.attack_single_run"])
+def test_out_of_memory_is_raised_and_nothing_is_recorded(place, error, plain, context, monkeypatch):
     given, summary = context(plain)
-    given.log.tracker = tracker = Tracker()
+    monkeypatch.setattr(place, Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        masking(given, samples=20, steps=5, queries=5)
+    assert summary == {} and not given.log.path.exists()
+
+
+def test_numbers_go_to_the_results_the_table_and_the_tracker(plain, context, tmp_path):
+    given, summary = context(plain)
+    given.log.tracker = tracker = Mock()
     results = masking(given, samples=20, steps=5, queries=5)
     assert results == read_results(tmp_path / "results.jsonl")
-    told = summary["masking"]
-    measured = {check["name"]: check["value"] for check in told["checks"] if check["value"] is not None}
+    report = summary["masking"]
+    measured = {check["name"]: check["value"] for check in report["checks"] if check["value"] is not None}
     assert {result.metric: result.value for result in results} == measured
-    assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {("masking", "L2", 0.5, "test", told["n"])}
-    assert tracker.tables["tables/masking"] == told["checks"]
-    assert tracker.values["masking/verdict"] == told["verdict"]
-    for check in told["checks"]:
-        assert check.keys() == {
-            "name", "value", "threshold", "flag", "role", "says", "source", "seconds", "passes",
-        }  # fmt: skip
+    assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {("masking", "L2", 0.5, "test", report["n"])}
+    name, columns, rows = tracker.table.call_args.args
+    assert name == "tables/masking"
+    assert [dict(zip(columns, row, strict=True)) for row in rows] == report["checks"]
+    assert tracker.summary.call_args_list[0].args[0]["masking/verdict"] == report["verdict"]
+    for check in report["checks"]:
+        assert {*check} == {"name", "value", "threshold", "flag", "role", "says", "source", "seconds", "passes"}
         assert check["role"] in ("effect", "symptom", "formula") and check["source"] and check["says"]
         assert check["value"] is None or math.isfinite(check["value"])
 
 
-def test_the_attacks_it_advises_compose():
-    for advice in _ALTERNATIVES.values():
-        words = advice.partition("(")[2].rstrip(")").split()
-        if words != ["attack=transfer"]:  # which needs its sources named
+def test_the_options_that_it_recommends_compose():
+    for effect in EFFECTS.values():
+        if effect.option not in ("", "attack=transfer"):  # which needs its sources
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                config = read(compose("config", overrides=words))
+                config = read(compose("config", overrides=effect.option.split()))
             for name, spec in config.attack.items():
                 attack(spec, f"attack.{name}")
 

@@ -32,7 +32,8 @@ def pgd(
     eot: Count = 1,
     in_training: bool = False,
     start: Tensor | None = None,
-    observe: Callable[[int, Tensor, Tensor, Tensor | None], object] | None = None,
+    observe: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], object] | None = None,
+    direction: Callable[[Tensor, Norm], Tensor] = ascent_direction,
 ) -> Tensor:
     """PGD (Madry et al. 2018, section 2.1): climb a loss in steps of fixed length, staying in the ball.
 
@@ -60,9 +61,10 @@ def pgd(
         neither the range of the images is checked, nor is anything reported that is not finite. With `drop_fooled`
         it still waits. Set by aerl.
     start: images like x, projected into ball and box, from which the first run starts. For callers in Python.
-    observe: called at every iterate with the number of the step, the rows of x (b,) that are under attack,
-        their logits (b, K) and the gradient (b, C, H, W) that the next step follows, None at the last iterate.
-        For callers in Python.
+    observe: called at every iterate with the number of the step, the rows of x (b,) that are under attack, the
+        iterate (b, C, H, W), its logits (b, K) and the gradient (b, C, H, W) that the next step follows, None at the
+        last iterate. For callers in Python.
+    direction: the step of unit length along a gradient. For callers in Python.
 
     An image whose logits are not finite is misclassified; what is not finite in a gradient is not followed. Both
     are warnings. Raises UserError for settings that do not go together or with the number of classes, also for
@@ -148,7 +150,7 @@ def pgd(
                 wrong = predicted != label
 
                 if observe is not None:
-                    observe(step, index, logits, gradient if climbing else None)
+                    observe(step, index, point.detach(), logits, gradient if climbing else None)
                 if keep == "last":
                     best, hit = point, wrong
                 else:
@@ -164,7 +166,7 @@ def pgd(
                     rows = (index, origin, label, aim, best, best_loss, hit, point, gradient)
                     index, origin, label, aim, best, best_loss, hit, point, gradient = (t[stay] for t in rows)
                 if climbing:
-                    delta = (point - origin).add_(ascent_direction(gradient, norm), alpha=length)
+                    delta = (point - origin).add_(direction(gradient, norm), alpha=length)
                     point = clip(origin, delta, norm, eps)
             kept[index], highest[index], fooled[index] = best if judged else point, best_loss, hit
 
