@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from aerl.attacks import PaperPGD, SampleGenerator, pgd
-from tests.test_autoattack import train, wrong
+from aerl.attacks import PaperPGD, pgd
+from tests.nets import Through, digits_net, noise_for, wrong
 
 NORMS = [("L2", 0.5), ("Linf", 0.1)]
 
@@ -16,7 +15,7 @@ NORMS = [("L2", 0.5), ("Linf", 0.1)]
 @pytest.fixture(scope="module")
 def unseen():
     """A network trained on 1,197 digits, and the 600 others: more than the 360 of the test split."""
-    return train(classes=10, epochs=8, unseen=600)
+    return digits_net(classes=10, epochs=8, unseen=600)
 
 
 def others(library, model, x, y, norm, eps, steps):
@@ -39,7 +38,7 @@ def test_pgd_agrees_with_other_libraries(unseen, library, norm, eps):
     settings = {"norm": norm, "eps": eps, "steps": 40, "random_start": False}
     matched = {"loss": "ce", "drop_fooled": False, "keep": "last"}
     for choice in (matched, {}):
-        adversarial = pgd(model, x, y, generator=SampleGenerator.for_images(x, 0), **settings | choice)
+        adversarial = pgd(model, x, y, generator=noise_for(x, 0), **settings | choice)
         assert abs(wrong(model, adversarial, y).double().mean() - expected) <= 0.005
 
 
@@ -64,15 +63,14 @@ def cleverhans(model, x, y, eta, norm, eps, step_size, steps):
 @pytest.mark.parametrize(("norm", "eps", "confidence"), [("L2", 0.5, 1), ("L2", 0.5, 100), ("Linf", 0.1, 1)])
 def test_the_papers_pgd_is_cleverhans(unseen, norm, eps, confidence):
     network, x, y = unseen
-    model = Sharp(copy.deepcopy(network), confidence).double()
+    model = Through(copy.deepcopy(network).double(), lambda logits: logits * confidence)
     x, y = x[:64].double(), y[:64]
-    eta = (2 * SampleGenerator.for_images(x, 5).uniform(x) - 1) * eps
+    eta = (2 * noise_for(x, 5).uniform(x) - 1) * eps
     expected = cleverhans(model, x, y, eta, norm, eps, eps / 10, steps=50)
 
-    def attack(batch_size, samples):
-        x_, y_ = x[:samples], y[:samples]
+    def attack(batch_size, n):
         paper = PaperPGD(norm=norm, eps=eps, steps=50, batch_size=batch_size)
-        return paper(model, x_, y_, generator=SampleGenerator.for_images(x_, 5))
+        return paper(model, x[:n], y[:n], generator=noise_for(x[:n], 5))
 
     found = attack(64, 64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -81,15 +79,6 @@ def test_the_papers_pgd_is_cleverhans(unseen, norm, eps, confidence):
     torch.testing.assert_close(attack(64, 20), expected[:20], rtol=0, atol=1e-5)
     assert torch.allclose(attack(10**12, 64), expected, rtol=0, atol=1e-5) == (norm == "Linf")
     # Sharper logits change no decision, but they stop this attack, and not ours.
-    ours = pgd(model, x, y, generator=SampleGenerator.for_images(x, 5), norm=norm, eps=eps, steps=50)
+    ours = pgd(model, x, y, generator=noise_for(x, 5), norm=norm, eps=eps, steps=50)
     missed = wrong(model, ours, y).sum() - wrong(model, expected, y).sum()
     assert (missed > 5) == (confidence > 1)
-
-
-class Sharp(nn.Module):
-    def __init__(self, model, confidence):
-        super().__init__()
-        self.model, self.confidence = model, confidence
-
-    def forward(self, x):
-        return self.model(x) * self.confidence

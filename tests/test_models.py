@@ -43,7 +43,7 @@ def test_any_channels_and_size(network, channels, size):
 
 @pytest.mark.parametrize("network", [CNN, AliCNN])
 def test_images_too_small_are_refused_in_one_line(network):
-    with pytest.raises(UserError, match=r"^model=\w+: 7x32 images are too small .*dataset\.size") as error:
+    with pytest.raises(UserError, match=r"^model=\w+: 7x32 images are too small; .*dataset\.size") as error:
         network(num_classes=10, channels=3, size=(7, 32))
     assert "\n" not in str(error.value)
 

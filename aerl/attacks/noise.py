@@ -11,29 +11,23 @@ from aerl.types import Count, NonNegative, Norm
 
 
 def noise(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    generator: Noise,
-    norm: Norm = "L2",
-    eps: NonNegative,
-    draws: Count = 100,
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise, norm: Norm = "L2", eps: NonNegative, draws: Count = 100
 ) -> Tensor:
     """The worst of `draws` random points around each image, or the image itself if none is worse.
 
-    `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. The points are in
-    turn on the sphere (L2) or at corners (Linf) of the ball of radius `eps`, and uniform in it; all are clipped into
-    [0, 1]. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once it is fooled. A point whose
-    logits are not finite is misclassified, which is a warning. That this finds what a gradient-based attack does not
-    is a sign of masked gradients (Athalye et al. 2018, section 3.1).
+    For images x (B, C, H, W) in [0, 1] of classes y (B,). The points alternate between the sphere (L2) or corners
+    (Linf) of the ball and its inside. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once
+    it is fooled. Finding what a gradient-based attack does not is a sign of masked gradients (Athalye et al. 2018,
+    section 3.1).
     """
+    worst = x.clone()
+    if eps == 0:
+        return worst
     with attacking(model), torch.no_grad():
-        worst = x.clone()
         highest = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
         index, point = torch.arange(len(x), device=x.device), x  # the samples that are still right
         for draw in range(draws + 1):
-            if len(index) == 0 or eps == 0:
+            if len(index) == 0:
                 break
             if draw > 0:
                 sample = random_extreme if draw % 2 else random_in_ball

@@ -17,14 +17,12 @@ from aerl.types import Count, NonNegative, Norm
 class PaperPGD:
     """PGD to the letter of cleverhans 4 (`projected_gradient_descent` around `fast_gradient_method`).
 
-    It differs from `pgd` in what makes a number unreliable: its images may leave [0, 1]; the loss is the mean over
-    a batch, and a gradient whose norm is then under 1e-6 is not brought to full length, so that a confident network
-    looks robust; the last iterate counts, even if an earlier one had fooled the model. So its outcome is never part
-    of a worst case (`counts`).
+    Unlike `pgd`, it may leave [0, 1]; its loss is a mean over the batch, and a gradient whose norm is then under 1e-6
+    gives a shorter step, so that a confident network looks robust; and it returns the last iterate. So it never counts
+    in a worst case.
 
-    eps, step_size: lengths in units of the images' range; a step_size of None means eps / 10.
-    batch_size: what the summed cross-entropy is divided by, also where fewer images are attacked together, so
-        that no outcome depends on the rest of the batch.
+    step_size: None means eps / 10.
+    batch_size: what the summed cross-entropy is divided by, also if fewer images are attacked together.
     """
 
     counts: ClassVar[bool] = False
@@ -36,31 +34,27 @@ class PaperPGD:
     batch_size: Count = 256
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
-        """Attack images x (B, C, H, W) in [0, 1] of classes y (B,), from pixels uniform in [-eps, eps] around
-        them, brought into the ball. Returns images like x, within eps of it but not always within [0, 1].
+        """Images within eps of x (B, C, H, W), from a start uniform in [-eps, eps] projected into the ball.
 
-        What is not finite in a gradient is not followed, which is reported. NoGradient for logits that do not
-        depend differentiably on the images.
+        Non-finite gradients are not followed, which is a warning. NoGradient for logits without one.
         """
         if len(x) == 0 or self.eps == 0:
             return x.clone()
-        length = self.eps / 10 if self.step_size is None else self.step_size
+        step_size = self.eps / 10 if self.step_size is None else self.step_size
         with attacking(model):
-            point = x + self._project(random_in_ball(x, "Linf", self.eps, generator))
             sound = torch.ones((), dtype=torch.bool, device=x.device)
+            point = x + self._project(random_in_ball(x, "Linf", self.eps, generator))
             for _ in range(self.steps):
                 point.requires_grad_()
                 logits = model(point).to(x.dtype)
                 sound &= (predictions(logits) >= 0).all()
                 loss = F.cross_entropy(logits, y, reduction="sum") / self.batch_size
-                step = self._direction(input_gradient(loss, point, sound)).mul_(length)
-                point = x + self._project(point.detach() + step - x)
+                gradient = input_gradient(loss, point, sound)
+                step = gradient.sign() if self.norm == "Linf" else gradient / _length(gradient)
+                point = x + self._project(point.detach() + step * step_size - x)
         if not sound:
             warn(NOT_FINITE)
         return point
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self.norm == "Linf" else gradient / _length(gradient)
 
     def _project(self, delta: Tensor) -> Tensor:
         if self.norm == "Linf":
@@ -69,5 +63,5 @@ class PaperPGD:
 
 
 def _length(t: Tensor) -> Tensor:
-    """cleverhans' L2 norm of t (B, C, H, W) as (B, 1, 1, 1): never under 1e-6."""
+    """cleverhans' L2 norm of t (B, C, H, W) as (B, 1, 1, 1): at least 1e-6."""
     return t.square().sum((1, 2, 3), keepdim=True).clamp(min=1e-12).sqrt()

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -18,14 +17,14 @@ Attack = Callable[..., Tensor | dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))
 class AttackSpec:
-    """An attack and its settings that aerl reads.
+    """An attack and what it states about itself: a function by its keywords, an object by its attributes.
 
     call: `call(model, x, y, *, generator)`, see `aerl.attacks`.
-    norm, eps: its threat model; None: the run's. Beyond the run's it is reported, but not part of the worst case.
+    norm, eps: its threat model; None: the run's. Outside the run's it is reported, but not part of the worst case.
     counts: whether it may be part of the worst case at all.
     batch_size: samples at a time, for an attack whose outcome depends on it; None: the run's.
-    drop_fooled: whether it stops at the first misclassified image. A sampled policy needs an attack that goes on.
-    stages: `stages(model, x) -> attacks` of which it consists, each for the samples that those before it left;
+    drop_fooled: whether it stops at the first misclassified image, which is wrong for a sampled policy.
+    stages: `stages(model, x) -> attacks` of which it consists, each for the samples that withstood the ones before;
         x (0, C, H, W) has the images' shape and device.
     """
 
@@ -39,20 +38,16 @@ class AttackSpec:
 
     @classmethod
     def of(cls, attack: "Attack | AttackSpec", key: str = "attack") -> "AttackSpec":
-        """The settings that `attack` states: a function by its (bound) keywords, an object by its attributes.
-
-        Raises UserError, which begins with `key`, for a value of the wrong type or out of range.
-        """
+        """Read what `attack` states. Raises UserError, which begins with `key`, for a wrong type or range."""
         if isinstance(attack, AttackSpec):
             return attack
-        names = [field.name for field in fields(cls) if field.name != "call"]
-        stated: dict[str, Any]
         if inspect.isroutine(attack) or isinstance(attack, partial):
             stated = {name: parameter.default for name, parameter in inspect.signature(attack).parameters.items()}
         else:
-            stated = {name: getattr(attack, name, None) for name in names}
+            stated = {field.name: getattr(attack, field.name, None) for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"call"}
         unset = (None, inspect.Parameter.empty)
-        settings = {name: stated[name] for name in names if not any(stated.get(name) is value for value in unset)}
+        settings = {name: value for name, value in stated.items() if name in names and value not in unset}
         try:
             return cls(call=attack, **settings)
         except ValidationError as error:

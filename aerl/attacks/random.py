@@ -1,4 +1,4 @@
-"""Where attacks get their random numbers: one stream per image, or one per batch for training."""
+"""Random numbers for attacks: one stream per image, or one per batch for training."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Noise(ABC):
-    """What an attack gets as its `generator`. `seed` is an integer for libraries that seed themselves."""
+    """The `generator` of an attack. `seed` is for libraries that seed themselves."""
 
     seed: int
 
@@ -27,16 +27,14 @@ class Noise(ABC):
 
     @abstractmethod
     def __getitem__(self, index: Tensor) -> "Noise":
-        """The streams of the samples that `index`, boolean (B,) or integer, selects; they continue, not restart."""
+        """The streams, in their current state, of the samples that `index` (boolean (B,) or integer) selects."""
 
 
 class SampleGenerator(Noise):
     """An independent random stream for every image of a batch.
 
-    A stream is keyed by (seed, salt, the image's own pixels), so the noise an image gets depends neither
-    on the batch size, nor on its neighbours, nor on what ran before. Numbers are drawn on the CPU in
-    float32 and then moved, so every device and dtype gets the same ones. Two equal images in a batch get
-    equal noise; two unequal images share a stream with probability 2**-32.
+    A stream is keyed by (seed, salt, pixels), so the noise of an image depends neither on the batch size, nor on
+    its neighbours, nor on what ran before. Numbers are drawn on the CPU in float32: every device gets the same.
     """
 
     def __init__(self, streams: list[torch.Generator], seed: int) -> None:
@@ -44,11 +42,9 @@ class SampleGenerator(Noise):
 
     @classmethod
     def for_images(cls, images: Tensor, seed: int, salt: str = "") -> "SampleGenerator":
-        """One stream for each of `images` (B, C, H, W), uint8 or float in [0, 1].
+        """One stream for each of `images` (B, C, H, W), uint8 or float in [0, 1]; `salt` distinguishes attacks.
 
-        Float images are keyed as rounded to 8 bits: an image has the same stream before and after its
-        conversion, whichever device divided it by 255. `salt` gives the same image another stream, for
-        instance one per attack.
+        Float images are keyed by their rounding to 8 bits, because devices divide by 255 differently.
         """
         if images.is_floating_point():
             images = images.mul(255).round().clamp(0, 255).to(torch.uint8)
@@ -68,15 +64,13 @@ class SampleGenerator(Noise):
 
 
 class BatchGenerator(Noise):
-    """The same on one `torch.Generator`: a single draw per batch, on the generator's device.
+    """For training: one fast draw per batch from one `torch.Generator`, on its device.
 
-    For training, where speed matters and a sample's noise need not outlive its batch. Every draw is made for the
-    complete batch, of which a call gets some rows: the numbers of a sample depend neither on which others are
-    still attacked nor on how many processes share the batch.
+    Each draw is for all `size` samples of the batch, of which `rows` (b,) are returned (None: all), so the numbers
+    of a sample depend neither on which others are still attacked nor on how many processes share the batch.
     """
 
     def __init__(self, generator: torch.Generator, size: int, rows: Tensor | None = None) -> None:
-        """`size` is that of the complete batch; `rows` (b,), integer: the requested samples; None: all."""
         self.generator, self.size, self.rows = generator, size, rows
         self.seed = generator.initial_seed()
 

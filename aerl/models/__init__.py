@@ -1,7 +1,6 @@
 """Classifiers: any network of `net(normalised images) -> logits`, behind its own normalisation."""
 
 from aerl.models.classifier import Classifier, Normalize
-from aerl.models.cnn import CNN, AliCNN
-from aerl.models.torchvision import torchvision_net
+from aerl.models.networks import CNN, AliCNN, torchvision_net
 
 __all__ = ["CNN", "AliCNN", "Classifier", "Normalize", "torchvision_net"]

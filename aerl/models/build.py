@@ -1,8 +1,6 @@
-"""The network of a run, behind its normalisation, where the run computes; tried there before anything depends on it."""
+"""The network of a run, initialised, behind its normalisation, on the run's device, and tried on a few images."""
 
 import logging
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,22 +18,20 @@ from aerl.types import UserError, foreign_code
 
 log = logging.getLogger("aerl")
 
-# What a network's constructor is given of the dataset, if it takes it; `size` is (height, width).
+# What a network's constructor gets of the dataset, if it takes it; `size` is (height, width).
 SIZES = ("num_classes", "channels", "size")
 
 
 def build_model(config: Config, data: DataSplits, machine: Hardware, batch: int = 0) -> Classifier:
-    """The network, initialised from the run's seed, behind its normalisation, on the run's device.
+    """The network with weights from the run's seed. `batch` is the training batch size, 0 without training.
 
-    `batch` is how many images a step of training takes; 0 where nothing is trained. A network that cannot compute on
-    channels_last images gets contiguous ones. Raises UserError for one that fails on images of the dataset.
+    A network that cannot compute on channels_last images gets contiguous ones. Raises UserError for one that fails on
+    images of the dataset.
     """
     key, net = f"model={config.model.name}", build_net(config, data, config.seed, "weights")
     mean = _per_channel("mean", config.model.mean, data.mean)
-    std = [
-        value or 1.0 for value in _per_channel("std", config.model.std, data.std)
-    ]  # 0 of a channel without variation
-    model = Classifier(net, mean, std)
+    std = _per_channel("std", config.model.std, data.std)
+    model = Classifier(net, mean, [value or 1.0 for value in std])  # 0: a constant channel
     with foreign_code(key, remedy=f"moved to {machine.device}"):
         machine.place(model)
     try:
@@ -46,7 +42,7 @@ def build_model(config: Config, data: DataSplits, machine: Hardware, batch: int 
         model.contiguous = True
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         _try(model, key, data, machine, batch)
-        log.warning("%s; it computes in the contiguous layout instead of hardware.channels_last=true", error)
+        log.warning("%s; using the contiguous layout instead of hardware.channels_last=true", error)
     return model
 
 
@@ -56,52 +52,47 @@ def build_net(config: Config, data: DataSplits, *words: int | str) -> nn.Module:
     sizes = dict(zip(SIZES, (data.num_classes, channels, (height, width)), strict=True))
     torch.manual_seed(seed_from(*words))
     make = bind(config.model.net, "model.net", given=sizes)
-    with foreign_code(f"model.net: {_call(make)}"):
+    settings = ", ".join(f"{name}={value!r}" for name, value in make.keywords.items())
+    with foreign_code(f"model.net: {getattr(make.func, '__name__', make.func)}({settings})"):
         net = make()
     if not isinstance(net, nn.Module):
-        raise UserError(f"model.net._target_={config.model.net['_target_']}: gave a {type(net).__name__}, not a module")
+        target = config.model.net["_target_"]
+        raise UserError(f"model.net._target_={target}: returned a {type(net).__name__}, expected a torch.nn.Module")
     if any(map(is_lazy, net.parameters())):  # they get their shapes and values from a first batch
         with foreign_code("model.net"), evaluating(net), torch.no_grad():
             net(torch.zeros(2, *data.image_shape))
     return net
 
 
-def _call(bound: partial[Any]) -> str:
-    settings = ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())
-    return f"{getattr(bound.func, '__name__', bound.func)}({settings})"
-
-
 def _per_channel(key: str, stated: list[float] | None, own: tuple[float, ...]) -> list[float]:
     values = list(own) if stated is None else stated
     if len(values) not in (1, len(own)):
-        raise UserError(f"model.{key}={values}: the images have {len(own)} channels; give one value for each")
+        raise UserError(f"model.{key}={values}: expected one value for each of {len(own)} channels")
     return values
 
 
 def _try(model: Classifier, key: str, data: DataSplits, machine: Hardware, batch: int) -> None:
-    """Two images, a single one, and with a `batch` a step of training without the step; UserError if one fails."""
+    """Two images, a single one, and with a `batch` a forward and backward pass in training mode."""
     blank = torch.zeros(2, *data.image_shape, dtype=torch.uint8, device=machine.device)
     images = to_unit(blank, machine.memory_format)
     shape = "x".join(map(str, data.image_shape))
-    too_small = f"given 2 images of {shape}; dataset.size= resizes them, torchvision's networks also model.net.resize="
     with torch.random.fork_rng([machine.device] if images.is_cuda else []), keeping_buffers(model):
         with attacking(model), torch.no_grad():
-            with foreign_code(key, remedy=too_small):
+            with foreign_code(key, remedy=f"for 2 images of {shape}; dataset.size= or model.net.resize= resizes them"):
                 classes = model(images).shape[1]
-            with foreign_code(key, remedy="given a single image, as attacks end on one; squeeze() drops its dimension"):
+            with foreign_code(key, remedy="for a single image"):
                 model(images[:1])
         if classes != data.num_classes:
-            raise UserError(f"{key}: gives {classes} logits for {data.num_classes} classes")
-        if not batch:
-            return
-        # On a GPU, BatchNorm sees the whole batch of all processes.
-        each = batch if images.is_cuda else max(1, batch // ddp.world_size())
-        remedy = f"given a batch of {min(2, each)} in training mode, where BatchNorm needs trainer.batch_size=2 or more"
-        with evaluating(model), foreign_code(key, remedy=remedy):
-            model.train()
-            with machine.autocast():
-                logits = model(images[:each])
-            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if not (learning and logits.requires_grad):
-                raise UserError(f"{key}: its logits do not depend on a parameter that learns: it cannot be trained")
-            torch.autograd.grad(logits.sum(), learning, allow_unused=True)
+            raise UserError(f"{key}: returned {classes} logits for {data.num_classes} classes")
+        if batch:
+            # On a GPU, BatchNorm sees the images of all processes.
+            images = images[: batch if images.is_cuda else max(1, batch // ddp.world_size())]
+            remedy = f"for {len(images)} images in training mode; BatchNorm needs trainer.batch_size=2 or more"
+            with evaluating(model), foreign_code(key, remedy=remedy):
+                model.train()
+                with machine.autocast():
+                    logits = model(images)
+                trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                if not (trainable and logits.requires_grad):
+                    raise UserError(f"{key}: cannot be trained: no trainable parameter affects its logits")
+                torch.autograd.grad(logits.sum(), trainable, allow_unused=True)
