@@ -217,7 +217,7 @@ def test_attacks_that_are_not_the_same_are_said(against, tmp_path):
             {"index": np.arange(6)},
             "there: has other samples than this run (their places in the test set differ)",
         ),
-        ({"label": LABEL[:5]}, "there: has 5 samples, this run 6; the same evaluation.samples"),
+        ({"label": LABEL[:5]}, "there: has 5 samples, this run 6; use the same evaluation.samples"),
         ({"label": np.array(["0", None], dtype=object)}, "there/outcomes.npz: cannot be read"),
     ],
 )
