@@ -106,7 +106,7 @@ def _draw(accuracy: Mapping[str, Row], clean: Row, title: str) -> Any:
 
     def text(row: int, column: int) -> str:
         value, low, high = (100 * cells[row][column][key] for key in ("value", "low", "high"))
-        return f"{value:.1f}\n{low:.1f} to {high:.1f}"
+        return f"$\\bf{{{value:.1f}}}$\n{low:.1f} to {high:.1f}"
 
     size = (4 + 1.2 * len(labels), 3 + 0.9 * len(labels))
     figure, ((axis,),) = figures.subplots(figsize=size)
