@@ -136,7 +136,7 @@ def test_the_intervals_of_the_curves_hold_the_truth_about_as_often_as_they_say()
     assert all(0.88 <= hit / trials <= 1.0 for hit in hits.values()), hits
 
 
-def test_gradients_beside_another_run(context):
+def test_gradients_next_to_another_run(context):
     given, saved, folder = context
     other = net(1)
     analysis = Gradients(runs=["elsewhere"], load=lambda runs, key: {"rl_seed1": other}, steps=4, samples=20)
@@ -188,7 +188,7 @@ def test_landscape_of_two_runs_has_one_plane_for_each_image_and_model(context):
     assert (folder / "figures/landscape.png").stat().st_size > 5_000
 
 
-def test_nothing_to_look_at_is_said(context):
+def test_nothing_to_show_is_reported(context):
     given, _, _ = context
     wrong = replace(given, outcomes={**given.outcomes, "clean_pred": (given.outcomes["label"] + 1) % 4})
     none = replace(given, attacks={})
@@ -271,7 +271,7 @@ def test_entropy_confusion_and_norms_counted_by_hand(context):
     assert {"entropy_right", "confidence_wrong", "median_l2"} <= metrics
 
 
-def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_such(context):
+def test_predictions_outside_the_classes_are_wrong_and_named(context):
     given, _, folder = context
     outcomes = {key: value.copy() for key, value in given.outcomes.items()}
     outcomes["pgd_pred"][:3] = (-1, 4, 7)  # not finite, and a model with more outputs than there are classes
@@ -280,8 +280,8 @@ def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_suc
     given = replace(given, outcomes=outcomes)
     confusion(given)
     found = [row for row in rows_of(folder, "confusion") if row["images"] == "under attack"]
-    said = {row["predicted"]: int(row["n"]) for row in found if row["predicted"] not in "abcd"}
-    assert said == {"not finite": 1, "4": 1, "7": 1}
+    other = {row["predicted"]: int(row["n"]) for row in found if row["predicted"] not in "abcd"}
+    assert other == {"not finite": 1, "4": 1, "7": 1}
     assert sum(int(row["n"]) for row in found) == len(given.images)
     entropy(given)
     table = {(row["images"], row["answer"]): row for row in rows_of(folder, "entropy")}

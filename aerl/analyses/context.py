@@ -101,7 +101,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """An analysis that can show other `runs` of the same dataset next to this one.
+    """An analysis that uses the models of other `runs` of the same dataset.
 
     The constructor raises UserError if one of them cannot be loaded, before anything is computed.
     """
@@ -110,10 +110,10 @@ class Beside:
     load: Callable[..., Mapping[str, nn.Module]]
 
     def __post_init__(self) -> None:
-        self._others  # noqa: B018
+        self.others  # noqa: B018
 
     @cached_property
-    def _others(self) -> list[Subject]:
+    def others(self) -> list[Subject]:
         models = self.load(self.runs, key="runs")
         trainers = [str((read_summary(Path(run).expanduser()) or {}).get("trainer", "none")) for run in self.runs]
         named = zip(models.items(), trainers, strict=True)
@@ -122,4 +122,4 @@ class Beside:
     def subjects(self, context: AnalysisContext) -> list[Subject]:
         """This run's model, then the others."""
         own = f"{context.trainer} (this run)" if self.runs else context.trainer
-        return [Subject(own, context.trainer, context.model), *self._others]
+        return [Subject(own, context.trainer, context.model), *self.others]

@@ -28,23 +28,12 @@ def run_analyses(parts: Parts, config: Config, record: Record, outcomes: Outcome
     """Run the analyses that are not done yet, on the evaluated images `split` and their `outcomes`."""
     examples = load_arrays(record.folder / "examples.npz")
     context = AnalysisContext(
-        model=parts.model,
-        images=split.images,
-        labels=split.labels,
-        class_names=parts.data.class_names,
-        outcomes=outcomes,
-        adversarial={name: torch.from_numpy(images) for name, images in examples.items()},
-        attacks=record.summary["attacks"],
-        figures=record.folder / "figures",
-        log=record.results,
-        norm=config.norm,
-        eps=config.eps,
-        seed=config.seed,
-        trainer=(record.summary["origin"] or record.summary)["trainer"],
-        hardware=parts.hardware,
-        batch_size=batch_size(parts, config),
-        save=record.save,
-    )
+        model=parts.model, images=split.images, labels=split.labels, class_names=parts.data.class_names,
+        outcomes=outcomes, adversarial={name: torch.from_numpy(images) for name, images in examples.items()},
+        attacks=record.summary["attacks"], figures=record.folder / "figures", log=record.results, save=record.save,
+        norm=config.norm, eps=config.eps, seed=config.seed, hardware=parts.hardware,
+        trainer=(record.summary["origin"] or record.summary)["trainer"], batch_size=batch_size(parts, config),
+    )  # fmt: skip
     for name, analysis in parts.analyses.items():
         ddp.sync_stop_request()
         signals.raise_if_stopped()

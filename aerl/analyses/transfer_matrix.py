@@ -1,15 +1,14 @@
 """The transfer matrix: the accuracy of each of several models on the examples crafted on each of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from aerl.analyses.context import AnalysisContext
+from aerl.analyses.context import AnalysisContext, Beside
 from aerl.attacks import Crafted, attacking, predictions
 from aerl.attacks.transfer import Loss
 from aerl.data import Split
@@ -26,41 +25,35 @@ _COLUMNS = ("source", "target", "accuracy", "low", "high", "n", "source_clean_ac
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferMatrix:
+class TransferMatrix(Beside):
     """Accuracy of every run (target) on the examples crafted on every run (source), on all images, as in the paper.
 
     The examples are those of `aerl.attacks.Crafted`; on the diagonal they are those of white-box PGD. The settings are
-    those of `aerl.attacks.Transfer`; examples with the same settings are reused. The constructor raises UserError if a
-    run cannot be loaded.
+    those of `aerl.attacks.Transfer`; examples with the same settings are reused.
     """
 
-    runs: list[str]
     norm: Norm = "L2"
     eps: NonNegative
     steps: Count = 100
     step_size: NonNegative | None = None
     loss: Loss = "log_odds"
     seed: Index = 0
-    load: Callable[..., Mapping[str, nn.Module]]
     store: Path
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise UserError("runs=[]: name the run folders to compare")
-        self._models  # noqa: B018
-
-    @cached_property
-    def _models(self) -> Mapping[str, nn.Module]:
-        return self.load(self.runs, key="runs")
+        super().__post_init__()
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
         """Write tables/transfer_matrix.csv (with 95 % Wilson intervals), figures/transfer_matrix.png and, in
         summary.json, `transfer`; returns a Result "transfer_accuracy" for each pair."""
         settings = {key: getattr(self, key) for key in ("norm", "eps", "steps", "step_size", "loss", "seed")}
-        crafted = {name: Crafted(model, self.store, **settings) for name, model in self._models.items()}
-        accuracy, n = _accuracy(context, self._models, crafted), len(context.images)
+        models = {other.name: other.model for other in self.others}
+        crafted = {name: Crafted(model, self.store, **settings) for name, model in models.items()}
+        accuracy, n = _accuracy(context, models, crafted), len(context.images)
         clean = accuracy.pop("")
-        names = dict(zip(self._models, self.runs, strict=True))
+        names = dict(zip(models, self.runs, strict=True))
         context.save(transfer=settings | {"n": n, "runs": names, "clean": clean, "accuracy": accuracy})
         rows, results = [], []
         for source, row in accuracy.items():
