@@ -152,7 +152,7 @@ def _draw_norms(sizes: Mapping[str, Mapping[str, np.ndarray]], norm: str, eps: f
             axis.ecdf(values, color=colour, linestyle=style, label=f"{name}, n = {len(values)}")
         if title == norm:
             axis.axvline(eps, color="black", linestyle=":", label=f"the run's eps, {eps_text(eps)}")
-        axis.set(xlabel=f"{title} norm of the perturbation, pixels in [0, 1]", ylabel="fooled samples within")
+        axis.set(xlabel=f"{title} norm of the perturbation, pixels in [0, 1]", ylabel="fooled samples within this size")
         widest = max(*(both[title.lower()].max() for both in sizes.values()), eps if title == norm else 0.0)
         axis.set(xlim=(0, 1.05 * widest), ylim=(0, 1.01))
         axis.yaxis.set_major_formatter(PercentFormatter(1))
