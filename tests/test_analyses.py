@@ -13,13 +13,12 @@ from torch import nn
 from aerl.analyses import AnalysisContext, NotMade
 from aerl.analyses.curvature import curvature
 from aerl.analyses.gradients import Dynamics, Gradients, gradient_dynamics
-from aerl.analyses.landscape import Landscape, plane, survey
+from aerl.analyses.landscape import Landscape, evaluate_grid, filter_normalised, plane, weight_landscape
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
-from aerl.analyses.weights import filter_normalised, weight_landscape
 from aerl.attacks import SampleGenerator
 from aerl.attacks.projections import clip, random_in_ball
-from aerl.data import Split, to_unit
+from aerl.data import Split, subset, to_unit
 from aerl.tracking.results import ResultLog, read_results
 
 
@@ -137,7 +136,7 @@ def test_the_intervals_of_the_curves_hold_the_truth_about_as_often_as_they_say()
     assert all(0.88 <= hit / trials <= 1.0 for hit in hits.values()), hits
 
 
-def test_gradients_beside_another_run(context):
+def test_gradients_next_to_another_run(context):
     given, saved, folder = context
     other = net(1)
     analysis = Gradients(runs=["elsewhere"], load=lambda runs, key: {"rl_seed1": other}, steps=4, samples=20)
@@ -154,59 +153,26 @@ def test_gradients_beside_another_run(context):
 
 
 @pytest.mark.parametrize("norm", ["L2", "Linf"])
-@pytest.mark.parametrize("tolerance", [0, 0.01])
-def test_centre_and_adversarial_point_of_the_landscape_are_the_models_own(images, norm, tolerance):
+def test_centre_and_adversarial_point_of_the_landscape_are_the_models_own(images, norm):
     model, x, y = net(), to_unit(images.images[:1])[0], images.labels[0]
-    found = plane(model, x, y, norm=norm, eps=0.5, resolution=61, tolerance=tolerance, batch_size=50)
+    found = plane(model, x, y, norm=norm, eps=0.5, resolution=61, batch_size=50)
     with torch.no_grad():
-        logits = model(x[None])
-    loss = F.cross_entropy(logits, y[None]).item()
-    assert found.loss_at[0] == pytest.approx(loss, abs=1e-6)
-    assert found.loss[30, 30] == pytest.approx(loss, abs=tolerance * (1 + loss) + 1e-6)
-    assert found.classes[30, 30] == found.class_at[0] == int(y)
-    assert 0 < found.adversarial <= 1.001
-    # Along the adversarial direction the map agrees with what was evaluated there directly.
+        loss = F.cross_entropy(model(x[None]), y[None]).item()
+    assert found.loss_at[0] == pytest.approx(loss, abs=1e-6) == found.loss[30, 30]
+    assert found.classes[30, 30] == int(y)
+    assert 0 < found.adversarial <= 1.001 and found.loss_at[1] > loss
+    # Along the adversarial direction the map agrees with the loss at the adversarial example.
     along = np.interp(found.adversarial, found.axis, found.loss[30])
     assert along == pytest.approx(found.loss_at[1], abs=0.05)
-    assert found.loss_at[1] > loss
-    assert (found.evaluated == 1) == (tolerance == 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 17, 50])
-def test_every_point_of_the_grid_is_where_it_belongs(n):
-    """A linear model: each logit at (a, b) is known, whatever the tiles and the order of evaluation."""
-    w = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]])
-    axis = torch.linspace(-2.013, 3.007, n)  # no two logits are equal at a point
+@pytest.mark.parametrize("n", [1, 2, 17])
+def test_every_point_of_the_grid_is_evaluated_once_with_b_along_the_rows(n):
+    axis, sizes = torch.linspace(-2, 3, n), []
+    found = evaluate_grid(lambda points: sizes.append(len(points)) or points.clone(), axis, batch_size=5)
     b, a = torch.meshgrid(axis, axis, indexing="ij")
-    expected = torch.stack([a, b], -1) @ w
-    for tolerance in (0, 0.01):
-        loss, classes, evaluated = survey(lambda points: points @ w, torch.tensor(1), axis, tolerance)
-        assert torch.equal(classes, expected.argmax(-1))
-        torch.testing.assert_close(loss, expected.logsumexp(-1) - expected[..., 1], atol=1e-5, rtol=1e-5)
-        assert 0 < evaluated <= 1
-
-
-def test_interpolation_stays_within_its_tolerance_and_memory_within_tiles(monkeypatch):
-    from aerl.analyses import landscape
-
-    torch.manual_seed(0)
-    w, v = 2 * torch.randn(2, 30), torch.randn(30, 5)
-    axis, largest = torch.linspace(-3, 3, 200), 0
-
-    def logits(points):
-        nonlocal largest
-        largest = max(largest, len(points))
-        return (points @ w).relu() @ v
-
-    exact, classes, _ = survey(logits, torch.tensor(0), axis, 0)
-    loss, said, evaluated = survey(logits, torch.tensor(0), axis, 0.01)
-    assert evaluated < 0.5
-    assert ((loss - exact).abs() / (1 + exact)).max() < 0.05 and (said != classes).float().mean() < 0.01
-    monkeypatch.setattr(landscape, "_FLOATS", 5 * 33**2)  # tiles of 33 x 33 points
-    largest = 0
-    tiled, _, _ = survey(logits, torch.tensor(0), axis, 0)
-    assert largest <= 33**2
-    torch.testing.assert_close(tiled, exact, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found, torch.stack([a, b], -1))
+    assert max(sizes) <= 5 and sum(sizes) == n * n
 
 
 def test_landscape_of_two_runs_has_one_plane_for_each_image_and_model(context):
@@ -222,12 +188,12 @@ def test_landscape_of_two_runs_has_one_plane_for_each_image_and_model(context):
     assert (folder / "figures/landscape.png").stat().st_size > 5_000
 
 
-def test_nothing_to_look_at_is_said(context):
+def test_nothing_to_show_is_reported(context):
     given, _, _ = context
     wrong = replace(given, outcomes={**given.outcomes, "clean_pred": (given.outcomes["label"] + 1) % 4})
     none = replace(given, attacks={})
     for call in (Landscape(load=lambda runs, key: {}), Gradients(load=lambda runs, key: {}), curvature):
-        with pytest.raises(NotMade, match="no sample is classified rightly"):
+        with pytest.raises(NotMade, match="no sample is classified correctly"):
             call(wrong)
     with pytest.raises(NotMade, match="no attack fooled a sample"):
         norms(none)
@@ -271,8 +237,6 @@ def test_weight_directions_have_the_filters_lengths_and_the_centre_is_the_traine
     weight_landscape(given, samples=20, resolution=3)
     with np.load(folder / "figures/weight_landscape.npz") as file:
         loss = file["loss"]
-    from aerl.data import subset
-
     chosen = subset(Split(given.images, given.labels), 20)
     with torch.no_grad():
         expected = F.cross_entropy(given.model(to_unit(chosen.images)), chosen.labels).item()
@@ -307,7 +271,7 @@ def test_entropy_confusion_and_norms_counted_by_hand(context):
     assert {"entropy_right", "confidence_wrong", "median_l2"} <= metrics
 
 
-def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_such(context):
+def test_predictions_outside_the_classes_are_wrong_and_named(context):
     given, _, folder = context
     outcomes = {key: value.copy() for key, value in given.outcomes.items()}
     outcomes["pgd_pred"][:3] = (-1, 4, 7)  # not finite, and a model with more outputs than there are classes
@@ -316,8 +280,8 @@ def test_predictions_that_are_no_class_of_the_dataset_are_wrong_and_shown_as_suc
     given = replace(given, outcomes=outcomes)
     confusion(given)
     found = [row for row in rows_of(folder, "confusion") if row["images"] == "under attack"]
-    said = {row["predicted"]: int(row["n"]) for row in found if row["predicted"] not in "abcd"}
-    assert said == {"not finite": 1, "4": 1, "7": 1}
+    other = {row["predicted"]: int(row["n"]) for row in found if row["predicted"] not in "abcd"}
+    assert other == {"not finite": 1, "4": 1, "7": 1}
     assert sum(int(row["n"]) for row in found) == len(given.images)
     entropy(given)
     table = {(row["images"], row["answer"]): row for row in rows_of(folder, "entropy")}

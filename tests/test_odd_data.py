@@ -13,11 +13,10 @@ from aerl.analyses import AnalysisContext, NotMade
 from aerl.analyses.curvature import curvature
 from aerl.analyses.curve import curve
 from aerl.analyses.gradients import Gradients
-from aerl.analyses.landscape import Landscape
+from aerl.analyses.landscape import Landscape, weight_landscape
 from aerl.analyses.masking import masking
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
-from aerl.analyses.weights import weight_landscape
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split
 from aerl.evaluation import evaluate

@@ -208,7 +208,7 @@ def test_pictures_of_any_number_of_channels(tmp_path: Path, channels: int, attac
 
 
 def test_fooled_images_come_first(tmp_path: Path) -> None:
-    from aerl.analyses.pictures import _block, _chosen
+    from aerl.analyses.pictures import _chosen, _title
 
     given = context(tmp_path, kept=10)
     assert _chosen(given, "attack0", 10) == [1, 3, 5, 0, 2, 4, 6, 7, 8, 9]
@@ -216,13 +216,7 @@ def test_fooled_images_come_first(tmp_path: Path) -> None:
     assert _chosen(context(tmp_path, kept=4), "attack0", 8) == [1, 3, 0, 2]
     given.attacks["attack0"]["alone"] = False  # an attack on survivors shows none that was wrong before it
     assert _chosen(given, "attack0", 10) == [1, 3, 5, 0, 2, 4, 6, 7, 8]
-    block = _block(given, "attack0", [1, 3])
-    assert block.title == "attack0, Linf eps 8/255"
-    assert block.labels == [1, 3]
-    assert [(before, after) for (before, _), (after, _) in zip(block.before, block.after, strict=True)] == [
-        (1, 7), (3, 7),
-    ]  # fmt: skip
-    assert all(0.5 < confidence <= 1 for _, confidence in block.before + block.after)
+    assert _title(given, "attack0") == "attack0, Linf eps 8/255"
 
 
 @pytest.mark.parametrize("kept", [0, None])

@@ -314,7 +314,7 @@ def test_an_analysis_that_is_not_made(launch, tmp_path):
     reasons = {"norms": "no attack fooled a sample", "landscape": "eps is 0"}
     assert summary_of(folder)["not_made"] == reasons
     for name, reason in reasons.items():
-        assert f"{name}: not made: {reason}" in done.stderr
+        assert f"{name}: skipped: {reason}" in done.stderr
         assert re.search(rf"^not made +{name}: {reason}$", done.stdout, re.MULTILINE)
         assert f"{name}: {reason}" in (folder / "report.html").read_text()
     assert (folder / "figures/confusion.png").exists()

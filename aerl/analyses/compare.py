@@ -1,4 +1,4 @@
-"""Paired comparison of this run with others: the same samples, so that only the models differ."""
+"""Paired comparison with other runs on the same samples, so that only the models differ."""
 
 import logging
 from collections.abc import Mapping
@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator
 
-from aerl.analyses import AnalysisContext
+from aerl.analyses.context import AnalysisContext
 from aerl.evaluation.outcomes import right
 from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.runtime.files import inside, load_arrays
@@ -19,22 +18,19 @@ from aerl.types import UserError, eps_text
 
 log = logging.getLogger("aerl")
 
-Outcomes = Mapping[str, npt.NDArray[np.generic]]
-Right = npt.NDArray[np.bool_]
-
 
 def _finished(run: str) -> str:
-    """Told before anything is computed, because a comparison comes last."""
+    """Checks a run when the configuration is read: a comparison comes last."""
     folder = Path(run).expanduser()
     summary = read_summary(folder)
     if summary is None:
         raise ValueError("must be a run folder; it has no summary.json")
     if summary.get("status") != "finished":
-        raise ValueError(f"must be finished; it is {summary.get('status')}, and its own command goes on with it")
+        raise ValueError(f"must be finished; it is {summary.get('status')}")
     if not (folder / "outcomes.npz").is_file():
         raise ValueError("must have an outcomes.npz, which a run that attacks writes")
     if changed_files(folder, summary, ["outcomes.npz"]):
-        raise ValueError("must have its own outcomes.npz; that was changed since the run finished, or is damaged")
+        raise ValueError("its outcomes.npz was changed or damaged since the run finished")
     return run
 
 
@@ -45,12 +41,11 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
     """Compare with each of `runs`: on clean images, under every attack that both runs share, and their worst case.
 
     Of each: `difference` in accuracy (this run's minus the other's) with its 95 % interval `low` to `high`
-    (Newcombe 1998, method 10), the discordant counts `b` (samples right here only) and `c` (there only), and
-    McNemar's exact two-sided `p`, which knows nothing of how many rows are looked at. An attack is shared if
-    norm and eps are the same and, where it got only the survivors of earlier ones, so are those; one whose other
-    settings differ is compared with a warning. The worst case is that of the shared attacks that count in both
-    runs. All of it is in summary.json under `comparisons`, in tables/compare.csv and in results.jsonl.
-    Raises UserError where the other run is of another dataset or of other samples.
+    (Newcombe 1998, method 10), the discordant counts `b` (samples correct here only) and `c` (there only), and
+    McNemar's exact two-sided `p`, not corrected for the number of rows. An attack is shared if norm and eps are
+    the same and, if it got only the survivors of earlier attacks, so are those; if its other settings differ, it is
+    compared with a warning. The worst case is that of the shared attacks that count in both runs. Writes `comparisons`
+    in summary.json, tables/compare.csv and Results. Raises UserError if the dataset or the samples differ.
     """
     comparisons = {run: _comparison(context, run) for run in runs}
     context.save(comparisons=comparisons)
@@ -66,101 +61,72 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
 
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
-    summary = read_summary(folder) or {}
+    summary, ours = read_summary(folder) or {}, context.outcomes
     theirs = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
-    _check_same_samples(run, read_summary(here) or {}, summary, context.outcomes, theirs)
-    attacks, warnings = summary.get("attacks", {}), []
-    settings, other_settings = _settings(here), _settings(folder)
-    shared = []
-    for name in context.attacks:
-        if name not in attacks:
-            continue
-        ours, other = _threat(context.attacks, name), _threat(attacks, name)
-        if ours != other or ours.startswith("not run"):
-            warnings.append(f"{name} is not compared: {ours} here, {other} there")
+    _check_same_samples(run, (read_summary(here) or {}, ours), (summary, theirs))
+    attacks, other_attacks = context.attacks, summary.get("attacks", {})
+    config, other_config = _config(here), _config(folder)
+    shared, warnings = [], []
+    for name in (name for name in attacks if name in other_attacks):
+        threat, other_threat = _threat(attacks, name), _threat(other_attacks, name)
+        if threat != other_threat or threat == "not run":
+            warnings.append(f"{name} is not compared: {threat} here, {other_threat} there")
             continue
         shared.append(name)
-        of = context.attacks[name].get("of", name)
-        if differing := _differing(settings["attack"].get(of, {}), other_settings["attack"].get(of, {})):
-            warnings.append(f"{name} is not the same attack: {differing}")
-    if "sample" in (settings["policy"], other_settings["policy"]):
+        of = attacks[name].get("of", name)
+        settings, other = (each["attack"].get(of, {}) for each in (config, other_config))
+        if differing := [key for key in {**settings, **other} if settings.get(key) != other.get(key)]:
+            values = (f"{key} is {settings.get(key)} here, {other.get(key)} there" for key in differing)
+            warnings.append(f"{name} is not the same attack: {', '.join(values)}")
+    if "sample" in (config["policy"], other_config["policy"]):
         warnings.append("compared by the likeliest class, although evaluation.policy is sample")
-    counted = [n for n in shared if context.attacks[n].get("counts", True) and attacks[n].get("counts", True)]
     for warning in warnings:
         log.warning("compared with %s: %s", run, warning)
-    here_right, there_right = _right(context.outcomes, shared, counted), _right(theirs, shared, counted)
-    rows = {name: _row(here_right[name], there_right[name]) for name in here_right}
+    groups: dict[str, list[str]] = {"clean": []} | {name: [name] for name in shared}
+    if counted := [n for n in shared if attacks[n].get("counts", True) and other_attacks[n].get("counts", True)]:
+        groups["worst_case"] = counted
+    rows = {name: _row(right(ours, group), right(theirs, group)) for name, group in groups.items()}
     return {"rows": rows, "warnings": warnings}
 
 
-def _check_same_samples(
-    run: str, here: Mapping[str, Any], there: Mapping[str, Any], ours: Outcomes, theirs: Outcomes
-) -> None:
-    """By the labels, and by the samples' places in the test set where both runs have kept them."""
+def _check_same_samples(run: str, here: tuple[Any, Any], there: tuple[Any, Any]) -> None:
+    """`here` and `there` are (summary, outcomes). Older runs have no `index` (place in the test set)."""
     key = f"analysis.compare.runs={run}"
-    if here.get("dataset") != there.get("dataset"):
-        raise UserError(f"{key}: is of dataset {there.get('dataset')}, this run of {here.get('dataset')}")
+    (summary, ours), (other_summary, theirs) = here, there
+    if summary.get("dataset") != other_summary.get("dataset"):
+        raise UserError(f"{key}: is of dataset {other_summary.get('dataset')}, this run of {summary.get('dataset')}")
     if len(ours["label"]) != len(theirs["label"]):
-        raise UserError(
-            f"{key}: has {len(theirs['label'])} samples, this run {len(ours['label'])}; "
-            "the same evaluation.samples makes them the same"
-        )
+        n, others = len(ours["label"]), len(theirs["label"])
+        raise UserError(f"{key}: has {others} samples, this run {n}; use the same evaluation.samples")
     for name, what in (("label", "labels"), ("index", "places in the test set")):
         if name in ours and name in theirs and not np.array_equal(ours[name], theirs[name]):
-            raise UserError(f"{key}: has other samples than this run (their {what} differ), so they are no pairs")
+            raise UserError(f"{key}: has other samples than this run (their {what} differ)")
 
 
 def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """What must be the same of an attack for its outcomes to be comparable, in words."""
-    told = attacks[name]
-    if any(str(warning).startswith("not run") for warning in told.get("warnings", ())):
+    """In words, what must be equal for the outcomes of an attack to be comparable."""
+    info = attacks[name]
+    if any(str(warning).startswith("not run") for warning in info.get("warnings", ())):
         return "not run"
-    words = f"{told['norm']} eps {eps_text(told['eps'])}"
-    if told.get("alone", True):
+    words = f"{info['norm']} eps {eps_text(info['eps'])}"
+    if info.get("alone", True):
         return words
     earlier = [other for other in takewhile(lambda other: other != name, attacks) if attacks[other].get("counts")]
     return " ".join([words, "on the survivors of", *(earlier or ["none"])])
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says of its attacks and its policy; nothing where there is none."""
+def _config(folder: Path) -> dict[str, Any]:
+    """The attacks and the policy of a run's config.yaml, if it has one."""
     config = read_config(folder) if (folder / "config.yaml").is_file() else {}
     return {"attack": config.get("attack") or {}, "policy": (config.get("evaluation") or {}).get("policy")}
 
 
-def _differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{key} is {here.get(key)} here, {there.get(key)} there"
-        for key in dict.fromkeys([*here, *there])
-        if here.get(key) != there.get(key)
-    )
-
-
-def _right(outcomes: Outcomes, attacks: list[str], counted: list[str]) -> dict[str, Right]:
-    """bool (N,) for each row of the comparison: clean, under each of `attacks`, and under all of `counted`."""
-    rows = {"clean": right(outcomes)} | {name: right(outcomes, [name]) for name in attacks}
-    return rows | ({"worst_case": right(outcomes, counted)} if counted else {})
-
-
-def _row(here: Right, there: Right) -> dict[str, Any]:
-    n, both, b, c = (
-        len(here),
-        int((here & there).sum()),
-        int((here & ~there).sum()),
-        int((~here & there).sum()),
-    )
+def _row(here: np.ndarray, there: np.ndarray) -> dict[str, Any]:
+    """The comparison of bool (n,), whether each sample is correct here and there."""
+    n, both, b, c = len(here), *(int(cell.sum()) for cell in (here & there, here & ~there, ~here & there))
     low, high = paired_difference(both, b, c, n - both - b - c)
-    return {
-        "n": n,
-        "accuracy": (both + b) / n,
-        "other_accuracy": (both + c) / n,
-        "difference": (b - c) / n,
-        "low": low,
-        "high": high,
-        "b": b,
-        "c": c,
-        "p": mcnemar(b, c),
-    }
+    accuracies = {"n": n, "accuracy": (both + b) / n, "other_accuracy": (both + c) / n}
+    return accuracies | {"difference": (b - c) / n, "low": low, "high": high, "b": b, "c": c, "p": mcnemar(b, c)}
 
 
 def _log(context: AnalysisContext, row: Mapping[str, Any]) -> list[Result]:

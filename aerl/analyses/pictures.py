@@ -1,152 +1,113 @@
-"""Pictures: what each attack did to a few samples, and what the model said before and after."""
+"""Pictures of a few samples: original, perturbation and adversarial image of each attack, with the predictions."""
 
 import logging
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from aerl.analyses import AnalysisContext, class_name
+from aerl.analyses.context import AnalysisContext, class_name
 from aerl.report.figures import RIGHT, WRONG
 from aerl.tracking.results import Result
 from aerl.types import Count, eps_text
 
 log = logging.getLogger("aerl")
 
-Array = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The samples shown for one attack; images (k, C, H, W), predictions and confidences (k,)."""
-
-    title: str
-    originals: Array
-    adversarials: Array
-    labels: list[int]
-    before: list[tuple[int, float]]
-    after: list[tuple[int, float]]
-
 
 def pictures(context: AnalysisContext, *, samples: Count = 8) -> list[Result]:
-    """Draw `figures/pictures.png`: for each attack original, perturbation and adversarial image.
+    """Draw figures/pictures.png: for each attack the original, perturbed and adversarial images, up to `samples`.
 
-    Up to `samples` a row, those that fooled the model first, then those that did not; samples that were
-    already wrong without an attack come last. An attack on the survivors of others shows what it was given.
-    Every image states the prediction and its confidence, every row of perturbations its scale. Measures
-    nothing, so the list of Results is empty; without a kept adversarial example it warns and draws nothing.
+    Fooled images come first, then robust ones, then those that were wrong when clean. An attack on the survivors of
+    others shows only images that it got. Returns no Results. Without examples it warns and draws nothing.
     """
-    chosen = {attack: _chosen(context, attack, samples) for attack in context.adversarial}
-    blocks = [_block(context, attack, rows) for attack, rows in chosen.items() if rows]
-    if not blocks:
-        log.warning("pictures: no attack kept an adversarial example, so there is nothing to draw")
+    from matplotlib.figure import Figure
+
+    chosen = {attack: rows for attack in context.adversarial if (rows := _chosen(context, attack, samples))}
+    if not chosen:
+        log.warning("pictures: no attack has examples to show, nothing to draw")
         return []
-    context.draw("pictures", _draw(blocks, context.class_names), "; ".join(block.title for block in blocks))
+    columns = max(map(len, chosen.values()))
+    figure = Figure(figsize=(1.3 + 1.45 * columns, 6.1 * len(chosen)), layout="constrained")
+    parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
+    titles = [_title(context, attack) for attack in chosen]
+    for part, title, (attack, rows) in zip(parts, titles, chosen.items(), strict=True):
+        part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        _draw_attack(part.subplots(3, columns, squeeze=False), context, attack, rows)
+    context.draw("pictures", figure, "; ".join(titles))
     return []
 
 
-def _block(context: AnalysisContext, attack: str, chosen: list[int]) -> _Block:
-    originals = context.images[chosen].float() / 255
-    adversarials = context.adversarial[attack][chosen].float()
-    settings = context.attacks.get(attack, {})
-    budget = f", {settings['norm']} eps {eps_text(settings['eps'])}" if settings.get("norm") else ""
-    return _Block(
-        title=f"{attack}{budget}",
-        originals=originals.cpu().numpy(),
-        adversarials=adversarials.cpu().numpy(),
-        labels=[int(label) for label in context.labels[chosen]],
-        before=_predictions(context, "clean", chosen),
-        after=_predictions(context, attack, chosen),
-    )
+def _title(context: AnalysisContext, attack: str) -> str:
+    info = context.attacks.get(attack, {})
+    return f"{attack}, {info['norm']} eps {eps_text(info['eps'])}" if info.get("norm") else attack
 
 
 def _chosen(context: AnalysisContext, attack: str, samples: int) -> list[int]:
-    """Indices of up to `samples` kept examples: the fooled first, then the robust, then the always wrong."""
-    kept = len(context.adversarial[attack])
-    label = context.outcomes["label"][:kept]
-    right = context.outcomes["clean_pred"][:kept] == label
-    fooled = context.outcomes[f"{attack}_pred"][:kept] != label
-    rank = np.where(right & fooled, 0, np.where(right, 1, 2))
-    order = [int(index) for index in np.argsort(rank, kind="stable")]
+    """Rows of up to `samples` examples: first the fooled, then the robust, then those that were wrong when clean."""
+    n = len(context.adversarial[attack])
+    label = context.outcomes["label"][:n]
+    right = context.outcomes["clean_pred"][:n] == label
+    fooled = context.outcomes[f"{attack}_pred"][:n] != label
+    order = np.argsort(np.where(right & fooled, 0, np.where(right, 1, 2)), kind="stable")
     if not context.attacks.get(attack, {}).get("alone", True):
-        given = context.attacked(attack)
-        order = [index for index in order if given[index]]
-    return order[:samples]
+        order = order[context.attacked(attack)[order]]
+    rows: list[int] = order[:samples].tolist()
+    return rows
 
 
-def _predictions(context: AnalysisContext, images: str, chosen: list[int]) -> list[tuple[int, float]]:
-    """Class and confidence of each of the images, clean or as an attack left them."""
-    pred, confidence = (context.outcomes[f"{images}_{key}"][chosen] for key in ("pred", "confidence"))
-    return list(zip(pred.tolist(), confidence.tolist(), strict=True))
-
-
-def _draw(blocks: list[_Block], class_names: tuple[str, ...]) -> Any:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
-
-    columns = max(len(block.labels) for block in blocks)
-    figure = Figure(figsize=(1.3 + 1.45 * columns, 6.1 * len(blocks)), layout="constrained")
-    parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
-    for part, block in zip(parts, blocks, strict=True):
-        _draw_block(part, block, class_names, columns)
-    return figure
-
-
-def _draw_block(part: Any, block: _Block, class_names: tuple[str, ...], columns: int) -> None:
-    part.suptitle(block.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes = part.subplots(3, columns, squeeze=False)
-    delta = block.adversarials - block.originals
+def _draw_attack(axes: Any, context: AnalysisContext, attack: str, rows: list[int]) -> None:
+    """Draw the samples `rows` into axes (3, columns)."""
+    originals = context.images[rows].float().cpu().numpy() / 255
+    adversarials = context.adversarial[attack][rows].float().cpu().numpy()
+    delta = adversarials - originals
     scale = float(np.abs(delta).max()) or 1.0
     colours = "grey is 0" if delta.shape[1] == 3 else "purple +\norange -"
-    rows = ("original", f"perturbation\nup to ±{scale:.2g}\n{colours}", "adversarial")
-    for axis, name in zip(axes[:, 0], rows, strict=True):
+    names = ("original", f"perturbation\nup to ±{scale:.2g}\n{colours}", "adversarial")
+    for axis, name in zip(axes[:, 0], names, strict=True):
         axis.text(-0.12, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
-    for column, row in np.ndindex(columns, 3):
-        axes[row, column].set_axis_off()
-    for column, label in enumerate(block.labels):
-        top, middle, bottom = axes[:, column]
-        _show(top, block.originals[column], 0, 1)
-        _show(middle, delta[column], -scale, scale)
-        _show(bottom, block.adversarials[column], 0, 1)
-        top.set_title(f"true: {_name(class_names, label)}", fontsize=9)
-        _say(top, *block.before[column], label, class_names)
-        middle.add_patch(_frame(middle, "0.7", 0.5))  # what is white has an edge, too
-        flat = delta[column].ravel()
-        _caption(middle, f"L2 {np.linalg.norm(flat):.2f}\nLinf {np.abs(flat).max():.3f}", "black")
-        _say(bottom, *block.after[column], label, class_names)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for (top, middle, bottom), row, original, change, adversarial in zip(
+        axes.T, rows, originals, delta, adversarials, strict=False
+    ):
+        _show(top, original, 0, 1)
+        _show(middle, change, -scale, scale)
+        _show(bottom, adversarial, 0, 1)
+        top.set_title(f"true: {_name(context.class_names, int(context.labels[row]))}", fontsize=9)
+        _write_prediction(top, context, "clean", row)
+        _write(middle, f"L2 {np.linalg.norm(change):.2f}\nLinf {np.abs(change).max():.3f}", "black", "0.7", 0.5)
+        _write_prediction(bottom, context, attack, row)
 
 
-def _say(axis: Any, predicted: int, confidence: float, label: int, class_names: tuple[str, ...]) -> None:
-    """The prediction below an image, and a frame: thin when it is right, thick when it is wrong."""
-    right = predicted == label
-    colour = RIGHT if right else WRONG
-    verdict = "right" if right else "wrong"
-    _caption(axis, f"{_name(class_names, predicted)}\n{100 * confidence:.0f} %, {verdict}", colour)
-    axis.add_patch(_frame(axis, colour, 1 if right else 3))
-
-
-def _frame(axis: Any, colour: str, width: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(
-        (0, 0), 1, 1, transform=axis.transAxes, fill=False, edgecolor=colour, linewidth=width, clip_on=False
-    )
-
-
-def _caption(axis: Any, text: str, colour: str) -> None:
-    axis.text(0.5, -0.05, text, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=colour)
-
-
-def _show(axis: Any, image: Array, low: float, high: float) -> None:
-    """One image (C, H, W); a signed one is purple and orange around white, or, in colour, around grey."""
+def _show(axis: Any, image: npt.NDArray[np.float32], low: float, high: float) -> None:
+    """One image (C, H, W). A perturbation is purple and orange around white or, in colour, around grey."""
     if len(image) == 3:
         axis.imshow(((image - low) / (high - low)).clip(0, 1).transpose(1, 2, 0), interpolation="nearest")
-    else:  # greyscale; of any other number of channels the mean
+    else:  # the mean of any other number of channels
         palette = "PuOr" if low < 0 else "gray"
         axis.imshow(image.mean(axis=0), cmap=palette, vmin=low, vmax=high, interpolation="nearest")
 
 
-def _name(class_names: tuple[str, ...], index: int) -> str:
-    """A class name in two short lines at the most: ImageNet's names are long."""
+def _write_prediction(axis: Any, context: AnalysisContext, images: str, row: int) -> None:
+    """Prediction and confidence below an image, in a thin frame if right and a thick one if wrong."""
+    predicted, confidence = (context.outcomes[f"{images}_{key}"][row] for key in ("pred", "confidence"))
+    right = predicted == context.labels[row]
+    text = f"{_name(context.class_names, int(predicted))}\n{100 * confidence:.0f} %, {'right' if right else 'wrong'}"
+    colour = RIGHT if right else WRONG
+    _write(axis, text, colour, colour, 1 if right else 3)
+
+
+def _write(axis: Any, text: str, colour: str, frame: str, width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axis.text(0.5, -0.05, text, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=colour)
+    axis.add_patch(
+        Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, edgecolor=frame, linewidth=width, clip_on=False)
+    )
+
+
+def _name(class_names: Sequence[str], index: int) -> str:
+    """A class name in at most two short lines: those of ImageNet are long."""
     return "\n".join(textwrap.wrap(class_name(class_names, index), 16, max_lines=2, placeholder="..."))

@@ -1,4 +1,4 @@
-"""The analyses of a run, one after the other; one that fails costs the run nothing else."""
+"""The analyses of a run, one after the other; if one fails, the others still run."""
 
 import logging
 import time
@@ -28,29 +28,18 @@ def run_analyses(parts: Parts, config: Config, record: Record, outcomes: Outcome
     """Run the analyses that are not done yet, on the evaluated images `split` and their `outcomes`."""
     examples = load_arrays(record.folder / "examples.npz")
     context = AnalysisContext(
-        model=parts.model,
-        images=split.images,
-        labels=split.labels,
-        class_names=parts.data.class_names,
-        outcomes=outcomes,
-        adversarial={name: torch.from_numpy(images) for name, images in examples.items()},
-        attacks=record.summary["attacks"],
-        figures=record.folder / "figures",
-        log=record.results,
-        norm=config.norm,
-        eps=config.eps,
-        seed=config.seed,
-        trainer=(record.summary["origin"] or record.summary)["trainer"],
-        hardware=parts.hardware,
-        batch_size=batch_size(parts, config),
-        save=record.save,
-    )
+        model=parts.model, images=split.images, labels=split.labels, class_names=parts.data.class_names,
+        outcomes=outcomes, adversarial={name: torch.from_numpy(images) for name, images in examples.items()},
+        attacks=record.summary["attacks"], figures=record.folder / "figures", log=record.results, save=record.save,
+        norm=config.norm, eps=config.eps, seed=config.seed, hardware=parts.hardware,
+        trainer=(record.summary["origin"] or record.summary)["trainer"], batch_size=batch_size(parts, config),
+    )  # fmt: skip
     for name, analysis in parts.analyses.items():
         ddp.sync_stop_request()
         signals.raise_if_stopped()
-        rows = record.summary["analyses"]
-        if rows.get(name, {}).get("status") in ("made", "not made"):
-            log.info("%s: was made before", name)
+        done = record.summary["analyses"]
+        if done.get(name, {}).get("status") in ("made", "not made"):
+            log.info("%s: already done", name)
         else:
             row = _run(name, analysis, context, record)
             record.advance(analyses=record.summary["analyses"] | {name: row})
@@ -59,24 +48,24 @@ def run_analyses(parts: Parts, config: Config, record: Record, outcomes: Outcome
 
 
 def _run(name: str, analysis: Callable[..., Any], context: AnalysisContext, record: Record) -> dict[str, Any]:
-    """Run one analysis, with smaller batches where the memory does not suffice; its row in summary.json."""
+    """Run one analysis, with smaller batches if it runs out of memory; returns its row in summary.json."""
     began = time.monotonic()
     while True:
-        record.results.restore(record.summary["results"])  # without what an earlier try has logged
+        record.results.restore(record.summary["results"])  # without the lines of an earlier try
         try:
             with signals.stop_immediately():
                 analysis(context)
             return {"status": "made", "seconds": time.monotonic() - began}
         except (NotMade, NoGradient) as error:
-            log.warning("%s: not made: %s", name, error)
+            log.warning("%s: skipped: %s", name, error)
             return {"status": "not made", "reason": str(error)}
         except Exception as error:
             if is_out_of_memory(error) and context.batch_size > 1:
                 context = replace(context, batch_size=context.batch_size // 2)
-                log.warning("%s: out of memory: goes on with %d images at a time", name, context.batch_size)
+                log.warning("%s: out of memory, continuing with %d images per batch", name, context.batch_size)
                 continue
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-            log.warning("%s: failed: %s; the same command tries it again", name, reason)
+            log.warning("%s failed: %s; the same command repeats it", name, reason)
             log.debug("%s", name, exc_info=error)  # for run.log
             record.results.restore(record.summary["results"])
             return {"status": "failed", "reason": f"failed: {reason}"}

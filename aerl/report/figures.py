@@ -1,6 +1,7 @@
 """How aerl's figures look: one palette that any colour vision tells apart, and every figure as PNG and PDF."""
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,30 @@ def save(figure: Any, folder: Path, name: str, caption: str = "") -> Path:
         figure.savefig(stream, format=suffix, **options)
         atomic_write(folder / f"{name}.{suffix}", stream.getvalue())
     return folder / f"{name}.png"
+
+
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A matplotlib Figure and its axes (rows, columns), without pyplot: no window system and no shared state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def heatmap(
+    axis: Any, percent: Any, rows: Sequence[str], columns: Sequence[str], text: Callable[[int, int], str], rotation: int
+) -> Any:
+    """Draw `percent` (rows, columns) from 0 to 100 with `text(row, column)` in each cell; the image, for a colour bar.
+
+    Without names of `rows` and `columns` there is no text: too many classes to label.
+    """
+    image = axis.imshow(percent, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    if rows:
+        align = {"ha": "right", "rotation_mode": "anchor"} if rotation else {}
+        axis.set_xticks(range(len(columns)), columns, rotation=rotation, **align)
+        axis.set_yticks(range(len(rows)), rows)
+        for row, values in enumerate(percent):
+            for column, value in enumerate(values):
+                colour = "white" if value < 50 else "black"
+                axis.text(column, row, text(row, column), ha="center", va="center", fontsize=9, color=colour)
+    return image
