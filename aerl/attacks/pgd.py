@@ -55,8 +55,9 @@ def pgd(
         sample is misclassified if the mean of their softmax is.
     in_training: for a training step: keeps the caller's precision, and skips the checks that wait for the device.
     start: images like x, projected into ball and box, from which the first restart starts.
-    observe: called at every iterate with the step, the rows of x (b,) under attack, their logits (b, K) and the
-        gradient (b, C, H, W) of the loss, None at the last iterate.
+    observe: called at every iterate with the step, the rows of x (b,) under attack, the iterate (b, C, H, W), its
+        logits (b, K) and the gradient (b, C, H, W) of the loss, None at the last iterate.
+    direction: the step of unit length along a gradient.
 
     Images with non-finite logits are misclassified, and non-finite gradients are not followed: both are warnings.
     Raises UserError for settings that do not fit together or the number of classes (also for an empty batch) and for
@@ -132,7 +133,7 @@ def pgd(
                 sound &= (predicted >= 0).all()
                 wrong = predicted != y[index]
                 if observe is not None:
-                    observe(step, index, logits, gradient)
+                    observe(step, index, point.detach(), logits, gradient)
                 if keep == "worst":
                     better = torch.where(wrong == fooled[index], value > highest[index], wrong)
                     found[index] = torch.where(better[:, None, None, None], point, found[index])
@@ -141,7 +142,7 @@ def pgd(
                 else:
                     found[index], fooled[index] = point, wrong
                 if gradient is not None:
-                    delta = (point - origin).add_(ascent_direction(gradient, norm), alpha=step_size)
+                    delta = (point - origin).add_(direction(gradient, norm), alpha=step_size)
                     point = clip(origin, delta, norm, eps)
                 # Counting the samples that stay is the step's one wait for the device.
                 if drop_fooled and len(stay := (~wrong).nonzero().squeeze(1)) < len(index):
