@@ -11,14 +11,11 @@ from typing import Any
 
 from aerl.runtime.terminal import Parser, command
 from aerl.tracking.results import write_json
-from aerl.tracking.wandb import logged_in
 from aerl.types import UserError, first_line
 
 # Every key that a panel shows, by the section it is in. A run has those that its options measure.
-CURVES = {
-    "val": ("accuracy", "adversarial_accuracy", "loss"),
-    "train": ("accuracy", "loss", "adversarial_loss", "reward", "grad_norm", "lr"),
-}
+CURVES = ("val/accuracy", "val/adversarial_accuracy", "val/loss", "train/accuracy", "train/loss",
+          "train/adversarial_loss", "train/reward", "train/grad_norm", "train/lr")  # fmt: skip
 _ACCURACIES = ("worst_case", "clean", "pgd", "pgd_targeted", "autoattack")
 _MASKING = ("zero_gradient", "saturated", "paper_formula", "paper_step_length")
 _FIGURES = ("landscape", "gradients", "curve", "entropy", "confusion", "norms", "curvature", "pictures")
@@ -27,13 +24,12 @@ _COLUMNS = ("accuracy/clean", "accuracy/worst_case", "masking/verdict")
 
 
 def build(entity: str, project: str) -> Any:
-    """The `wandb_workspaces` Workspace, unsaved; UserError where that library is not installed."""
+    """The `wandb_workspaces` Workspace, unsaved; UserError if that library is not installed."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        install = "pip install 'aerl[workspace]'"
-        raise UserError(f"the workspace needs wandb-workspaces: {install} ({first_line(error)})") from error
+        raise UserError(f"needs pip install 'aerl[workspace]' ({first_line(error)})") from error
 
     def bars(names: Sequence[str], prefix: str) -> list[Any]:
         return [wr.BarPlot(title=name.replace("_", " "), metrics=[f"{prefix}/{name}"]) for name in names]
@@ -44,35 +40,25 @@ def build(entity: str, project: str) -> Any:
     def figures(*names: str) -> list[Any]:
         return [wr.MediaBrowser(title=name, media_keys=[f"figures/{name}"]) for name in names]
 
-    curves = [f"{split}/{key}" for split, keys in CURVES.items() for key in keys]
     scatter = wr.ScatterPlot(title="robust against clean", x="accuracy/clean", y="accuracy/worst_case")
+    curves = [wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean") for key in CURVES]
     sections = {
         "robustness": [*bars(_ACCURACIES, "accuracy"), scatter, *tables("attacks")],
-        "training": [
-            wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean") for key in curves
-        ],
+        "training": curves,
         "masking": [*bars(_MASKING, "test/masking"), *tables("masking")],
         "transfer": [*figures("transfer_matrix"), *tables("transfer_matrix")],
         "analyses": [*figures(*_FIGURES), *tables(*_TABLES), wr.RunComparer(diff_only="split")],
     }
+    opened = ("robustness", "training")
     columns = [f"summary:{key}" for key in _COLUMNS]
     return ws.Workspace(
         entity=entity,
         project=project,
         name="aerl",
         auto_generate_panels=False,
-        sections=[
-            ws.Section(name=name, panels=panels, is_open=name in ("robustness", "training"))
-            for name, panels in sections.items()
-        ],
+        sections=[ws.Section(name=name, panels=panels, is_open=name in opened) for name, panels in sections.items()],
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group")], pinned_columns=columns),
     )
-
-
-def serialised(workspace: Any) -> dict[str, Any]:
-    """What would be sent to W&B, as plain containers."""
-    view: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-    return view
 
 
 @command
@@ -84,14 +70,12 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     workspace = build(given.entity, given.project)
     if given.dry_run is not None:
-        write_json(given.dry_run, serialised(workspace))
+        write_json(given.dry_run, workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True))
         return 0
-    if not logged_in():
-        raise UserError("W&B has no key (WANDB_API_KEY, or run `wandb login`); --dry-run FILE.json needs none")
     try:
         print(f"saved: {workspace.save().url}")
-    except Exception as error:  # whatever a server can make the client raise
-        raise UserError(f"W&B did not take the workspace: {first_line(error)}") from error
+    except Exception as error:  # no key, or whatever a server can make the client raise
+        raise UserError(f"W&B did not save the workspace: {first_line(error)}") from error
     return 0
 
 
