@@ -152,13 +152,8 @@ def _card(summary: Mapping[str, Any], config: Mapping[str, Any], commands: Seque
     template = Path(__file__).with_name("card.md.j2")
     return str(ModelCard.from_template(
         data, str(template), name=name, summary=summary, trained=trained, config=config, threat=threat,
-        version=aerl.__version__, percent=_percent, eps_text=eps_text, again=shlex.join(again), commands=commands,
+        version=aerl.__version__, eps_text=eps_text, again=shlex.join(again), commands=commands,
     ))  # fmt: skip
-
-
-def _percent(accuracy: Mapping[str, Any]) -> str:
-    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f} to {high:.1f} %)"
 
 
 @command

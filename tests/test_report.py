@@ -15,7 +15,7 @@ from PIL import Image
 from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
 from aerl.evaluation.statistics import proportion
-from aerl.report.table import attack_grid, show
+from aerl.report.table import show
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog, write_summary
 
@@ -60,9 +60,9 @@ def rows(capsys):
         ["W&B", "offline; to upload: wandb sync outputs/digits-alicnn-sl/seed=0/wandb/offline-run-1-x"],
     ]),
     ({"clean_accuracy": proportion(0, 0) | {"value": None}}, [["clean", "-", "-", "-"]]),
-    ({"status": "failed", "model": None, "clean_accuracy": None, "attacks": {"pgd": {"norm": "L2", "eps": 0.5}},
+    ({"status": "failed", "clean_accuracy": None, "attacks": {"pgd": {"norm": "L2", "eps": 0.5}},
       "error": "the loss is NaN in epoch 3"}, [
-        ["digits, sl, seed 0: failed"], ["the loss is NaN in epoch 3"], ["pgd", "L2", "0.5", "-", "-", "-"],
+        ["digits, alicnn, sl, seed 0: failed"], ["the loss is NaN in epoch 3"], ["pgd", "L2", "0.5", "-", "-", "-"],
     ]),
     ({"attacks": {"pgd[a]": {"eps": 1 / 300, "seconds": 7322, "warnings": ["zero gradients"], "alone": False},
                   "fgsm": {"counts": False}}, "doubts": ["random"], "not_made": {"curve": "no attack"}}, [
@@ -87,7 +87,7 @@ def test_what_the_table_leaves_out(rows):
     assert "masking" in labels and not labels & {"worst case", "mechanism", "trust", "warning", "survivors"}
     online = {"mode": "online", "path": "wandb/run-1-x", "url": "https://example.org/runs/x"}
     assert [row for row in rows(wandb=online) if row[0] == "W&B"] == [["W&B", "https://example.org/runs/x"]]
-    assert len(attack_grid({}).rows) == 1
+    assert rows(origin={"trainer": "rl", "seed": 3})[1] == ["digits, alicnn, rl, seed 3, evaluated: finished"]
 
 
 SHOW = """

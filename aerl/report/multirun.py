@@ -79,10 +79,7 @@ class Manifest:
 
     def _plan(self, config: Any, folder: Path) -> None:
         """Check all jobs and write down what is planned; keep what is known about the same jobs."""
-        words = list(config.hydra.overrides.task)
-        launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
-        flag = [] if "multirun_sweeps" in " ".join(words) else ["-m"]
-        inherited = [word for word in words if re.split("[=.]", word)[0] in _INHERITED]
+        inherited = [word for word in config.hydra.overrides.task if re.split("[=.]", word)[0] in _INHERITED]
         jobs, before = sweep_jobs(config), read_plan(folder)
         same = jobs is not None and jobs == before.get("jobs")
         if jobs is not None and not same:
@@ -90,7 +87,7 @@ class Manifest:
         if config.overwrite and not select(read_jobs(folder), "failed", "unfinished", "left"):
             same = False  # all of them start again
         plan = {
-            "command": ["launch.py", *flag, *launcher, *words],
+            "command": ["launch.py", *sys.argv[1:]],
             "jobs": jobs,
             "overwrite_id": before.get("overwrite_id") if same else secrets.token_hex(4),
             "then": [*self.then, *inherited] if self.then else [],

@@ -39,7 +39,7 @@ def write_run(folder: Path) -> Path:
         notes=table.notes(summary),
         comparisons={run: table.comparison_grid(rows) for run, rows in (summary.get("comparisons") or {}).items()},
         figures=_figures(folder),
-        time=table.time_text(summary),
+        time=dict(table.places(summary)).get("time", ""),
         config=inside(folder, config).read_text(errors="replace") if config.is_file() else "",
         files=[path.relative_to(folder).as_posix() for path in files if path.name != NAME and path.name[0] != "."],
     )

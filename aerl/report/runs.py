@@ -72,9 +72,8 @@ def overview(folders: Iterable[Path], warnings: Iterable[str] = ()) -> Overview:
         except UserError as error:
             warnings.append(one_line(str(error)))
         except (LookupError, TypeError, ValueError) as error:
-            warnings.append(
-                f"{shown(folder)}: summary.json or config.yaml is damaged ({type(error).__name__}: {error})"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            warnings.append(f"{shown(folder)}: summary.json or config.yaml is damaged ({reason})")
     _add_settings_of_origin(runs)
     frames = {part: pd.DataFrame([run[part] for run in runs]) for part in ("about", "settings", "accuracy")}
     groups = frames["about"].groupby(_COMPARABLE) if runs else ()
@@ -117,7 +116,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     """What is compared of a configuration, by dotted names."""
     leaves = pd.json_normalize([dict(config)]).to_dict("records")[0]
     leaves = {key: value for key, value in leaves.items() if not _NOT_COMPARED.match(key)}
-    leaves |= {key: eps_text(value) for key, value in leaves.items() if key.endswith(".eps")}
+    leaves |= {
+        key: eps_text(value) for key, value in leaves.items() if key.endswith(".eps") and isinstance(value, float)
+    }
     return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in leaves.items()}
 
 
@@ -151,9 +152,8 @@ def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -
         numbers = {f"{name}_{part}".replace(" ", "_"): stats.at[name, part] for name in names for part in stats}
         setting = {**group[_COMPARABLE].iloc[0], **dict(zip(varied, words, strict=True))}
         rows.append({**setting, "n": len(group), **numbers, "masking": masking})
-        texts.append(
-            [*words, str(len(group)), *(_cell(*stats.loc[name], seeds=len(group)) for name in names), masking or "-"]
-        )
+        cells = [_cell(*stats.loc[name], seeds=len(group)) for name in names]
+        texts.append([*words, str(len(group)), *cells, masking or "-"])
     header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "masking"]
     first = runs.iloc[0]
     heading = f"{first['dataset']}, {first['norm']} eps {eps_text(first['eps'])}, {first['samples']} test images"

@@ -75,7 +75,7 @@ def comparison_grid(comparison: Mapping[str, Any]) -> Grid:
 def show(summary: Mapping[str, Any]) -> None:
     """Print what a run measured and where its files are."""
     console = wide_console()
-    status = str(summary.get("status", "unknown"))
+    status = summary["status"]
     console.print(Text.assemble("\n", title(summary), ": ", (status, _STATUS.get(status, "yellow"))))
     if error := summary.get("error"):
         console.print(Text(str(error), style="red"))
@@ -89,14 +89,10 @@ def show(summary: Mapping[str, Any]) -> None:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """Dataset, model, trainer and seed, as far as they are known; of an evaluated model those of its training."""
-    known = {**summary, **(summary.get("origin") or {})}
-    parts = [str(known[key]) for key in ("dataset", "model", "trainer") if known.get(key) is not None]
-    if known.get("seed") is not None:
-        parts.append(f"seed {known['seed']}")
-    if summary.get("origin"):
-        parts.append("evaluated")
-    return ", ".join(parts) or str(summary.get("run_id", "run"))
+    """Dataset, model, trainer and seed; of an evaluated model those of its training."""
+    origin = summary.get("origin")
+    text = "{dataset}, {model}, {trainer}, seed {seed}".format_map({**summary, **(origin or {})})
+    return f"{text}, evaluated" if origin else text
 
 
 def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -126,27 +122,21 @@ def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def places(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """How long a run took and where its files are: label and text."""
-    if times := time_text(summary):
-        yield "time", times
-    folder = Path(summary.get("folder") or "")
-    if summary.get("folder"):
-        yield "files", str(folder)
-        if (page := folder / "report.html").is_file():
-            yield "page", str(page)
+    seconds, epochs = summary.get("seconds") or {}, summary.get("epochs")
+    times = [f"training {duration(seconds['train'])} ({epochs} epochs)"] if epochs and "train" in seconds else []
+    times += [f"attacks {duration(seconds['attack'])}"] if "attack" in seconds else []
+    if times:
+        yield "time", ", ".join(times)
+    folder = Path(summary["folder"])
+    yield "files", str(folder)
+    if (page := folder / "report.html").is_file():
+        yield "page", str(page)
     wandb = summary.get("wandb") or {}
     if wandb.get("url"):
-        yield "W&B", str(wandb["url"])
-    if wandb.get("path") and wandb.get("mode") != "online":
-        state = "offline" if wandb.get("mode") == "offline" else "incomplete"
+        yield "W&B", wandb["url"]
+    if wandb.get("path") and wandb["mode"] != "online":
+        state = "offline" if wandb["mode"] == "offline" else "incomplete"
         yield "W&B", f"{state}; to upload: wandb sync {shlex.quote(str(folder / wandb['path']))}"
-
-
-def time_text(summary: Mapping[str, Any]) -> str:
-    """How long training and the attacks took."""
-    seconds = summary.get("seconds") or {}
-    epochs = f" ({summary['epochs']} epochs)" if summary.get("epochs") else ""
-    parts = (("train", "training {}" + epochs), ("attack", "attacks {}"))
-    return ", ".join(text.format(duration(seconds[key])) for key, text in parts if seconds.get(key) is not None)
 
 
 def duration(seconds: float) -> str:
