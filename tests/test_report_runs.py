@@ -251,8 +251,7 @@ def test_page_loads_nothing_and_holds_every_figure(swept):
     (image,) = re.findall(r"<img [^>]*>", html)
     assert 'src="data:image/png;base64,' in image
     assert 'alt="any name: what it shows, ± 1 &amp; &#34;more&#34;"' in image
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert f"epochs: {config['trainer']['epochs']}" in html
+    assert f"epochs: {yaml.safe_load((folder / 'config.yaml').read_text())['trainer']['epochs']}" in html
     assert all(f"<dt>{label}</dt>" in html for label in ("python", "torch", "cpu", "time", "run id", "seed"))
     assert all(f'<th scope="row">{name}</th>' in html for name in ("clean", "fgsm", "pgd", "worst case"))
     addresses = re.findall(r'<a href="([^"]*)">', html)

@@ -78,7 +78,7 @@ class Manifest:
             signals.forward_to_workers()
 
     def _plan(self, config: Any, folder: Path) -> None:
-        """Check all jobs and write down what is planned; keep what is known about the same jobs."""
+        """Check all jobs and write the plan; what is known about the same jobs remains."""
         inherited = [word for word in config.hydra.overrides.task if re.split("[=.]", word)[0] in _INHERITED]
         jobs, before = sweep_jobs(config), read_plan(folder)
         same = jobs is not None and jobs == before.get("jobs")
@@ -121,7 +121,8 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print_exception(error)
+        if is_main():
+            print_exception(error)
         sys.exit(1)
 
 

@@ -113,13 +113,15 @@ def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """What is compared of a configuration, by dotted names."""
+    """The settings that are compared, by dotted names."""
     leaves = pd.json_normalize([dict(config)]).to_dict("records")[0]
-    leaves = {key: value for key, value in leaves.items() if not _NOT_COMPARED.match(key)}
-    leaves |= {
-        key: eps_text(value) for key, value in leaves.items() if key.endswith(".eps") and isinstance(value, float)
-    }
-    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in leaves.items()}
+    return {key: _text(key, value) for key, value in leaves.items() if not _NOT_COMPARED.match(key)}
+
+
+def _text(key: str, value: Any) -> str:
+    if key.endswith(".eps") and isinstance(value, float):
+        return eps_text(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
@@ -203,7 +205,7 @@ def publish(overview: Overview, out: Path) -> None:
 
 
 def _document(overview: Overview, render: Callable[[Grid], str], comment: str) -> str:
-    """All tables as `render` writes them; what is said about them is a comment."""
+    """All tables as `render` writes them; headings and notes are comments."""
     parts = []
     for table in overview.tables:
         about = (f"{comment}{line}" for line in (CAPTION, *table.notes))

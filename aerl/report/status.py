@@ -61,7 +61,7 @@ def read_jobs(multirun: Path) -> list[Job]:
 
 
 def _progress(folder: Path | None) -> str:
-    """What is known of a job that started and did not end."""
+    """What is known about a job that started and did not end."""
     if folder is None or not (folder / "summary.json").exists():
         return "started; nothing written yet"
     with contextlib.suppress(UserError):

@@ -127,7 +127,7 @@ def places(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     times += [f"attacks {duration(seconds['attack'])}"] if "attack" in seconds else []
     if times:
         yield "time", ", ".join(times)
-    folder = Path(summary["folder"])
+    folder = Path(summary.get("folder") or "")  # an export has none
     yield "files", str(folder)
     if (page := folder / "report.html").is_file():
         yield "page", str(page)

@@ -13,13 +13,18 @@ from aerl.runtime.terminal import Parser, command
 from aerl.tracking.results import write_json
 from aerl.types import UserError, first_line
 
-# Every key that a panel shows, by the section it is in. A run has those that its options measure.
-CURVES = ("val/accuracy", "val/adversarial_accuracy", "val/loss", "train/accuracy", "train/loss",
-          "train/adversarial_loss", "train/reward", "train/grad_norm", "train/lr")  # fmt: skip
-_ACCURACIES = ("worst_case", "clean", "pgd", "pgd_targeted", "autoattack")
-_MASKING = ("zero_gradient", "saturated", "paper_formula", "paper_step_length")
-_FIGURES = ("landscape", "gradients", "curve", "entropy", "confusion", "norms", "curvature", "pictures")
-_TABLES = ("curve", "gradients", "entropy", "norms", "compare")
+# Every key that has a panel, by section. A run has those that its options measure.
+SECTIONS = {
+    "robustness": "accuracy/worst_case accuracy/clean accuracy/pgd accuracy/pgd_targeted accuracy/autoattack "
+    "tables/attacks",
+    "training": "val/accuracy val/adversarial_accuracy val/loss train/accuracy train/loss train/adversarial_loss "
+    "train/reward train/grad_norm train/lr",
+    "masking": "test/masking/zero_gradient test/masking/saturated test/masking/paper_formula "
+    "test/masking/paper_step_length tables/masking",
+    "transfer": "figures/transfer_matrix tables/transfer_matrix",
+    "analyses": "figures/landscape figures/gradients figures/curve figures/entropy figures/confusion figures/norms "
+    "figures/curvature figures/pictures tables/curve tables/gradients tables/entropy tables/norms tables/compare",
+}
 _COLUMNS = ("accuracy/clean", "accuracy/worst_case", "masking/verdict")
 
 
@@ -31,32 +36,27 @@ def build(entity: str, project: str) -> Any:
     except ImportError as error:
         raise UserError(f"needs pip install 'aerl[workspace]' ({first_line(error)})") from error
 
-    def bars(names: Sequence[str], prefix: str) -> list[Any]:
-        return [wr.BarPlot(title=name.replace("_", " "), metrics=[f"{prefix}/{name}"]) for name in names]
+    def panel(key: str) -> Any:
+        group, name = key.partition("/")[0], key.rpartition("/")[2]
+        if group == "tables":
+            return wr.WeavePanelSummaryTable(table_name=key)
+        if group == "figures":
+            return wr.MediaBrowser(title=name, media_keys=[key])
+        if group in ("train", "val"):
+            return wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean")
+        return wr.BarPlot(title=name.replace("_", " "), metrics=[key])
 
-    def tables(*names: str) -> list[Any]:
-        return [wr.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in names]
-
-    def figures(*names: str) -> list[Any]:
-        return [wr.MediaBrowser(title=name, media_keys=[f"figures/{name}"]) for name in names]
-
+    panels = {name: [panel(key) for key in keys.split()] for name, keys in SECTIONS.items()}
     scatter = wr.ScatterPlot(title="robust against clean", x="accuracy/clean", y="accuracy/worst_case")
-    curves = [wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean") for key in CURVES]
-    sections = {
-        "robustness": [*bars(_ACCURACIES, "accuracy"), scatter, *tables("attacks")],
-        "training": curves,
-        "masking": [*bars(_MASKING, "test/masking"), *tables("masking")],
-        "transfer": [*figures("transfer_matrix"), *tables("transfer_matrix")],
-        "analyses": [*figures(*_FIGURES), *tables(*_TABLES), wr.RunComparer(diff_only="split")],
-    }
-    opened = ("robustness", "training")
+    panels["robustness"].append(scatter)
+    panels["analyses"].append(wr.RunComparer(diff_only="split"))
     columns = [f"summary:{key}" for key in _COLUMNS]
     return ws.Workspace(
         entity=entity,
         project=project,
         name="aerl",
         auto_generate_panels=False,
-        sections=[ws.Section(name=name, panels=panels, is_open=name in opened) for name, panels in sections.items()],
+        sections=[ws.Section(name=name, panels=panels[name], is_open=True) for name in panels],
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group")], pinned_columns=columns),
     )
 
