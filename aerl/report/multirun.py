@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aerl.config.errors import describe, print_exception
+from aerl.config.errors import print_exception
 from aerl.config.multirun import check_jobs, check_overrides, sweep_jobs
 from aerl.config.names import sweep_name
 from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
@@ -106,7 +106,7 @@ class Manifest:
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
         if self.folder is not None:
             failed = job_return.status.name == "FAILED"
-            error = describe(job_return._return_value) if failed else ""
+            error = str(job_return._return_value) if failed else ""  # in one line: aerl.config.cli.run_job raised it
             note_job(config.hydra.job.num, status="failed" if failed else "finished", error=error)
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
