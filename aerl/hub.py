@@ -22,22 +22,22 @@ from aerl.tracking.results import read_config, read_summary, write_summary
 from aerl.types import UserError, eps_text, first_line
 
 FILES = ("model.safetensors", "config.yaml", "summary.json")
-_SECONDS = 10.0  # how long a hub that does not answer is waited for
+_SECONDS = 10.0  # how long to wait for a hub that does not answer
 # Overrides that say how a model is evaluated, not how it is trained.
 _EVALUATION = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
-# What summary.json says of the run folder alone.
+# What summary.json says about the run folder alone.
 _OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
 
 
 def local(name: str, key: str = "checkpoint") -> Path:
-    """The path that `name` means; a model on the hub is downloaded, or found in its cache if the hub is out of reach.
+    """The path that `name` means; a model on the hub is downloaded, or found in the cache if the hub is out of reach.
 
     Raises UserError about the `key` that named it.
     """
     try:
         return _fetch(name, key) if name.startswith("hf://") else Path(name).expanduser()
     except RuntimeError as error:  # no HOME and a user without a name, or ~nobody
-        raise UserError(f"{key}={name}: ~ is unknown here; write the folder out, or set HOME") from error
+        raise UserError(f"{key}={name}: cannot resolve ~; write the full path, or set HOME") from error
 
 
 @functools.cache  # one run asks several times, and needs the same files
@@ -48,70 +48,58 @@ def _fetch(name: str, key: str) -> Path:
     if match is None:
         raise UserError(f"{key}={name}: must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
     repo, revision = match.groups()
+    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
     try:
-        try:  # once: the download itself would repeat for minutes what times out
+        try:  # once: the download itself would retry for minutes
             HfApi().model_info(repo, revision=revision, timeout=_SECONDS)
             offline = False
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        except missing:
             raise
         except Exception:  # no network, HF_HUB_OFFLINE, a server in trouble
             offline = True
-        folders = {Path(hf_hub_download(repo, f, revision=revision, local_files_only=offline)).parent for f in FILES}
+        paths = [hf_hub_download(repo, file, revision=revision, local_files_only=offline) for file in FILES]
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{key}={name}: the hub cannot be reached, and the model is not in its cache") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
-        reason = (
-            f"no such model on the hub (private: HF_TOKEN or `hf auth login`), or it lacks one of {', '.join(FILES)}"
-        )
+    except missing as error:
+        reason = f"not on the hub, or without {', '.join(FILES)} (private: set HF_TOKEN or run `hf auth login`)"
         raise UserError(f"{key}={name}: {reason}") from error
     except Exception as error:  # whatever a server can make the client raise
         raise UserError(f"{key}={name}: cannot be downloaded ({first_line(error)})") from error
-    if len(folders) > 1:
-        raise UserError(f"{key}={name}: changed while it was downloaded; repeat the command")
-    return folders.pop()
+    return Path(paths[0]).parent
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload an exported model to `repo` (OWNER/NAME), created if there is none; returns its address.
-
-    Raises UserError where there is no token, or the hub refuses.
-    """
+    """Upload an exported model to `repo` (OWNER/NAME), which is created if needed; returns its address."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"--push {repo}: must be OWNER/NAME")
     if get_token() is None:
-        raise UserError(f"--push {repo}: no token; set HF_TOKEN or run `hf auth login`. The export is in {folder}")
-    api = HfApi()
+        raise UserError(f"--push {repo}: no token; set HF_TOKEN or run `hf auth login`")
     try:
-        try:
-            api.model_info(repo, timeout=_SECONDS)
-        except RepositoryNotFoundError:
-            api.create_repo(repo, private=private)
-        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, "README.md"])
+        address = HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, "README.md"])
     except Exception as error:  # whatever a server can make the client raise
-        raise UserError(f"--push {repo}: {first_line(error)}. The export is in {folder}") from error
-    return f"{api.endpoint}/{repo}"
+        raise UserError(f"--push {repo}: {first_line(error)}") from error
+    return str(address)
 
 
 def export(run: Path, out: Path | None = None, license: str | None = None) -> Path:
     """Write the model that the run folder `run` trained or evaluated to the folder `out` (`run`/export); returns it.
 
-    Raises UserError where the run is not finished, or its model is in no file, or is not the one it evaluated any more.
+    Raises UserError if the run is not finished, or its model is in no file, or not the one that was evaluated.
     """
     from safetensors.torch import save
 
     from aerl.training import checkpoint
 
-    summary = read_summary(run)
-    if summary is None or summary.get("status") != "finished":
-        state = f"is {summary.get('status')}" if summary else "has no summary.json"
-        raise UserError(f"{run}: {state}; only a finished run can be exported")
-    config = read_config(run)
-    weights = checkpoint.find(_model_of(run, summary, config), f"{run}: checkpoint")
-    if summary.get("weights"):
-        checkpoint.check(weights, summary["weights"]["sha256"], f"{run}: {weights}")
+    summary = read_summary(run) or {"status": "no summary.json"}
+    if summary["status"] != "finished":
+        raise UserError(f"{run}: expected a finished run (status: {summary['status']})")
+    config, origin = read_config(run), summary["origin"] or {}
+    source = str(run) if summary["trainer"] != "none" else str(config["checkpoint"])
+    if source == "own":
+        raise UserError(f"{run}: evaluated checkpoint=own; there is no file of weights to export")
+    weights = checkpoint.find(source, f"{run}: checkpoint")
+    checkpoint.check(weights, summary["weights"]["sha256"], f"{run}: {weights}")
     tensors = checkpoint.tensors(weights, f"{run}: checkpoint")
     out = run / "export" if out is None else out
     with writing(out):
@@ -121,92 +109,64 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     atomic_write(out / "model.safetensors", content)
     portable = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     atomic_write(out / "config.yaml", yaml.safe_dump(portable, sort_keys=False))
-    exported = {key: value for key, value in summary.items() if key not in _OF_THE_FOLDER}
-    if origin := exported.get("origin"):
-        exported["origin"] = {key: value for key, value in origin.items() if key != "folder"}
-    exported["overrides"] = _portable(summary["overrides"])
-    exported["weights"] = {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")}
-    exported["files"] = {"config.yaml": sha256(out / "config.yaml")}
-    origin_folder = (summary["origin"] or {}).get("folder")
-    runs = [read_summary(Path(origin_folder)) if origin_folder else None, summary]
-    commands = [_portable(run["overrides"]) for run in runs if run and "overrides" in run]
-    atomic_write(out / "README.md", card(exported, config, commands, license))
+    exported = {key: value for key, value in summary.items() if key not in _OF_THE_FOLDER} | {
+        "origin": {key: value for key, value in origin.items() if key != "folder"} or None,
+        "overrides": _portable(summary),
+        "weights": {"file": "model.safetensors", "sha256": sha256(out / "model.safetensors")},
+        "files": {"config.yaml": sha256(out / "config.yaml")},
+    }
+    training = read_summary(Path(origin["folder"])) if origin else None
+    commands = [shlex.join(_portable(summary)) for summary in (training, summary) if summary]
+    atomic_write(out / "README.md", _card(exported, config, commands, license))
     write_summary(out, exported)
     return out
 
 
-def _model_of(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The run folder or file with the weights that this run trained or evaluated."""
-    from aerl.config.compose import origin
-
-    if summary["trainer"] != "none":
-        return str(run)
-    source = str(config["checkpoint"])
-    if source == "own":
-        raise UserError(f"{run}: checkpoint=own, the weights came with the code and are in no file")
-    if summary["origin"] is not None and (origin(source) or {}).get("run_id") != summary["origin"]["run_id"]:
-        raise UserError(
-            f"{run}: evaluated run {summary['origin']['run_id']}, which is not (or no longer) in {source}; "
-            "call this from the folder where the run was started"
-        )
-    return source
-
-
-def _portable(overrides: Sequence[str]) -> list[str]:
-    """Without those that say where things are on this machine."""
-    return [word for word in overrides if _key(word) not in NOT_IDENTITY]
+def _portable(summary: Mapping[str, Any]) -> list[str]:
+    """The overrides of a run without those that say where things are on this machine."""
+    return [word for word in summary["overrides"] if _key(word) not in NOT_IDENTITY]
 
 
 def _key(override: str) -> str:
     return re.split("[=.]", override.lstrip("+~"))[0]
 
 
-def card(
-    summary: Mapping[str, Any], config: Mapping[str, Any], commands: Sequence[Sequence[str]], license: str | None
-) -> str:
-    """The model card; `commands` are the overrides of the runs that led to the summary, as far as they are known."""
+def _card(summary: Mapping[str, Any], config: Mapping[str, Any], commands: Sequence[str], license: str | None) -> str:
+    """The model card; `commands` are the overrides of the runs that trained and evaluated the model."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    trained, dataset = summary["origin"] or summary, str(summary["dataset"])
+    trained, dataset, task = summary["origin"] or summary, str(summary["dataset"]), "image-classification"
     name = f"{summary['model']}-{dataset}-{trained['trainer']}-seed{trained['seed']}"
     threat = f"{config['norm']} eps {eps_text(config['eps'])}"
-    tags = ["image-classification", "adversarial-robustness", "aerl", str(summary["model"]), str(trained["trainer"])]
-
-    def result(kind: str, title: str, accuracy: Mapping[str, Any]) -> EvalResult:
-        value = accuracy["value"]
-        return EvalResult(tags[0], dataset, dataset, kind, value, dataset_split="test", metric_name=title)
-
-    results = [result("accuracy", "clean accuracy", summary["clean_accuracy"])]
-    if worst := summary["worst_case_accuracy"]:
-        results.append(result("robust_accuracy", f"worst-case accuracy, {threat}", worst))
-    data = ModelCardData(license=license, library_name="aerl", pipeline_tag=tags[0], tags=tags, datasets=[dataset],
+    measured = [("accuracy", "clean accuracy", summary["clean_accuracy"]),
+                ("robust_accuracy", f"worst-case accuracy, {threat}", summary["worst_case_accuracy"])]  # fmt: skip
+    results = [
+        EvalResult(task, dataset, dataset, kind, accuracy["value"], dataset_split="test", metric_name=title)
+        for kind, title, accuracy in measured
+        if accuracy
+    ]
+    tags = [task, "adversarial-robustness", "aerl", str(summary["model"]), str(trained["trainer"])]
+    data = ModelCardData(license=license, library_name="aerl", pipeline_tag=task, tags=tags, datasets=[dataset],
                          model_name=name, eval_results=results)  # fmt: skip
-    evaluation = [word for word in summary["overrides"] if _key(word) in _EVALUATION]
-    text = ModelCard.from_template(
-        data, str(Path(__file__).with_name("card.md.j2")), name=name, summary=summary, trained=trained,
-        config=config, threat=threat, version=aerl.__version__, percent=_percent, eps_text=eps_text,
-        again=shlex.join(["trainer=none", "checkpoint=FOLDER", *evaluation]), commands=list(map(shlex.join, commands)),
-    )  # fmt: skip
-    return str(text)
-
-
-def _percent(accuracy: Mapping[str, Any]) -> str:
-    value, low, high = (100 * accuracy[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f} to {high:.1f} %)"
+    again = ["trainer=none", "checkpoint=FOLDER", *(w for w in summary["overrides"] if _key(w) in _EVALUATION)]
+    template = Path(__file__).with_name("card.md.j2")
+    return str(ModelCard.from_template(
+        data, str(template), name=name, summary=summary, trained=trained, config=config, threat=threat,
+        version=aerl.__version__, eps_text=eps_text, again=shlex.join(again), commands=commands,
+    ))  # fmt: skip
 
 
 @command
 def main(words: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m aerl.hub", description="Publish a model.")
-    commands = parser.add_subparsers(required=True, metavar="export")
-    exporting = commands.add_parser("export", help="write a run's model, its results and a model card")
-    exporting.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    exporting.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
-    exporting.add_argument("--license", metavar="NAME", help="for the card, such as mit")
-    exporting.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
-    exporting.add_argument("--private", action="store_true", help="if --push creates the repository: not public")
+    parser = Parser(prog="python -m aerl.hub", description="Publish a model with its results and a model card.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write it (RUN/export)")
+    parser.add_argument("--license", metavar="NAME", help="for the card, such as mit")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="if --push creates the repository: not public")
     given = parser.parse_args(words)
-    folder = export(local(str(given.run), "RUN"), given.out and local(str(given.out), "--out"), given.license)
+    folder = export(given.run, given.out, given.license)
     print(f"exported to {folder}; evaluate it: python launch.py trainer=none {shlex.quote(f'checkpoint={folder}')}")
     if given.push:
         address = push(folder, given.push, private=given.private)

@@ -155,7 +155,8 @@ def test_every_row_by_hand(against, tmp_path, capsys):
     assert {r.metric for r in lines} == {
         f"{part}_{what}" for part in ("clean", "robust", "worst_case") for what in ("accuracy_difference", "mcnemar_p")
     }  # fmt: skip
-    show({"status": "finished", "comparisons": comparisons})
+    identity = {"dataset": "digits", "model": "cnn", "trainer": "sl", "seed": 0, "folder": "r"}
+    show({"status": "finished", **identity, "comparisons": comparisons})
     text = capsys.readouterr().out
     assert "compared with there" in text
     assert "worst case" in text and "+33.3 %" in text and max(map(len, text.splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""What a W&B project is given to show: read back from the offline record of two real runs, train and judge."""
+"""What a W&B project shows: read back from the offline record of two real runs, a training and an evaluation."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.test_wandb import KEY, environment, history, read_back, summary
+from tests.runs import summary_of
+from tests.test_wandb import environment, history, read_back, summary
 
 SWEEP = ROOT / "multirun_sweeps/wandb/bayes.yaml"
 TRAIN = ("trainer=sl_adv", "trainer.epochs=2", "trainer.adversary.start_epoch=0", "dataset.train_samples=300",
@@ -21,87 +22,81 @@ TRAIN = ("trainer=sl_adv", "trainer.epochs=2", "trainer.adversary.start_epoch=0"
          "attack.pgd.steps=5", "attack.pgd_targeted.steps=5", "analysis.masking.samples=6",
          "analysis.masking.steps=5", "analysis.masking.queries=5", "analysis.curve.samples=6",
          "analysis.curve.steps=5", "name=trained")  # fmt: skip
-JUDGE = ("trainer=none", "checkpoint=runs/trained", "attack=fgsm", "evaluation.samples=12", "name=judged",
-         "analysis=[transfer_matrix,compare]", "analysis.transfer_matrix.runs=[runs/trained]",
-         "analysis.compare.runs=[runs/trained]")  # fmt: skip
+EVALUATE = ("trainer=none", "checkpoint=runs/trained", "attack=fgsm", "evaluation.samples=12", "name=evaluated",
+            "analysis=[transfer_matrix,compare]", "analysis.transfer_matrix.runs=[runs/trained]",
+            "analysis.compare.runs=[runs/trained]")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data_dir):
-    """The folders of a run that trained and of one that judged its model."""
+    """The folders of a run that trained and of one that evaluated its model."""
     home = tmp_path_factory.mktemp("dashboards")
     env = environment(AERL_DATA=str(data_dir), HOME=str(home), MPLCONFIGDIR=str(data_dir / "matplotlib"))
-    for words in (TRAIN, JUDGE):
+    for words in (TRAIN, EVALUATE):
         command = [sys.executable, str(ROOT / "launch.py"), *words]
         done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert "W&B" not in done.stderr
-    return home / "runs/trained", home / "runs/judged"
+    return home / "runs/trained", home / "runs/evaluated"
 
 
 def artifacts(folder):
-    """Those of a run that are not the tables W&B makes artifacts of by itself; by name."""
+    """The artifacts of a run by name, without those that W&B makes of tables by itself."""
     found = read_back(folder)["artifact"]
     return {artifact["name"]: artifact for artifact in found if artifact["type"] != "run_table"}
 
 
-def contents(artifact):
-    return {entry["path"]: entry for entry in artifact["manifest"]["contents"]}
+def local_paths(artifact):
+    return {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
 
 
 @pytest.mark.slow
 def test_model_and_outcomes_are_artifacts(runs):
     trained, _ = runs
-    told = json.loads((trained / "summary.json").read_text())
+    stored = summary_of(trained)
     found = artifacts(trained)
-    assert set(found) == {f"model-{told['run_id']}", f"outcomes-{told['run_id']}"}
-    model, outcomes = found[f"model-{told['run_id']}"], found[f"outcomes-{told['run_id']}"]
+    assert set(found) == {f"model-{stored['run_id']}", f"outcomes-{stored['run_id']}"}
+    model, outcomes = found[f"model-{stored['run_id']}"], found[f"outcomes-{stored['run_id']}"]
     assert (model["type"], outcomes["type"]) == ("model", "outcomes")
     assert not model.get("use_after_commit")
-    assert set(contents(model)) == {"checkpoints/best.pt", "config.yaml"}
-    assert set(contents(outcomes)) == {"outcomes.npz", "summary.json"}
     metadata = json.loads(model["metadata"])
-    assert metadata["worst_case_accuracy"] == told["worst_case_accuracy"]
-    assert metadata["clean_accuracy"] == told["clean_accuracy"]
-    for name, digest in metadata["sha256"].items():
-        assert digest == hashlib.sha256((trained / name).read_bytes()).hexdigest()
-        assert contents(model)[name]["local_path"] == str(trained / name)
-    # The summary goes on to say where W&B's files are: what will be uploaded is the copy that was digested.
-    copy = contents(outcomes)["summary.json"]["local_path"]
-    assert copy.startswith(str(trained / "wandb"))
-    digest = json.loads(outcomes["metadata"])["sha256"]["summary.json"]
-    content = Path(copy).read_bytes()
-    assert hashlib.sha256(content).hexdigest() == digest
-    assert json.loads(content)["status"] == "finished"
+    assert all(metadata[key] == stored[key] for key in ("worst_case_accuracy", "clean_accuracy"))
+    files = local_paths(model) | local_paths(outcomes)
+    assert set(files) == {"checkpoints/best.pt", "config.yaml", "outcomes.npz", "summary.json"}
+    for name, digest in {**metadata["sha256"], **json.loads(outcomes["metadata"])["sha256"]}.items():
+        assert digest == hashlib.sha256(files[name].read_bytes()).hexdigest()
+    # summary.json changes once more: what will be uploaded is the copy that was digested.
+    copy = files.pop("summary.json")
+    assert copy.is_relative_to(trained / "wandb") and json.loads(copy.read_text())["status"] == "finished"
+    assert all(path == trained / name for name, path in files.items() if name != "outcomes.npz")
 
 
 @pytest.mark.slow
 def test_an_evaluated_model_is_the_artifact_of_its_run(runs):
-    trained, judged = runs
-    run_id = json.loads((trained / "summary.json").read_text())["run_id"]
-    made, used = (artifacts(folder)[f"model-{run_id}"] for folder in runs)
-    assert used["use_after_commit"] is True
-    assert used["digest"] == made["digest"]
-    (started,) = read_back(judged)["run"]
+    trained, evaluated = runs
+    run_id = summary_of(trained)["run_id"]
+    logged, used = (artifacts(folder)[f"model-{run_id}"] for folder in runs)
+    assert used["use_after_commit"] is True and used["digest"] == logged["digest"]
+    (started,) = read_back(evaluated)["run"]
     assert started["config"]["update"]["origin"]["run_id"] == run_id
-    assert started["job_type"] == "evaluate" and "sl_adv" in started["tags"] and "L2 eps 1" in started["tags"]
+    assert started["job_type"] == "evaluate" and {"sl_adv", "L2 eps 1"} <= set(started["tags"])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb-workspaces' own classes
-def test_every_key_of_the_workspace_is_one_that_runs_log(runs):
-    from aerl.report.workspace import CURVES, build, serialised
+def test_every_key_of_the_workspace_is_one_that_runs_log(runs, tmp_path):
+    from aerl.report.workspace import SECTIONS, main
 
     logged = set()
     for folder in runs:
         records = read_back(folder)
         keys = {key for row in history(records) for key in row} | set(summary(records))
         logged |= {re.sub(r"\._type$", "", key) for key in keys}
-    view = json.dumps(serialised(build("entity", "project")))
+    assert main(["--entity", "me", "--dry-run", str(tmp_path / "w.json")]) == 0
+    view = (tmp_path / "w.json").read_text()
     assert json.loads(view)["spec"]["section"]["runSets"][0]["grouping"]
     used = set(re.findall(r'"(?:summary:)?((?:train|val|test|accuracy|masking|figures|tables)/[^"]+)"', view))
-    assert len(used) > 20
-    assert {f"{split}/{key}" for split, keys in CURVES.items() for key in keys} <= used
+    assert {key for keys in SECTIONS.values() for key in keys.split()} <= used
     assert used - logged == set()
 
 
@@ -117,27 +112,21 @@ def test_the_group_is_the_run_without_its_seeds():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert group("trainer=rl", "seed=3") == "digits/alicnn/rl/default"
         assert group("seed=0", "eps=0.5", "name=x") == group("seed=1", "eps=0.5") != group("seed=1")
-        judged = [f"checkpoint=runs/digits/alicnn/sl/default/seed{seed}" for seed in (0, 12)]
-        assert group("trainer=none", judged[0]) == group("trainer=none", judged[1])
+        evaluated = [f"checkpoint=runs/digits/alicnn/sl/default/seed{seed}" for seed in (0, 12)]
+        assert group("trainer=none", evaluated[0]) == group("trainer=none", evaluated[1])
 
 
-def workspace(*words, home, before="pass", **extra):
-    code = f"import sys; {before}; from aerl.report.workspace import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--entity", "me", *words]
-    env = environment(HOME=str(home), PYTHONPATH=str(ROOT), **extra)
-    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-
-
-def test_a_workspace_that_cannot_be_saved_is_told_in_one_line(tmp_path):
-    done = workspace(home=tmp_path)
+@pytest.mark.parametrize(("before", "reason"), [
+    ("pass", "W&B did not save the workspace: No API key"),
+    ("sys.modules['wandb_workspaces'] = None", r"needs pip install 'aerl\[workspace\]'"),
+])  # fmt: skip
+def test_a_workspace_that_cannot_be_saved_is_one_line(tmp_path, before, reason):
+    code = f"import sys; {before}; from aerl.report.workspace import main; sys.exit(main(['--entity', 'me']))"
+    env = environment(HOME=str(tmp_path), PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: W&B has no key \(.*\); --dry-run FILE\.json needs none\n", done.stderr)
-    done = workspace(home=tmp_path, before="sys.modules['wandb_workspaces'] = None")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: the workspace needs wandb-workspaces: pip install .*\n", done.stderr)
-    done = workspace("--dry-run", "w.json", home=tmp_path, WANDB_API_KEY=KEY)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "w.json").read_text())["entity"] == "me"
+    assert re.fullmatch(f"error: {reason}.*\n", done.stderr)
 
 
 # ------------------------------------------------------------------------------------------ W&B's sweeps
@@ -166,11 +155,9 @@ def test_a_job_of_the_wandb_sweep_runs_under_its_agent_and_logs_the_metric(tmp_p
     values = {key: p["values"][0] if "values" in p else p["min"] for key, p in sweep["parameters"].items()}
     values |= {"trainer.epochs": 1, "dataset.train_samples": 200, "logger.artifacts": False}
     given = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
-    given |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable]}
-    given["program"] = [str(ROOT / sweep["program"])]
-    command = []
-    for word in create_sweep_command(sweep["command"]):
-        command += given[word[2:-1]] if word.startswith("${") else [word]
+    given |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [str(ROOT / sweep["program"])]}
+    words = create_sweep_command(sweep["command"])
+    command = [part for word in words for part in (given[word[2:-1]] if word.startswith("${") else [word])]
     (tmp_path / "parameters.yaml").write_text(yaml.safe_dump({"wandb_version": 1}))
     extra = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1", "WANDB_MODE": "offline", "HOME": str(tmp_path)}
     env = environment(AERL_DATA=str(data_dir), WANDB_SWEEP_PARAM_PATH=str(tmp_path / "parameters.yaml"), **extra)

@@ -1,1 +1,1 @@
-"""What a person looks at: the progress of a run, and its closing table."""
+"""What a person looks at: the closing table of a run, tables over runs, report.html, the style of figures."""

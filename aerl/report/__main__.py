@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aerl.report import page, runs
-from aerl.report.table import shown
 from aerl.runtime.terminal import Parser, command, one_line
-from aerl.types import UserError
+from aerl.types import first_line
 
 
 @command
@@ -18,29 +17,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help=where)
     given = parser.parse_args(words)
     out = given.out or (given.folders[0] if len(given.folders) == 1 else Path())
-    found: dict[Path, Path] = {}
-    lines = []
-    for folder in given.folders:
-        try:
-            found |= {run.resolve(): run for run in runs.run_folders(folder)}
-        except UserError as error:
-            lines.append(str(error))
-    if not found:
-        raise UserError("; ".join(lines))
-    overview = runs.overview(found.values())
-    runs.show(overview)
-    runs.write_tables(overview, out)
-    lines += overview.warnings
-    for folder in found.values():
+    folders = {run.resolve(): run for folder in given.folders for run in runs.run_folders(folder)}
+    runs.publish(runs.overview(folders.values()), out)
+    for folder in folders.values():  # after the page of the set, because one of them may be `out`
         try:
             page.write_run(folder)
-        except UserError as error:
-            lines.append(str(error))
-    if list(found) != [out.resolve()]:  # else it would replace the page of the only run
-        page.write_set(overview, out)
-    for line in dict.fromkeys(lines):
-        print(one_line(line), file=sys.stderr)
-    print(f"\nwritten: {shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
+        except Exception as error:  # a damaged summary can raise nearly anything
+            print(one_line(f"{folder}: no {page.NAME}: {first_line(error)}"), file=sys.stderr)
     return 0
 
 

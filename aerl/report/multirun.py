@@ -1,9 +1,8 @@
 """The table at the end of a multirun, over exactly its jobs, also those without a run folder.
 
-A Hydra callback writes what is planned, and when each job starts and ends, to `jobs` in the multirun's folder;
-`aerl.run` adds the run folder. The environment variable AERL_MULTIRUN names that folder to every process of the
-multirun. Hydra itself is not imported: it calls a callback's methods by their names. Nothing heavy is imported before
-a multirun ends.
+A Hydra callback writes the plan, and when each job starts and ends, to `jobs` in the multirun's folder; `aerl.run` adds
+the run folder. The environment variable AERL_MULTIRUN names the multirun's folder to all its processes. Hydra itself is
+not imported: it calls a callback's methods by their names.
 """
 
 import contextlib
@@ -14,16 +13,21 @@ import secrets
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from aerl.config.errors import print_exception
+from aerl.config.multirun import check_jobs, check_overrides, sweep_jobs
+from aerl.config.names import sweep_name
+from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
 from aerl.runtime import signals
 from aerl.runtime.ddp import is_main
+from aerl.runtime.files import atomic_write, writing
+from aerl.types import UserError
 
 _FOLDER = "AERL_MULTIRUN"
-# Overrides of the jobs that also hold for the run that follows them; dataset and model it takes from theirs.
+# Overrides of the jobs that also hold for the run that follows them; it has dataset and model from their checkpoints.
 _INHERITED = ("norm", "eps", "evaluation", "hardware", "logger", "runs_dir", "data_dir", "overwrite")
 
 
@@ -33,10 +37,9 @@ def _current() -> Path | None:
 
 
 def note_job(job: int, **news: Any) -> None:
-    """Add to what is known of a job of the current multirun, if there is one."""
+    """Add to what is known about a job of the current multirun, if there is one."""
     folder = _current()
-    # A requeued job may outlive the folder.
-    if is_main() and folder is not None and (folder / "jobs").is_dir():
+    if is_main() and folder is not None and (folder / "jobs").is_dir():  # a requeued job may outlive it
         # A file for each job: two machines that append to one file over NFS overwrite each other's lines.
         with (folder / "jobs" / f"{job}.jsonl").open("a") as file:
             file.write(json.dumps(news) + "\n")
@@ -45,8 +48,6 @@ def note_job(job: int, **news: Any) -> None:
 def overwrite_id() -> str | None:
     """Names the command that asked for overwrite=true: the same for every repetition of a multirun until all of its
     jobs are done. None outside of a multirun."""
-    from aerl.report.status import read_plan
-
     folder = _current()
     return None if folder is None else read_plan(folder).get("overwrite_id")
 
@@ -55,54 +56,47 @@ class Manifest:
     """The Hydra callback. Workers in other processes, also those of a requeued job, get it pickled."""
 
     def __init__(self, then: Sequence[str] = ()) -> None:
-        """`then`: the overrides of a run that follows once all jobs are done. In them {runs} stands for the run
+        """`then`: the overrides of a run that follows when all jobs are done. In them {runs} stands for the run
         folders of the jobs, {first} for the first of these, and {folder} for the multirun's under runs_dir."""
         self.then = list(then)
         self.folder: Path | None = None
 
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config.multirun import check_jobs, sweep_jobs
-        from aerl.config.names import sweep_name
-        from aerl.report.status import PLAN, read_jobs, read_plan
-        from aerl.runtime.files import atomic_write, writing
+    def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        os.environ.pop(_FOLDER, None)  # inherited from another multirun
+        with _exit_on_error():
+            check_overrides(config)
 
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         if not is_main():
             return
         self.on_run_start(config)
-        words = list(config.hydra.overrides.task)
-        launcher = [word for word in config.hydra.overrides.hydra if not word.startswith("hydra.mode=")]
-        multirun = [] if "multirun_sweeps" in " ".join(words) else ["-m"]
-        then = [*self.then, *(word for word in words if re.split("[=.]", word)[0] in _INHERITED)] if self.then else []
         with _exit_on_error():
-            folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(words)
-            jobs, before = sweep_jobs(config), read_plan(folder)
-            same = jobs is not None and jobs == before.get("jobs")
-            if jobs is not None and not same:
-                check_jobs(config, jobs)
-            if same and config.overwrite and all(job.state == "done" for job in read_jobs(folder)):
-                same = False  # all of them start again
-            plan = {
-                "command": ["launch.py", *multirun, *launcher, *words],
-                "jobs": jobs,
-                "overwrite_id": before.get("overwrite_id") if same else secrets.token_hex(4),
-                "then": then,
-            }
-            with writing(folder / "jobs"):
-                if not same:  # else what is known of the jobs still holds
-                    shutil.rmtree(folder / "jobs", ignore_errors=True)
-                (folder / "jobs").mkdir(parents=True, exist_ok=True)
-                atomic_write(folder / "jobs" / PLAN, json.dumps(plan))
-        self.folder = folder
-        os.environ[_FOLDER] = str(folder)
+            self.folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
+            self._plan(config, self.folder)
+        os.environ[_FOLDER] = str(self.folder)
         if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time runs in this process
             signals.forward_to_workers()
 
-    def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config.multirun import check_overrides
-
-        os.environ.pop(_FOLDER, None)  # inherited from a multirun that this process is no part of
-        with _exit_on_error():
-            check_overrides(config)
+    def _plan(self, config: Any, folder: Path) -> None:
+        """Check all jobs and write the plan; what is known about the same jobs remains."""
+        inherited = [word for word in config.hydra.overrides.task if re.split("[=.]", word)[0] in _INHERITED]
+        jobs, before = sweep_jobs(config), read_plan(folder)
+        same = jobs is not None and jobs == before.get("jobs")
+        if jobs is not None and not same:
+            check_jobs(config, jobs)
+        if config.overwrite and not select(read_jobs(folder), "failed", "unfinished", "left"):
+            same = False  # all of them start again
+        plan = {
+            "command": ["launch.py", *sys.argv[1:]],
+            "jobs": jobs,
+            "overwrite_id": before.get("overwrite_id") if same else secrets.token_hex(4),
+            "then": [*self.then, *inherited] if self.then else [],
+        }
+        with writing(folder / "jobs"):
+            if not same:
+                shutil.rmtree(folder / "jobs", ignore_errors=True)
+            (folder / "jobs").mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "jobs" / PLAN, json.dumps(plan))
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         if self.folder is not None:
@@ -110,78 +104,54 @@ class Manifest:
             note_job(config.hydra.job.num, status="started", overrides=list(config.hydra.overrides.task))
 
     def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
-        if self.folder is None:
-            return
-        from aerl.config.errors import explain
-
-        if job_return.status.name == "FAILED":
-            error = job_return._return_value
-            text = explain(error) or f"{type(error).__name__}: {error}"
-            note_job(config.hydra.job.num, status="failed", error=text)
-        else:
-            note_job(config.hydra.job.num, status="finished")
+        if self.folder is not None:
+            failed = job_return.status.name == "FAILED"
+            error = str(job_return._return_value) if failed else ""  # in one line: aerl.config.cli.run_job raised it
+            note_job(config.hydra.job.num, status="failed" if failed else "finished", error=error)
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
 
-    on_multirun_end = on_run_end  # not called where a job has failed, so launch.py calls `print_table`
+    on_multirun_end = on_run_end  # not called if a job fails, so launch.py calls `print_table`
 
 
 @contextlib.contextmanager
 def _exit_on_error() -> Iterator[None]:
-    """End the process with the error's line: Hydra would warn of an exception in a callback, and go on."""
-    from aerl.config.errors import explain
-    from aerl.runtime.terminal import full_error, print_error
-
+    """End the process after printing an error: Hydra would warn of an exception in a callback, and continue."""
     try:
         yield
     except Exception as error:
-        line = explain(error)
-        if line is None or full_error():
-            traceback.print_exception(error)
-        elif is_main():
-            print_error(line)
+        if is_main():
+            print_exception(error)
         sys.exit(1)
 
 
 def print_table() -> None:
-    """Print and write the tables over the jobs of the multirun that this process has started, if any."""
+    """Print and write the tables over the jobs of the multirun that this process started, if any."""
     out = _current()
     if out is None or not (out / "jobs").is_dir():
         return
-    from aerl.report import page, runs
-    from aerl.report.status import count_text, list_jobs, read_jobs, read_plan
-    from aerl.report.table import shown
-    from aerl.types import UserError
+    from aerl.report import runs  # and pandas
 
     jobs = read_jobs(out)
-    if all(job.state == "left" for job in jobs):  # the command line was wrong, which is reported already
+    if len(select(jobs, "left")) == len(jobs):  # the command line was wrong, which is reported already
         shutil.rmtree(out / "jobs")
         with contextlib.suppress(OSError):  # an earlier table is there
-            out.rmdir()
-            out.parent.rmdir()
+            os.removedirs(out)
         return
-    folders = list(dict.fromkeys(job.folder for job in jobs if job.state == "done" and job.folder is not None))
-    overview = runs.overview(folders, list_jobs(jobs, "failed", "unfinished"))
-    runs.show(overview)
-    for line in overview.warnings:
-        print(line, file=sys.stderr)
-    done = all(job.state == "done" for job in jobs)
-    print(f"\n{count_text(jobs)}{'' if done else '; the same command does what is not done'}")
+    folders = list(dict.fromkeys(job.folder for job in select(jobs, "done") if job.folder is not None))
     try:
-        runs.write_tables(overview, out)
-        page.write_set(overview, out)
+        runs.publish(runs.overview(folders, [job.text for job in select(jobs, "failed", "unfinished")]), out)
     except UserError as error:
         print(f"no report: {error}", file=sys.stderr)
-    else:
-        print(f"written: {shown(out / page.NAME)}, and beside it table.md, table.csv, table.tex")
-    sys.stdout.flush()
+    done = len(select(jobs, "done")) == len(jobs)
+    print(count_text(jobs) + ("" if done else "; the same command does what is not done"), flush=True)
     if done and (then := read_plan(out).get("then")):
         _run_then(then, folders, out)
 
 
 def _run_then(then: Sequence[str], folders: Sequence[Path], out: Path) -> None:
-    """Start the run that needs all jobs' results; this process fails where it does."""
+    """Start the run that needs all jobs' results; this process fails if it does."""
     runs, folder = ",".join(f'"{folder}"' for folder in folders), "/".join(out.parts[-2:])
     words = [word.format(runs=runs, first=folders[0], folder=folder) for word in then]
     command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py")), *words]

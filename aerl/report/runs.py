@@ -1,28 +1,24 @@
-"""Tables over many runs, from the files of their folders alone: means over the seeds, grouped by what varied.
-
-Nothing here imports torch or Hydra.
-"""
+"""Tables over many runs, from the files of their folders alone: means over the seeds, grouped by what varied."""
 
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.text import Text
 
-from aerl.report.table import Grid, shown
+from aerl.report import page
+from aerl.report.table import Grid, shown, wide_console
 from aerl.runtime.files import atomic_write, writing
 from aerl.runtime.terminal import one_line
 from aerl.tracking.results import changed_files, read_config, read_summary
-from aerl.types import UserError, eps_text, first_line
+from aerl.types import UserError, eps_text
 
 CAPTION = "Accuracies in %: mean ± sample standard deviation over the n seeds."
-
 # Settings that do not change what a number means, or that the tables show in another way: the number of samples in the
 # heading, the sources of transferred examples in the attacks' names.
 _NOT_COMPARED = re.compile(
@@ -38,22 +34,18 @@ class Table:
     """Runs whose accuracies can be compared: a row for each setting, over its seeds."""
 
     heading: str
-    numbers: pd.DataFrame  # in per cent: <accuracy>_mean, _sd and _n, beside what varied
+    numbers: pd.DataFrame  # in per cent: <accuracy>_mean, _sd and _n, after what varied
     text: Grid
-    runs: Sequence[tuple[str, Path]]  # a label and the folder of each run that is counted
+    folders: Sequence[Path]  # of the runs that are counted
     notes: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Overview:
-    """The tables over a set of runs; which runs are in none of them, and why; and what else to know."""
+    """The tables over a set of runs; `warnings` say which runs are in none of them, and what else to know."""
 
     tables: Sequence[Table]
-    failed: Sequence[str]
     warnings: Sequence[str]
-
-
-# ------------------------------------------------------------------------------------------ reading
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -61,98 +53,69 @@ def run_folders(folder: Path) -> list[Path]:
     found = (path.parent for path in folder.rglob("summary.json"))
     if runs := sorted(run for run in found if "wandb" not in run.relative_to(folder).parts):
         return runs
-    raise UserError(f"{folder}: {'holds no run' if folder.is_dir() else 'no such folder'} (no summary.json)")
+    raise UserError(f"{folder}: {'contains no run' if folder.is_dir() else 'no such folder'} (no summary.json)")
 
 
-def overview(folders: Iterable[Path], failed: Iterable[str] = ()) -> Overview:
-    """The tables over these run folders; `failed` describes runs that have no folder, one line each."""
-    failed, runs = list(failed), []
-    warnings: list[str] = []
+def overview(folders: Iterable[Path], warnings: Iterable[str] = ()) -> Overview:
+    """The tables over these run folders; `warnings` are about runs that have no folder."""
+    warnings, runs = list(warnings), []
     for folder in folders:
         try:
-            summary = read_summary(folder)
-            if summary is None:
+            if (summary := read_summary(folder)) is None:
                 raise UserError(f"{shown(folder)}: no summary.json")
-            if summary.get("status") != "finished":
-                reason = summary.get("error") or "its own command goes on with it"
-                failed.append(one_line(f"{summary.get('status')}: {shown(folder)}: {reason}"))
-                continue
-            runs.append(_run(folder, summary))
-            if not summary["attacks"]:
-                warnings.append(f"{shown(folder)}: was attacked by nothing, so it has a clean accuracy only")
+            if summary["status"] != "finished":
+                reason = summary.get("error") or "the same command resumes"
+                raise UserError(f"{summary['status']}: {shown(folder)}: {reason}")
+            runs.append(_read(folder, summary))
             for name in changed_files(folder, summary, ("outcomes.npz", "results.jsonl")):
                 warnings.append(f"{shown(folder)}: {name} is missing or changed; its numbers are from summary.json")
         except UserError as error:
-            warnings.append(str(error))
-    if not runs:
-        return Overview([], failed, warnings)
+            warnings.append(one_line(str(error)))
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            warnings.append(f"{shown(folder)}: summary.json or config.yaml is damaged ({reason})")
     _add_settings_of_origin(runs)
-    # Three groups of columns, because an attack may have the name of a setting.
-    parts = {part: pd.DataFrame([run[part] for run in runs]) for part in ("run", "setting", "accuracy")}
-    frame = pd.concat(parts, axis=1)
-    kinds = frame.groupby([("run", name) for name in _COMPARABLE])
-    tables = [_table(group["run"], group["setting"], group["accuracy"]) for _, group in kinds]
-    if len(tables) > 1:
-        differ = [name for name in _COMPARABLE if frame["run"][name].nunique() > 1]
-        warnings.append(f"the runs differ in {' and '.join(differ)}: {len(tables)} tables, not to be compared")
-    return Overview(tables, failed, warnings)
+    frames = {part: pd.DataFrame([run[part] for run in runs]) for part in ("about", "settings", "accuracy")}
+    groups = frames["about"].groupby(_COMPARABLE) if runs else ()
+    return Overview([_table(*(frame.loc[group.index] for frame in frames.values())) for _, group in groups], warnings)
 
 
-def _run(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A finished run; its trainer and seed are those of its model, which an evaluated model has from its own run."""
-    try:
-        settings = {"checkpoint": None, **_settings(folder)}
-        origin = summary.get("origin") or {}
-        if origin:  # trainer and seed say whose model it is; only another of its checkpoints is a setting
-            file = Path(str(settings["checkpoint"])).name
-            settings["checkpoint"] = file if file.endswith(".pt") and file != "best.pt" else None
-        seed = int(summary["seed"] if origin.get("seed") is None else origin["seed"])
-        same_seed = re.compile(rf"^(transfer_.+)_seed{seed}(?=_refined$|$)")
-        attacks = {same_seed.sub(r"\1_same_seed", name): attack for name, attack in summary["attacks"].items()}
-        accuracy = {name: attack["robust_accuracy"] for name, attack in attacks.items()}
-        accuracy = {"clean": summary["clean_accuracy"], **accuracy, "worst case": summary["worst_case_accuracy"]}
-        dataset, samples = str(summary["dataset"]), int(summary["clean_accuracy"]["n"])
-        norm, eps = str(settings.get("norm", "")), float(settings.get("eps", 0.0))
-        run = {
-            "dataset": dataset,
-            "norm": norm,
-            "eps": eps,
-            "samples": samples,
-            "heading": f"{dataset}, {norm} eps {eps_text(eps)}, {samples} test images",
-            "trainer": str(origin.get("trainer") or summary["trainer"]),
-            "model": str(summary.get("model")),
-            "attack": "+".join(dict.fromkeys(k.split(".")[1] for k in settings if k.startswith("attack."))) or "none",
-            "seed": seed,
-            "masking": str((summary.get("masking") or {}).get("verdict") or ""),
-            "outside": [name for name, attack in attacks.items() if not attack.get("counts", True)],
-            "folder": folder,
-            "run_id": str(summary.get("run_id")),
-            "origin": origin,
-        }
-        values = {name: float(value["value"]) for name, value in accuracy.items() if value is not None}
-        return {"run": run, "setting": _compared(settings), "accuracy": values}
-    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{shown(folder)}: its summary.json or config.yaml is damaged ({reason})") from error
+def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A finished run; an evaluated model has the trainer and the seed of its own run, its origin."""
+    config, origin = read_config(folder), summary["origin"] or {}
+    seed = int(summary["seed"] if origin.get("seed") is None else origin["seed"])
+    same_seed = re.compile(rf"^(transfer_.+)_seed{seed}(?=_refined$|$)")
+    attacks = {same_seed.sub(r"\1_same_seed", name): attack for name, attack in summary["attacks"].items()}
+    accuracy = {"clean": summary["clean_accuracy"]}
+    accuracy |= {name: attack["robust_accuracy"] for name, attack in attacks.items()}
+    accuracy |= {"worst case": summary["worst_case_accuracy"]}
+    about = {
+        "dataset": str(summary["dataset"]),
+        "norm": str(config["norm"]),
+        "eps": float(config["eps"]),
+        "samples": int(summary["clean_accuracy"]["n"]),
+        "trainer": str(origin.get("trainer") or summary["trainer"]),
+        "model": str(summary["model"]),
+        "attack": "+".join(config["attack"]) or "none",
+        "seed": seed,
+        "masking": (summary.get("masking") or {}).get("verdict", ""),
+        "outside": [name for name, attack in attacks.items() if not attack["counts"]],
+        "folder": folder,
+        "run_id": summary["run_id"],
+        "origin": origin,
+    }
+    settings = _settings(config)
+    if origin:  # its trainer and seed say whose model it is; only another of its checkpoints is a setting
+        file = Path(config["checkpoint"]).name
+        settings["checkpoint"] = file if file.endswith(".pt") and file != "best.pt" else "null"
+    values = {name: 100 * float(value["value"]) for name, value in accuracy.items() if value is not None}
+    return {"about": about, "settings": settings, "accuracy": values}
 
 
-def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
-    """Give evaluated models the settings of the trainer of their origin, where those can be read."""
-    known = {run["run"]["run_id"]: run["setting"] for run in runs}
-    for run in runs:
-        if origin := run["run"]["origin"]:
-            with contextlib.suppress(UserError):
-                settings = known.get(str(origin.get("run_id"))) or _compared(_settings(Path(str(origin.get("folder")))))
-                run["setting"] |= {key: text for key, text in settings.items() if key.startswith("trainer.")}
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The leaves of config.yaml by their dotted names."""
-    return dict(pd.json_normalize([read_config(folder)]).to_dict("records")[0])
-
-
-def _compared(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: _text(key, value) for key, value in settings.items() if not _NOT_COMPARED.match(key)}
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that are compared, by dotted names."""
+    leaves = pd.json_normalize([dict(config)]).to_dict("records")[0]
+    return {key: _text(key, value) for key, value in leaves.items() if not _NOT_COMPARED.match(key)}
 
 
 def _text(key: str, value: Any) -> str:
@@ -161,122 +124,104 @@ def _text(key: str, value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-# ----------------------------------------------------------------------------------------- grouping
+def _add_settings_of_origin(runs: Sequence[dict[str, dict[str, Any]]]) -> None:
+    """Give evaluated models the settings of their training: without them, two models of one seed look the same."""
+    known = {run["about"]["run_id"]: run["settings"] for run in runs}
+    for run in runs:
+        if origin := run["about"]["origin"]:
+            with contextlib.suppress(UserError):
+                settings = known.get(origin["run_id"]) or _settings(read_config(Path(origin["folder"])))
+                run["settings"] |= {key: text for key, text in settings.items() if key.startswith("trainer.")}
 
 
 def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -> Table:
+    """The table over comparable runs, which are the rows of the three frames."""
     columns = ["trainer", *(name for name in ("model", "attack") if runs[name].nunique() > 1)]
-    varied = pd.concat([runs[columns], settings[_varied(runs, settings)]], axis=1).fillna("")
-    names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name == "worst case")
+    varied = runs[columns].join(settings[_varied(runs, settings)]).fillna("")
     again = varied.assign(seed=runs["seed"]).duplicated()
-    notes = [f"not counted: {shown(run)}: another run has its seed and settings" for run in runs.loc[again, "folder"]]
-    rows, texts, counted = [], [], []
-    once = runs[~again].sort_values("seed", kind="stable")
-    for words, group in once.groupby([varied[name] for name in varied], sort=False):
-        values = 100 * accuracy.loc[group.index, names]
+    notes = [f"not counted: {shown(run)}: same settings and seed as another run" for run in runs.loc[again, "folder"]]
+    names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name == "worst case")
+    outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
+    if outside:
+        notes.append(f"{' *, '.join(outside)} *: outside the threat model, not in the worst case")
+
+    rows, texts = [], []
+    for words, group in runs[~again].groupby([varied[name] for name in varied], sort=False):
+        values = accuracy.loc[group.index, names]
         stats = pd.DataFrame({"mean": values.mean(), "sd": values.std(), "n": values.count()})
         verdicts = group.loc[group["masking"] != "", "masking"].value_counts()
         masking = ", ".join(f"{verdict} {n}/{verdicts.sum()}" for verdict, n in verdicts.items())
-        numbers = {f"{name.replace(' ', '_')}_{part}": stats.at[name, part] for name in names for part in stats}
-        place = {name: group[name].iloc[0] for name in _COMPARABLE}
-        setting = dict(zip(varied, words, strict=True))
-        rows.append({**place, **setting, "n": len(group), **numbers, "masking": masking})
-        cells = [_cell(stats.loc[name], len(group)) for name in names]
+        numbers = {f"{name}_{part}".replace(" ", "_"): stats.at[name, part] for name in names for part in stats}
+        setting = {**group[_COMPARABLE].iloc[0], **dict(zip(varied, words, strict=True))}
+        rows.append({**setting, "n": len(group), **numbers, "masking": masking})
+        cells = [_cell(*stats.loc[name], seeds=len(group)) for name in names]
         texts.append([*words, str(len(group)), *cells, masking or "-"])
-        label = ", ".join(filter(None, words))
-        counted += [(f"{label}, seed {run.seed}", run.folder) for run in group.itertuples()]
-    outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
-    if outside:
-        notes.append(f"* outside the threat model, so not in the worst case: {', '.join(outside)}")
     header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "masking"]
-    text = Grid(header, texts, [*varied, "masking"])
-    return Table(runs["heading"].iloc[0], pd.DataFrame(rows), text, counted, notes)
+    first = runs.iloc[0]
+    heading = f"{first['dataset']}, {first['norm']} eps {eps_text(first['eps'])}, {first['samples']} test images"
+    grid = Grid(header, texts, [*varied, "masking"])
+    return Table(heading, pd.DataFrame(rows), grid, list(runs.loc[~again, "folder"]), notes)
+
+
+def _cell(mean: float, sd: float, n: float, *, seeds: int) -> str:
+    """An accuracy as text; with the number of seeds that have one, if not all do."""
+    if n == 0:
+        return "-"
+    return f"{mean:.1f}" + (f" ± {sd:.1f}" if n > 1 else "") + (f" (n={n:.0f})" if n < seeds else "")
 
 
 def _varied(runs: pd.DataFrame, settings: pd.DataFrame) -> list[str]:
-    """The settings that differ between runs of the same trainer, model or attack, if it is a setting of these."""
+    """The settings that differ between runs of the same trainer or model, or with the same attack or analysis."""
     varied: list[str] = []
     for key in settings:
-        if any(settings[key].equals(settings[other]) for other in varied):
-            continue  # a copy, by interpolation
         group, _, rest = key.partition(".")
-        owner, values = pd.Series("", runs.index), settings[key].fillna("null")
-        if group in ("trainer", "model"):
-            owner, prefix = runs[group], f"{group}."
-        elif group in ("attack", "analysis"):
-            prefix = f"{group}.{rest.partition('.')[0]}."
-        else:
-            prefix = ""
-        has_owner = settings[[name for name in settings if name.startswith(prefix)]].notna().any(axis=1)
-        if (values[has_owner].groupby(owner).nunique() > 1).any():
+        owner = f"{group}.{rest.partition('.')[0]}" if group in ("attack", "analysis") else group
+        has_owner = settings.filter(regex=rf"^{re.escape(owner)}(\.|$)").notna().any(axis=1)
+        values = settings.loc[has_owner, key].fillna("null")
+        same = runs[group if group in ("trainer", "model") else "dataset"]  # the dataset is the same in all of them
+        copy = any(settings[key].equals(settings[other]) for other in varied)  # by interpolation
+        if not copy and (values.groupby(same).nunique() > 1).any():
             varied.append(key)
     return varied
 
 
-def _cell(stats: "pd.Series[float]", seeds: int) -> str:
-    """An accuracy as text; where fewer than all `seeds` have it, with their number."""
-    mean, sd, n = stats["mean"], stats["sd"], int(stats["n"])
-    if n == 0:
-        return "-"
-    return f"{mean:.1f}" + (f" ± {sd:.1f}" if n > 1 else "") + (f" (n={n})" if n < seeds else "")
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-def show(overview: Overview) -> None:
-    """Print the tables, and what is in none of them; no line with a path is wrapped."""
-    console = Console()
-    unlimited = console.options.update(max_width=10_000)
+def publish(overview: Overview, out: Path) -> None:
+    """Print the tables, and write them to the folder `out`: report.html, table.md, table.csv and table.tex."""
+    console = wide_console()
     for table in overview.tables:
-        grid = table.text.rich()
-        console.width = max(console.width, console.measure(grid, options=unlimited).maximum)
-        console.print(Text(f"\n{table.heading}\n", style="bold"), soft_wrap=True)
-        console.print(grid)
-        for note in table.notes:
-            console.print(Text(note), soft_wrap=True)
+        console.print(Text(f"\n{table.heading}\n", style="bold"), table.text.rich(), *map(Text, table.notes), sep="\n")
     if overview.tables:
-        console.print(Text(f"\n{CAPTION}", style="dim"), soft_wrap=True)
-    if overview.failed:
-        console.print()
-    for line in overview.failed:
-        console.print(Text(line, style="red"), soft_wrap=True)
-
-
-def write_tables(overview: Overview, out: Path) -> None:
-    """Write table.md, table.csv and table.tex to the folder `out`, which is created; UserError if that fails."""
+        console.print(Text(f"\n{CAPTION}", style="dim"))
+    if overview.warnings:
+        console.print("", *(Text(line, style="red") for line in overview.warnings), sep="\n")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "table.md", _markdown(overview))
-    atomic_write(out / "table.tex", _latex(overview))
+    atomic_write(out / "table.md", _document(overview, _markdown, ""))
+    atomic_write(out / "table.tex", _document(overview, _latex, "% "))
     numbers = pd.concat([table.numbers for table in overview.tables] or [pd.DataFrame()])
     atomic_write(out / "table.csv", numbers.to_csv(index=False, lineterminator="\n"))
+    page.write_set(overview, out)
+    print(f"\nwritten: {shown(out / page.NAME)}, and next to it table.md, table.csv, table.tex")
 
 
-def _markdown(overview: Overview) -> str:
-    lines = []
+def _document(overview: Overview, render: Callable[[Grid], str], comment: str) -> str:
+    """All tables as `render` writes them; headings and notes are comments."""
+    parts = []
     for table in overview.tables:
-        grid = table.text
-        rule = ["---" if name in grid.words else "--:" for name in grid.columns]
-        rows = [map(_md, grid.columns), rule, *(map(_md, row) for row in grid.rows)]
-        lines += [f"## {_md(table.heading)}", "", *(f"| {' | '.join(row)} |" for row in rows), "", CAPTION, ""]
-        lines += [*(f"- {_md(note)}" for note in table.notes), ""]
-    lines += [f"- {_md(line)}" for line in (*overview.failed, *overview.warnings)]
-    return "\n".join(lines).rstrip("\n") + "\n"
+        about = (f"{comment}{line}" for line in (CAPTION, *table.notes))
+        parts += [f"{comment}{table.heading}", render(table.text), *about]
+    return "\n\n".join([*parts, *(f"{comment}{line}" for line in overview.warnings)]) + "\n"
 
 
-def _md(text: str) -> str:
-    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", text)
+def _markdown(grid: Grid) -> str:
+    rule = ["---" if name in grid.words else "--:" for name in grid.columns]
+    rows = [[re.sub(r"([\\|*_`<>\[\]])", r"\\\1", cell) for cell in row] for row in (grid.columns, *grid.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 
 
-def _latex(overview: Overview) -> str:
-    """One booktabs table for each set of comparable runs; headings and notes are comments."""
-    lines = ["% needs \\usepackage{booktabs}"]
-    for table in overview.tables:
-        grid = table.text
-        style = pd.DataFrame(grid.rows, columns=list(grid.columns)).style.hide(axis="index")
-        style = style.format(escape="latex").format_index(escape="latex", axis="columns")
-        alignment = "".join("l" if name in grid.words else "r" for name in grid.columns)
-        text = style.to_latex(hrules=True, column_format=alignment).replace("±", r"$\pm$")
-        lines += ["", f"% {table.heading}", text.rstrip("\n"), *(f"% {note}" for note in table.notes)]
-    return "\n".join([*lines, *(f"% {line}" for line in (*overview.failed, *overview.warnings))]) + "\n"
+def _latex(grid: Grid) -> str:
+    """A table for the package booktabs."""
+    style = pd.DataFrame(grid.rows, columns=list(grid.columns)).style.hide(axis="index")
+    style = style.format(escape="latex").format_index(escape="latex", axis="columns")
+    alignment = "".join("l" if name in grid.words else "r" for name in grid.columns)
+    return str(style.to_latex(hrules=True, column_format=alignment)).replace("±", r"$\pm$").rstrip("\n")

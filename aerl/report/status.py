@@ -9,47 +9,34 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from aerl.report.table import duration, shown
 from aerl.runtime.terminal import Parser, command, one_line
 from aerl.tracking.results import read_summary
 from aerl.types import UserError
 
-PLAN = "plan.json"  # in the folder `jobs` of a multirun, beside a file for each job
-_LONGEST_LIST = 20  # of the jobs in one state
-
-State = Literal["done", "failed", "unfinished", "left"]
-_STATES: dict[str, State] = {"left": "left", "started": "unfinished", "failed": "failed", "finished": "done"}
+PLAN = "plan.json"  # in the folder `jobs` of a multirun, next to a file for each job
+_STATES = {"started": "unfinished", "finished": "done"}  # as reported by the callback; other words are the same
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job of a multirun: `words` are the overrides that not all jobs share, `reason` says why it is not done."""
+class Job(NamedTuple):
+    """A job of a multirun."""
 
-    number: int
-    words: Sequence[str]
-    state: State
-    folder: Path | None = None
-    reason: str = ""
-
-    def __str__(self) -> str:
-        where = "" if self.folder is None else f", {shown(self.folder)}"
-        reason = f": {self.reason}" if self.reason else ""
-        return f"{self.state}: job {self.number} ({' '.join(self.words)}){where}{reason}"
+    state: str  # done, failed, unfinished or left
+    folder: Path | None
+    text: str  # its number, the overrides that not all jobs share, its folder, and why it is not done
 
 
 def read_plan(multirun: Path) -> dict[str, Any]:
-    """The `command`, the overrides of all `jobs` (None where the sweeper finds them as it goes), and what the Hydra
-    callback notes beside these; {} without a readable plan."""
+    """What the Hydra callback planned: `command`, the overrides of all `jobs` (None if the sweeper chooses them one by
+    one), `overwrite_id` and `then`; {} without a readable plan."""
     try:
-        plan = json.loads((multirun / "jobs" / PLAN).read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((multirun / "jobs" / PLAN).read_text()))
+    except (OSError, TypeError, ValueError):
         return {}
-    return plan if isinstance(plan, dict) else {}
 
 
 def read_jobs(multirun: Path) -> list[Job]:
@@ -64,27 +51,29 @@ def read_jobs(multirun: Path) -> list[Job]:
     shared = set.intersection(*(set(job["overrides"]) for job in noted.values())) if len(noted) > 1 else set()
     jobs = []
     for number, job in sorted(noted.items()):
-        words = [word for word in job["overrides"] if word not in shared]
-        state = _STATES[job["status"]]
+        state = _STATES.get(job["status"], job["status"])
         folder = Path(job["folder"]) if "folder" in job else None
-        reason = _progress(folder) if state == "unfinished" else ""
-        jobs.append(Job(number, words, state, folder, one_line(job["error"]) if state == "failed" else reason))
+        text = f"{state}: job {number} ({' '.join(word for word in job['overrides'] if word not in shared)})"
+        where = f", {shown(folder)}" if folder else ""
+        reason = _progress(folder) if state == "unfinished" else job.get("error")
+        jobs.append(Job(state, folder, one_line(f"{text}{where}{': ' if reason else ''}{reason or ''}")))
     return jobs
 
 
 def _progress(folder: Path | None) -> str:
-    """What is known of a job that has started and not ended."""
+    """What is known about a job that started and did not end."""
     if folder is None or not (folder / "summary.json").exists():
         return "started; nothing written yet"
-    try:
-        summary = read_summary(folder) or {}
-    except UserError as error:
-        return str(error)
-    if summary.get("status") == "stopped":
-        return str(summary["error"])
-    files = [file for file in (*folder.glob("*"), *folder.glob("checkpoints/*.pt")) if file.is_file()]
-    ago = duration(max(0.0, time.time() - max(file.stat().st_mtime for file in files)))
-    return f"running, or killed; last wrote {ago} ago"
+    with contextlib.suppress(UserError):
+        if (summary := read_summary(folder) or {}).get("status") == "stopped":
+            return str(summary["error"])
+    last = max(path.stat().st_mtime for path in folder.glob("[!.]*"))
+    return f"running, or killed; last wrote {duration(max(0.0, time.time() - last))} ago"
+
+
+def select(jobs: Sequence[Job], *states: str) -> list[Job]:
+    """The jobs in these states, in this order."""
+    return [job for state in states for job in jobs if job.state == state]
 
 
 def count_text(jobs: Sequence[Job]) -> str:
@@ -94,36 +83,25 @@ def count_text(jobs: Sequence[Job]) -> str:
     return f"{len(jobs)} jobs: {states['done']} done, {states['failed']} failed, {unfinished}{states['left']} left"
 
 
-def list_jobs(jobs: Sequence[Job], *states: State) -> Iterator[str]:
-    """A line for each job in one of these states, up to a number."""
-    for state in states:
-        lines = [str(job) for job in jobs if job.state == state]
-        yield from lines[:_LONGEST_LIST]
-        if len(lines) > _LONGEST_LIST:
-            yield f"{state}: {len(lines) - _LONGEST_LIST} more"
-
-
 @command
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code 0 where every job of every multirun is done, else 1."""
+    """Exit code 0 if every job of every multirun is done, else 1."""
     parser = Parser(prog="python -m aerl.report.status", description="How far the multiruns are, and what remains.")
-    where = "a multirun's folder, or one that holds multiruns, such as runs_dir (default: runs)"
+    where = "a multirun's folder, or one that contains multiruns, such as runs_dir (default: runs)"
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help=where)
     folder = parser.parse_args(words).folder
     multiruns = sorted(path.parent for path in folder.rglob("jobs") if any(path.glob("*.json*")))
     if not multiruns:
-        reason = "holds no multirun" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {reason}; runs that were started one by one: python -m aerl.report")
-    done = True
+        raise UserError(f"{folder}: {'holds no multirun' if folder.is_dir() else 'no such folder'}")
+    code = 0
     for multirun in multiruns:
         jobs = read_jobs(multirun)
         print(f"{shown(multirun)}: {count_text(jobs)}")
-        for line in list_jobs(jobs, "failed", "unfinished", "left"):
-            print(f"  {line}")
-        if any(job.state != "done" for job in jobs):
-            done = False
+        if rest := select(jobs, "failed", "unfinished", "left"):
+            code = 1
+            print(*(f"  {job.text}" for job in rest), sep="\n")
             print(f"  the rest: {shlex.join(['python', *read_plan(multirun).get('command', [])])}")
-    return 0 if done else 1
+    return code
 
 
 if __name__ == "__main__":

@@ -11,68 +11,54 @@ from typing import Any
 
 from aerl.runtime.terminal import Parser, command
 from aerl.tracking.results import write_json
-from aerl.tracking.wandb import logged_in
 from aerl.types import UserError, first_line
 
-# Every key that a panel shows, by the section it is in. A run has those that its options measure.
-CURVES = {
-    "val": ("accuracy", "adversarial_accuracy", "loss"),
-    "train": ("accuracy", "loss", "adversarial_loss", "reward", "grad_norm", "lr"),
+# Every key that has a panel, by section. A run has those that its options measure.
+SECTIONS = {
+    "robustness": "accuracy/worst_case accuracy/clean accuracy/pgd accuracy/pgd_targeted accuracy/autoattack "
+    "tables/attacks",
+    "training": "val/accuracy val/adversarial_accuracy val/loss train/accuracy train/loss train/adversarial_loss "
+    "train/reward train/grad_norm train/lr",
+    "masking": "test/masking/zero_gradient test/masking/saturated test/masking/paper_formula "
+    "test/masking/paper_step_length tables/masking",
+    "transfer": "figures/transfer_matrix tables/transfer_matrix",
+    "analyses": "figures/landscape figures/gradients figures/curve figures/entropy figures/confusion figures/norms "
+    "figures/curvature figures/pictures tables/curve tables/gradients tables/entropy tables/norms tables/compare",
 }
-_ACCURACIES = ("worst_case", "clean", "pgd", "pgd_targeted", "autoattack")
-_MASKING = ("zero_gradient", "saturated", "paper_formula", "paper_step_length")
-_FIGURES = ("landscape", "gradients", "curve", "entropy", "confusion", "norms", "curvature", "pictures")
-_TABLES = ("curve", "gradients", "entropy", "norms", "compare")
 _COLUMNS = ("accuracy/clean", "accuracy/worst_case", "masking/verdict")
 
 
 def build(entity: str, project: str) -> Any:
-    """The `wandb_workspaces` Workspace, unsaved; UserError where that library is not installed."""
+    """The `wandb_workspaces` Workspace, unsaved; UserError if that library is not installed."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        install = "pip install 'aerl[workspace]'"
-        raise UserError(f"the workspace needs wandb-workspaces: {install} ({first_line(error)})") from error
+        raise UserError(f"needs pip install 'aerl[workspace]' ({first_line(error)})") from error
 
-    def bars(names: Sequence[str], prefix: str) -> list[Any]:
-        return [wr.BarPlot(title=name.replace("_", " "), metrics=[f"{prefix}/{name}"]) for name in names]
+    def panel(key: str) -> Any:
+        group, name = key.partition("/")[0], key.rpartition("/")[2]
+        if group == "tables":
+            return wr.WeavePanelSummaryTable(table_name=key)
+        if group == "figures":
+            return wr.MediaBrowser(title=name, media_keys=[key])
+        if group in ("train", "val"):
+            return wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean")
+        return wr.BarPlot(title=name.replace("_", " "), metrics=[key])
 
-    def tables(*names: str) -> list[Any]:
-        return [wr.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in names]
-
-    def figures(*names: str) -> list[Any]:
-        return [wr.MediaBrowser(title=name, media_keys=[f"figures/{name}"]) for name in names]
-
-    curves = [f"{split}/{key}" for split, keys in CURVES.items() for key in keys]
+    panels = {name: [panel(key) for key in keys.split()] for name, keys in SECTIONS.items()}
     scatter = wr.ScatterPlot(title="robust against clean", x="accuracy/clean", y="accuracy/worst_case")
-    sections = {
-        "robustness": [*bars(_ACCURACIES, "accuracy"), scatter, *tables("attacks")],
-        "training": [
-            wr.LinePlot(title=key, x="epoch", y=[key], aggregate=True, groupby_aggfunc="mean") for key in curves
-        ],
-        "masking": [*bars(_MASKING, "test/masking"), *tables("masking")],
-        "transfer": [*figures("transfer_matrix"), *tables("transfer_matrix")],
-        "analyses": [*figures(*_FIGURES), *tables(*_TABLES), wr.RunComparer(diff_only="split")],
-    }
+    panels["robustness"].append(scatter)
+    panels["analyses"].append(wr.RunComparer(diff_only="split"))
     columns = [f"summary:{key}" for key in _COLUMNS]
     return ws.Workspace(
         entity=entity,
         project=project,
         name="aerl",
         auto_generate_panels=False,
-        sections=[
-            ws.Section(name=name, panels=panels, is_open=name in ("robustness", "training"))
-            for name, panels in sections.items()
-        ],
+        sections=[ws.Section(name=name, panels=panels[name], is_open=True) for name in panels],
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group")], pinned_columns=columns),
     )
-
-
-def serialised(workspace: Any) -> dict[str, Any]:
-    """What would be sent to W&B, as plain containers."""
-    view: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-    return view
 
 
 @command
@@ -84,14 +70,12 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     workspace = build(given.entity, given.project)
     if given.dry_run is not None:
-        write_json(given.dry_run, serialised(workspace))
+        write_json(given.dry_run, workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True))
         return 0
-    if not logged_in():
-        raise UserError("W&B has no key (WANDB_API_KEY, or run `wandb login`); --dry-run FILE.json needs none")
     try:
         print(f"saved: {workspace.save().url}")
-    except Exception as error:  # whatever a server can make the client raise
-        raise UserError(f"W&B did not take the workspace: {first_line(error)}") from error
+    except Exception as error:  # no key, or whatever a server can make the client raise
+        raise UserError(f"W&B did not save the workspace: {first_line(error)}") from error
     return 0
 
 
