@@ -14,7 +14,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,7 @@ class Manifest:
             signals.forward_to_workers()
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        from aerl.config.multirun import check_overrides
-
-        os.environ.pop(_FOLDER, None)  # inherited from a multirun that this process is no part of
-        with _exit_on_error():
-            check_overrides(config)
+        os.environ.pop(_FOLDER, None)  # inherited from a multirun that this process is not part of
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         if self.folder is not None:
@@ -129,18 +124,13 @@ class Manifest:
 
 @contextlib.contextmanager
 def _exit_on_error() -> Iterator[None]:
-    """End the process with the error's line: Hydra would warn of an exception in a callback, and go on."""
-    from aerl.config.errors import explain
-    from aerl.runtime.terminal import full_error, print_error
+    """End the process with the error's line: Hydra would only warn of an exception in a callback."""
+    from aerl.config.errors import print_exception
 
     try:
         yield
     except Exception as error:
-        line = explain(error)
-        if line is None or full_error():
-            traceback.print_exception(error)
-        elif is_main():
-            print_error(line)
+        print_exception(error)
         sys.exit(1)
 
 
