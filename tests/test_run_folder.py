@@ -316,7 +316,7 @@ def test_a_multirun_overwrites_each_of_its_runs_once(launch, tmp_path):
     done = blocked.with_name("seed0") / "summary.json"
     ids = [json.loads(done.read_text())["run_id"]]
     again = launch(*words)
-    assert again.returncode == 0 and "was finished before" in again.stderr, again.stderr
+    assert again.returncode == 0 and "already finished" in again.stderr, again.stderr
     ids.append(json.loads(done.read_text())["run_id"])
     assert launch(*words).returncode == 0
     ids.append(json.loads(done.read_text())["run_id"])

@@ -33,11 +33,9 @@ def read(cfg: DictConfig) -> Config:
 
 def inherit_from_checkpoint(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:
     """With trainer=none and the checkpoint of a run: that run's dataset and model, unless the overrides set them."""
-    if cfg.trainer is not None or cfg.checkpoint in (None, "own") or OmegaConf.is_config(cfg.checkpoint):
-        return cfg
-    groups = [group for group in ("dataset", "model") if group not in _keys(overrides)]
-    folder = _run_folder(str(cfg.checkpoint))
-    return cfg if folder is None or not groups else _with_groups_of(folder, groups, overrides)
+    evaluated = cfg.checkpoint if cfg.trainer is None else None
+    folder = None if evaluated in (None, "own") else _run_folder(str(evaluated))
+    return cfg if folder is None else _like_run(folder, overrides)
 
 
 def of_run(run: str, key: str) -> Config:
@@ -49,7 +47,7 @@ def of_run(run: str, key: str) -> Config:
         folder = _run_folder(run)
         if folder is None:
             raise UserError("expected a run folder or a .pt file in one (no config.yaml and summary.json found)")
-        return read(_with_groups_of(folder, ["dataset", "model"], []))
+        return read(_like_run(folder, []))
     except UserError as error:
         raise UserError(f"{key}={run}: {error}") from error
 
@@ -86,15 +84,13 @@ def _run_folder(checkpoint: str) -> Path | None:
     return folder if all((folder / name).is_file() for name in ("config.yaml", "summary.json")) else None
 
 
-def _keys(overrides: Collection[str]) -> set[str]:
-    return {override.lstrip("+~").partition("=")[0] for override in overrides}
-
-
-def _with_groups_of(folder: Path, groups: Collection[str], overrides: Collection[str]) -> DictConfig:
-    """The command line's configuration with these groups (dataset, model) as a run folder has them.
+def _like_run(folder: Path, overrides: Collection[str]) -> DictConfig:
+    """The command line's configuration with dataset and model as a run folder has them, unless it sets them.
 
     The folder may come from somebody else: options of our groups and plain values are taken, but no other `_target_`.
     """
+    chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    groups = [group for group in ("dataset", "model") if group not in chosen]
     try:
         options = (read_summary(folder) or {})["choices"]
         words = [f"{group}={options[group]}" for group in groups]
@@ -106,7 +102,7 @@ def _with_groups_of(folder: Path, groups: Collection[str], overrides: Collection
         raise UserError(f"{folder}: config.yaml or summary.json is damaged ({first_line(error)})") from error
     cfg = compose("config", overrides=[*words, *overrides])
     for key, value in values.items():
-        if key in _keys(overrides) or value == OmegaConf.select(cfg, key, default=None):
+        if key in chosen or value == OmegaConf.select(cfg, key, default=None):
             continue
         # Only plain names joined by dots: OmegaConf would also take net[_target_].
         plain = re.fullmatch(r"[\w.-]+", key) and "${" not in str(value)
