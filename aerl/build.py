@@ -16,7 +16,9 @@ from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
+from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import Metric
+from aerl.hub import local
 from aerl.models import Classifier
 from aerl.models.build import SIZES, build_model, build_net
 from aerl.models.probe import drawn, probe
@@ -24,17 +26,16 @@ from aerl.runtime import ddp, device
 from aerl.runtime.device import Hardware
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
-from aerl.types import UserError, foreign_code, is_foreign, named
 
 log = logging.getLogger("aerl")
 
-# What attacks and analyses that use the models of other runs are given.
-_ELSEWHERE = ("load", "store")
+# Parameters by which attacks and analyses get the models of other runs and a folder for their examples.
+_UNSET = {"load": None, "store": None}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of; `recipe` is None where nothing is trained, `doubts` are `aerl.models.probe`'s."""
+    """The objects of a run. `recipe` is None if nothing is trained; `doubts` are from `aerl.models.probe`."""
 
     hardware: Hardware
     data: DataSplits
@@ -47,196 +48,153 @@ class Parts:
 
 
 def check(config: Config) -> Recipe | None:
-    """What can be checked without data and model, which UserError names; returns the recipe, if there is one."""
+    """Check what needs neither data nor model; returns the recipe. Raises UserError."""
     for name, spec in config.attack.items():
-        attack(spec, f"attack.{name}", given=dict.fromkeys(_ELSEWHERE))
+        attack(spec, f"attack.{name}", _UNSET)
     for name, spec in config.analysis.items():
-        bind(spec, f"analysis.{name}", given=dict.fromkeys(_ELSEWHERE), later=["context"])
+        bind(spec, f"analysis.{name}", given=_UNSET, later=["context"])
     build_metrics(config)
     bind(config.model.net, "model.net", given=dict.fromkeys(SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:
-        raise UserError(
-            "checkpoint=null: trainer=none needs a model: checkpoint=RUN_FOLDER, a .pt file, or checkpoint=own (the "
-            "weights that model.net._target_ comes with)"
-        )
+        raise UserError("checkpoint=null: trainer=none needs a model: a run folder, a .pt file, or own (model.net's)")
     return recipe
 
 
 def build(config: Config) -> Parts:
-    """Raises UserError for whatever does not fit; the quickest checks come first, the data after them."""
-    recipe, metrics = check(config), build_metrics(config)
+    """Raises UserError for whatever does not fit; the quickest checks come first."""
+    recipe = check(config)
     weights = checkpoint.find(config.checkpoint) if config.checkpoint not in (None, "own") else None
-    machine = device.set_up(**config.hardware.model_dump())
-    if recipe is not None and machine.compile:
-        device.check_compiler(machine)
+    hardware = device.set_up(**config.hardware.model_dump())
+    if recipe is not None and hardware.compile:
+        device.check_compiler(hardware)
     data = build_data(config)
     if config.norm == "L2" and config.eps > (diagonal := math.sqrt(math.prod(data.image_shape))):
         log.warning("eps=%g: an L2 ball above %.3g holds every image of this size", config.eps, diagonal)
     if (config.evaluation.samples or 0) > len(data.test):
         raise UserError(f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images")
-    model = build_model(config, data, machine, 0 if recipe is None else min(recipe.batch_size, len(data.train)))
-    elsewhere = {
-        "load": partial(load_models, config=config, data=data, hardware=machine),
-        "store": Path(config.data_dir).expanduser() / "crafted",
-    }
-    attacks = {name: attack(spec, f"attack.{name}", given=elsewhere) for name, spec in config.attack.items()}
-    analyses = {
-        name: _built(spec, f"analysis.{name}", "context", given=elsewhere) for name, spec in config.analysis.items()
-    }
-    for name, one in attacks.items():
-        _check_settings(one.call, f"attack.{name}", model, data, machine)
+    model = build_model(config, data, hardware, 0 if recipe is None else min(recipe.batch_size, len(data.train)))
+    load = partial(load_models, config=config, data=data, hardware=hardware)
+    given = {"load": load, "store": local(config.data_dir, "data_dir") / "crafted"}
+    attacks = {name: attack(spec, f"attack.{name}", given) for name, spec in config.attack.items()}
+    analyses = {name: _callable(spec, f"analysis.{name}", ["context"], given) for name, spec in config.analysis.items()}
+    x = to_unit(data.test.images[:8].to(hardware.device), hardware.memory_format)
+    y = data.test.labels[:0].to(hardware.device)
+    for name, spec in attacks.items():
+        if not is_foreign(spec.call):  # aerl's attacks check their settings against each other when they are called
+            with named(f"attack.{name}"):
+                spec.call(model, x[:0], y, generator=SampleGenerator.for_images(x[:0], seed=0))
     if config.checkpoint is not None:
-        _load_weights(model, weights, config.model, "checkpoint", config.checkpoint)
+        _load_weights(model, weights, config.model, f"checkpoint={config.checkpoint}")
     if recipe is not None:
-        check_recipe(recipe, model, machine.device)
+        check_recipe(recipe, model, hardware.device)
     untrained = drawn(model.net, build_net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
-        doubts = probe(model, to_unit(data.test.images[:8].to(machine.device), machine.memory_format))
-    return Parts(machine, data, model, recipe, attacks, metrics, analyses, (*untrained, *doubts))
+        doubts = probe(model, x)
+    return Parts(hardware, data, model, recipe, attacks, build_metrics(config), analyses, (*untrained, *doubts))
 
 
-def _check_settings(
-    attack: Callable[..., Any], key: str, model: Classifier, data: DataSplits, machine: Hardware
-) -> None:
-    """One of aerl's attacks checks its settings against each other when it is called; here on no images at all."""
-    if is_foreign(attack):
-        return
-    x = to_unit(data.test.images[:0].to(machine.device), machine.memory_format)
+def _callable(
+    spec: Mapping[str, Any], key: str, positional: Sequence[str], given: Mapping[str, Any], keywords: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """The function of a `_target_` with its settings bound, or an instance of the class.
+
+    Raises UserError if it cannot be called with these positional and keyword arguments.
+    """
+    bound = bind(spec, key, given=given, later=[*positional, *keywords])
+    with named(key), foreign_code(key, bound.func):
+        function = bound() if inspect.isclass(bound.func) else bound
     try:
-        with named(key):
-            attack(model, x, data.test.labels[:0].to(machine.device), generator=SampleGenerator.for_images(x, seed=0))
-    except UserError:
-        raise
-    except Exception as error:  # it takes no empty batch, which no evaluation gives it
-        log.debug("%s: %s", key, error)
+        inspect.signature(function).bind(*positional, **dict.fromkeys(keywords))
+    except (TypeError, ValueError) as error:
+        arguments = ", ".join([*positional, *(f"{name}={name}" for name in keywords)])
+        raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
+    return function
 
 
-def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] | None = None) -> AttackSpec:
-    """`attack(model, x, y, *, generator)`, a function with its settings bound or an instance of a class, resolved."""
-    return AttackSpec.of(_built(spec, key, "model", "x", "y", given=given, generator=None), key)
+def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] = _UNSET) -> AttackSpec:
+    """`attack(model, x, y, *, generator)` with its settings."""
+    return AttackSpec.of(_callable(spec, key, ["model", "x", "y"], given, ["generator"]), key)
 
 
 def build_metrics(config: Config) -> dict[str, Metric]:
-    """Each a function `metric(logits, labels)`, see `aerl.evaluation.metrics`."""
-    return {name: _built(spec, f"metric.{name}", "logits", "labels") for name, spec in config.metric.items()}
-
-
-def _built(
-    spec: Mapping[str, Any], key: str, *call: str, given: Mapping[str, Any] | None = None, **keywords: None
-) -> Callable[..., Any]:
-    """The function that `spec` names, with settings, or an instance of the class: it takes `call` and `keywords`."""
-    bound = bind(spec, key, given=given, later=[*call, *keywords])
-    with named(key), foreign_code(key, bound.func):
-        made = bound() if inspect.isclass(bound.func) else bound
-    try:
-        inspect.signature(made).bind(*call, **keywords)
-    except (TypeError, ValueError) as error:
-        arguments = ", ".join([*call, *(f"{name}={name}" for name in keywords)])
-        raise UserError(f"{key}._target_={spec['_target_']}: cannot be called with ({arguments}): {error}") from error
-    return made
+    """Functions `metric(logits, labels)`, see `aerl.evaluation.metrics`."""
+    return {name: _callable(spec, f"metric.{name}", ["logits", "labels"], {}) for name, spec in config.metric.items()}
 
 
 def build_recipe(config: Config) -> Recipe | None:
+    """The trainer with its functions; None for trainer=none."""
     trainer = config.trainer
     if trainer is None:
         return None
-    adversary = trainer.adversary
-    if trainer.select == "val_adversarial_accuracy":
-        if adversary is None:
-            raise UserError(f"trainer.select={trainer.select}: needs a trainer.adversary; val_accuracy does not")
-        if adversary.start_epoch >= trainer.epochs:
-            raise UserError(
-                f"trainer.adversary.start_epoch={adversary.start_epoch}: the adversary never joins in "
-                f"{trainer.epochs} epochs, so trainer.select={trainer.select} has nothing to measure"
-            )
-    act = _built(trainer.act, "trainer.act", "logits", "labels", "generator")
-    settings = {
-        "act": act,
-        "weight": adversary.weight if adversary else 0.0,
+    adversary = None
+    if trainer.adversary is not None:
+        spec = attack(trainer.adversary.attack, "trainer.adversary.attack", {"in_training": True})
+        adversary = Adversary(spec.call, trainer.adversary.start_epoch)  # type: ignore[arg-type]
+    never = adversary is None or adversary.start_epoch >= trainer.epochs
+    if never and trainer.select == "val_adversarial_accuracy":
+        raise UserError(f"trainer.select={trainer.select}: needs trainer.adversary with start_epoch < {trainer.epochs}")
+    given = {
+        "act": _callable(trainer.act, "trainer.act", ["logits", "labels", "generator"], {}),
+        "weight": trainer.adversary.weight if trainer.adversary else 0.0,
         "probability_floor": trainer.probability_floor,
     }
+    objective = _callable(trainer.objective, "trainer.objective", ["model", "x", "y"], given, ["x_adv", "generator"])
     return Recipe(
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
         optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
-        objective=_built(
-            trainer.objective, "trainer.objective", "model", "x", "y", given=settings, x_adv=None, generator=None
-        ),
+        objective=objective,
         schedule=trainer.schedule.kind,
         warmup=trainer.schedule.warmup,
         clip=trainer.clip,
-        adversary=None
-        if adversary is None
-        else Adversary(
-            attack(adversary.attack, "trainer.adversary.attack", given={"in_training": True}).call,  # type: ignore[arg-type]
-            adversary.start_epoch,
-        ),
+        adversary=adversary,
         select=trainer.select,
-        augment=partial(augment, **config.dataset.augmentation.model_dump()),
+        augment=partial(augment, **config.dataset.augmentation),  # type: ignore[arg-type]
     )
 
 
 def build_data(config: Config) -> DataSplits:
-    dataset = config.dataset
-    data_dir = Path(config.data_dir).expanduser()
+    dataset, data_dir = config.dataset, local(config.data_dir, "data_dir")
     source = bind(dataset.source, "dataset.source", given={"data_dir": data_dir})
+    settings = dataset.model_dump(include={"name", "size", "channels", "val_fraction", "split_seed"})
     with foreign_code("dataset.source", source):
-        data = ddp.main_first(
-            lambda: prepare(
-                source,
-                identity=dataset.source,
-                data_dir=data_dir,
-                name=dataset.name,
-                size=dataset.size,
-                channels=dataset.channels,
-                val_fraction=dataset.val_fraction,
-                split_seed=dataset.split_seed,
-            )
-        )
+        data = ddp.main_first(lambda: prepare(source, identity=dataset.source, data_dir=data_dir, **settings))
     return limit_training(data, dataset.train_samples)
 
 
 def load_models(
     runs: Sequence[str], key: str, *, config: Config, data: DataSplits, hardware: Hardware
 ) -> dict[str, Classifier]:
-    """The trained models of other runs on this run's hardware, by short names (aerl.config.compose.run_names)."""
+    """The trained models of other runs, by short names (`aerl.config.compose.run_names`)."""
     models = [load_model(run, config, data, key, hardware) for run in runs]
     return dict(zip(run_names(runs), models, strict=True))
 
 
 def load_model(
-    source: str,
-    config: Config,
-    data: DataSplits,
-    key: str = "sources",
-    machine: Hardware = Hardware(torch.device("cpu")),  # noqa: B008
+    run: str, config: Config, data: DataSplits, key: str = "sources", hardware: Hardware | None = None
 ) -> Classifier:
-    """The trained model of another run (its folder, or a .pt file in it), in eval mode.
+    """The trained model of another run (its folder, or a .pt file in it), in eval mode; by default on the CPU.
 
-    The architecture is taken from that folder, as with `checkpoint=`. Raises UserError about the `key` that
-    named it, also where that run's images were of other classes or of another shape than this one's.
+    Raises UserError under the `key` that named the run, also if it had other classes or images of another shape.
     """
-    weights = checkpoint.find(source, key)
-    other = of_run(source, key)
+    weights = checkpoint.find(run, key)
+    other = of_run(run, key)
     theirs, ours = other.dataset, config.dataset
     same_classes = theirs.name == ours.name or theirs.source == ours.source
     if not same_classes or (theirs.size, theirs.channels) != (ours.size, ours.channels):
-        sets = [f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)]
-        raise UserError(f"{key}={source}: was trained on {sets[0]}, this run is on {sets[1]}: images must be alike")
+        names = [f"{d.name} (size={d.size}, channels={d.channels})".replace("None", "null") for d in (theirs, ours)]
+        raise UserError(f"{key}={run}: was trained on {names[0]}, but this run uses {names[1]}; images must be alike")
     try:
-        model = build_model(other, data, machine)
+        model = build_model(other, data, hardware or Hardware(torch.device("cpu")))
     except UserError as error:
-        raise UserError(f"{key}={source}: {error}") from error
-    _load_weights(model, weights, other.model, key, source)
+        raise UserError(f"{key}={run}: {error}") from error
+    _load_weights(model, weights, other.model, f"{key}={run}")
     return model.eval()
 
 
-def _load_weights(model: Classifier, path: Path | None, stated: Model, key: str, value: str) -> None:
-    """Load the weights, if they are in a file. UserError where their normalisation is neither there nor stated."""
-    carries_normalization = path is not None and checkpoint.load_weights(model, path, key)
+def _load_weights(model: Classifier, path: Path | None, stated: Model, what: str) -> None:
+    """Load a file of weights, if any. UserError if the normalisation is neither in it nor stated."""
+    carries_normalization = path is not None and checkpoint.load_weights(model, path, what.partition("=")[0])
     if not carries_normalization and None in (stated.mean, stated.std):
-        raise UserError(
-            f"{key}={value}: holds weights without their normalisation; state what the model was "
-            "trained with: model.mean=[...] model.std=[...], per channel of images in [0, 1] (mean 0, std 1: none)"
-        )
+        raise UserError(f"{what}: has no normalisation; set model.mean=[...] model.std=[...] ([0] and [1] for none)")

@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +12,15 @@ from omegaconf import DictConfig
 from aerl.config import compose
 from aerl.config.names import run_name
 from aerl.config.schema import Config
+from aerl.errors import UserError
+from aerl.hub import local
+from aerl.report import page, table
 from aerl.report.multirun import note_job, overwrite_id
-from aerl.report.page import NAME, written
-from aerl.report.table import show
 from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.files import locked, sha256
 from aerl.tracking import inputs
 from aerl.tracking.run_folder import Record, load_previous, recorded, verify
 from aerl.tracking.wandb import log_accuracies
-from aerl.types import UserError
 
 if TYPE_CHECKING:
     from aerl.build import Parts
@@ -31,62 +29,58 @@ log = logging.getLogger("aerl")
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Do what the configuration says, or what is left of it; returns the worst-case accuracy.
+    """Do what the configuration asks, or what is left of it; returns the worst-case accuracy.
 
-    The same command is the same run: an unfinished one goes on, a finished one is shown again.
+    The same command is the same run: an unfinished one resumes, a finished one is shown again.
     """
-    overrides = list(HydraConfig.get().overrides.task)
-    config = compose.read(compose.inherit_from_checkpoint(cfg, overrides))
+    config = compose.read(compose.inherit_from_checkpoint(cfg, HydraConfig.get().overrides.task))
     if config.hardware.distributed:
         ddp.init_process_group(config.hardware.device)
     elif ddp.world_size() > 1:
-        raise UserError(
-            f"hardware.distributed=false: each of the {ddp.world_size()} processes that torchrun has started would do "
-            "all of the run; hardware=ddp shares it among them"
-        )
+        raise UserError(f"hardware.distributed=false: torchrun started {ddp.world_size()} processes; use hardware=ddp")
     with ddp.end_together():
-        return _run(config, overrides)
+        if config.prepare_data_only:
+            _prepare_data(config)
+            return None
+        accuracy = _run(config)["worst_case_accuracy"]
+    return None if accuracy is None else float(accuracy["value"])
 
 
-def _run(config: Config, overrides: Sequence[str]) -> float | None:
-    folder = Path(config.runs_dir).expanduser() / run_name(config, overrides)
-    if _in_multirun() and not config.prepare_data_only:
-        note_job(HydraConfig.get().job.num, folder=str(folder.absolute()))
-    earlier = ddp.broadcast_from_main(lambda: _earlier(folder, config))
-    if earlier.get("status") == "finished" and inputs.are_same(folder, config, earlier):
-        return _show_again(folder, earlier)
-    choices = _choices("dataset", "model")
+def _run(config: Config) -> dict[str, Any]:
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    folder = local(config.runs_dir, "runs_dir") / run_name(config, overrides)
+    if hydra.mode is RunMode.MULTIRUN:
+        note_job(hydra.job.num, folder=str(folder.absolute()))
+    previous = ddp.broadcast_from_main(lambda: _previous(folder, config))
+    if previous.get("status") == "finished" and inputs.are_same(folder, config, previous):
+        return _show_again(folder, previous)
 
-    # These import torch, which takes seconds: a finished run or a wrong key is answered without it.
+    # These import torch, which takes seconds: not for a finished run or a wrong key.
     from aerl.analyses.run import run_analyses
-    from aerl.build import build, build_data
+    from aerl.build import build
     from aerl.evaluation.evaluate import evaluate
     from aerl.runtime.device import describe
 
-    if config.prepare_data_only:
-        data, shape = (data := build_data(config)), "x".join(map(str, data.image_shape))
-        sizes = (len(data.train), len(data.val), len(data.test), shape, config.data_dir)
-        log.info("%s: %d train, %d val and %d test images of %s are ready in %s", config.dataset.name, *sizes)
-        return None
-    if "joblib" in HydraConfig.get().launcher._target_ and config.hardware.device != "cpu":
+    if "joblib" in hydra.launcher._target_ and config.hardware.device != "cpu":
         gpus.claim()
     with signals.stop_immediately():
-        parts = build(config)  # whatever is wrong is found here, before the run folder is touched
+        parts = build(config)  # raises all errors of the configuration, before the run folder is touched
     ddp.broadcast_weights(parts.model)
-    read = ddp.broadcast_from_main(lambda: inputs.read(config, parts.data.digest, parts.model))
-    with signals.listening(), ddp.scratch(folder) as place, _locked(place):
-        earlier = ddp.broadcast_from_main(lambda: _earlier(folder, config))
-        inputs.check(folder, earlier.get("inputs") or {}, read)
-        if earlier.get("status") == "finished":  # by another process meanwhile
-            return _show_again(folder, earlier)
+    digests = ddp.broadcast_from_main(lambda: inputs.read(config, parts.data.digest, parts.model))
+    with signals.listening(), ddp.scratch(folder) as place, locked(place, _stop_if_signalled):
+        previous = ddp.broadcast_from_main(lambda: _previous(folder, config))
+        inputs.check(folder, previous.get("inputs") or {}, digests)
+        if previous.get("status") == "finished":  # by another process, while this one waited
+            return _show_again(folder, previous)
         opened = recorded(
-            place, config, earlier, overrides=overrides, choices=choices, environment=describe(parts.hardware),
-            inputs=read, request=overwrite_id(),
+            place, config, previous, overrides=overrides, environment=describe(parts.hardware), inputs=digests,
+            choices={group: hydra.runtime.choices[group] for group in ("dataset", "model")}, request=overwrite_id(),
         )  # fmt: skip
-        with written(place), opened as record:
+        with page.written(place), opened as record:
+            record.save(doubts=list(parts.doubts))
             for doubt in parts.doubts:
                 log.warning("model: %s", doubt)
-            record.save(doubts=list(parts.doubts))
             _train(parts, config, record)
             outcomes, split = evaluate(parts, config, record)
             if ddp.is_main():
@@ -94,11 +88,13 @@ def _run(config: Config, overrides: Sequence[str]) -> float | None:
                     run_analyses(parts, config, record, outcomes, split)
                     if record.tracker is not None:
                         log_accuracies(record.tracker, record.summary)
-    return _show(record.summary)
+    if ddp.is_main():
+        table.show(record.summary)
+    return record.summary
 
 
 def _train(parts: "Parts", config: Config, record: Record) -> None:
-    """Train, or go on training, and give `parts.model` the weights that the recipe selects; record which they are."""
+    """Give `parts.model` the selected weights, trained first if they are not yet; record which they are."""
     from aerl.training import checkpoint
     from aerl.training.loop import fit
 
@@ -108,9 +104,8 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
             path = checkpoint.find(config.checkpoint)
             record.save(weights={"file": str(path), "sha256": sha256(path)})
         return
-    folder = record.folder / "checkpoints"
+    folder, began = record.folder / "checkpoints", time.monotonic()
     if "train" not in record.summary["seconds"]:
-        began = time.monotonic()
         best_epoch = fit(
             parts.model, parts.data, parts.recipe, parts.hardware,
             seed=config.seed, folder=folder, results=record.results,
@@ -123,53 +118,31 @@ def _train(parts: "Parts", config: Config, record: Record) -> None:
     ddp.broadcast_weights(parts.model)
 
 
-def _earlier(folder: Path, config: Config) -> dict[str, Any]:
-    """What an earlier start has written into the run folder, as far as it can be believed."""
-    earlier = load_previous(folder, config, overwrite_id())
-    return verify(folder, earlier) if earlier.get("status") == "finished" else earlier
+def _previous(folder: Path, config: Config) -> dict[str, Any]:
+    """The summary of an earlier start, as far as the files that it wrote are unchanged."""
+    previous = load_previous(folder, config, overwrite_id())
+    return verify(folder, previous) if previous.get("status") == "finished" else previous
 
 
-def _show_again(folder: Path, summary: Mapping[str, Any]) -> float | None:
-    if _in_multirun():  # its table shows the numbers
-        log.info("was finished before: %s", folder)
-        return _headline(summary)
-    if ddp.is_main() and not (folder / NAME).is_file():
-        with written(folder):
+def _show_again(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    if ddp.is_main() and not (folder / page.NAME).is_file():
+        with page.written(folder):
             pass
-    _show(summary)
-    log.info("This run was finished before; nothing was done. overwrite=true does it again.")
-    return _headline(summary)
+    if ddp.is_main() and HydraConfig.get().mode is RunMode.RUN:  # a multirun ends with a table of all
+        table.show(summary)
+    log.info("%s: already finished; overwrite=true runs it again", folder)
+    return summary
 
 
-def _show(summary: Mapping[str, Any]) -> float | None:
-    if ddp.is_main():
-        show(summary)
-    return _headline(summary)
+def _prepare_data(config: Config) -> None:
+    from aerl.build import build_data
+
+    data = build_data(config)
+    counts = f"{len(data.train)} train, {len(data.val)} val and {len(data.test)} test images"
+    shape = "x".join(map(str, data.image_shape))
+    log.info("%s: %s of %s are ready in %s", config.dataset.name, counts, shape, config.data_dir)
 
 
-def _headline(summary: Mapping[str, Any]) -> float | None:
-    accuracy = summary.get("worst_case_accuracy")
-    return None if accuracy is None else accuracy["value"]
-
-
-def _locked(folder: Path) -> AbstractContextManager[None]:
-    """Keep other processes out of the run folder; a signal that comes while one is waited for ends the run."""
-
-    def stop() -> None:
-        signals.request_stop(signals.received())
-        signals.raise_if_stopped()
-
-    return locked(folder, stop) if ddp.is_main() else nullcontext()
-
-
-def _in_multirun() -> bool:
-    return HydraConfig.get().mode is RunMode.MULTIRUN
-
-
-def _choices(*groups: str) -> dict[str, str]:
-    """Which options the command line takes of these groups."""
-    options = HydraConfig.get().runtime.choices
-    for group in groups:
-        if group not in options:  # several were, and merged
-            raise UserError(f"{group}: takes one option, not a list; -m {group}=A,B runs each of several, one by one")
-    return {group: str(options[group]) for group in groups}
+def _stop_if_signalled() -> None:
+    signals.request_stop(signals.received())
+    signals.raise_if_stopped()

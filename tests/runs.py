@@ -1,4 +1,4 @@
-"""What tests of whole runs share: how to wait for a moment in one, and what it has left behind."""
+"""What tests of whole runs share: how to wait for a moment in one, and how to read what it wrote."""
 
 import json
 import os
@@ -12,6 +12,9 @@ import yaml
 from aerl.runtime.files import sha256
 from aerl.tracking.results import read_results, write_summary
 from tests.conftest import ROOT
+
+# The shortest run.
+BARE = ("trainer.epochs=1", "attack=none", "analysis=none", "logger=none")
 
 # For python -c: the command line with a checkpoint after every epoch and the state of an attack after every batch,
 # so that a test need not wait for one.
@@ -63,7 +66,7 @@ def log_of(folder):
 
 
 def results_of(folder):
-    """Every line of results.jsonl but those that tell times."""
+    """Every line of results.jsonl but times."""
     return [
         (r.metric, r.split, r.attack, r.step, r.value)
         for r in read_results(folder / "results.jsonl")
@@ -80,7 +83,7 @@ def same_end(cut, whole):
 
 
 def forge(path, change):
-    """Change what is in a summary.json or config.yaml as a forger would: the digests that a run records fit again."""
+    """Change a summary.json or config.yaml as a forger would: the digests that a run records fit again."""
     folder, content = path.parent, yaml.safe_load(path.read_text())
     change(content)
     summary = content if path.suffix == ".json" else summary_of(folder)

@@ -18,46 +18,38 @@ def test_smoke_prints_the_rows_of_every_part(tmp_path):
     out = tmp_path / "table.md"
     parts = [word for part in ("training", "attacks", "memory") for word in ("--only", part)]
     command = [sys.executable, "-m", "benchmarks", "--smoke", *parts, "--net", "alicnn", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = out.read_text()
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", text, re.MULTILINE)[1:]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.*?) ?\|$", out.read_text(), re.MULTILINE)[1:]
     for trainer in ("sl", "rl", "rl_adv"):
         for what in ("over the paper's loop", "over the bare step's", "share of the matmul peak"):
             (ratio,) = [value for name, value, _ in rows if name.startswith(f"{trainer}, ") and what in name]
             assert float(re.match(r"[\d.]+", ratio)[0]) > 0
-    present = {"torchattacks", "foolbox", "art"} - set(missing())
     for model in ("undefended", "pgd_at"):
         for norm in ("L2", "Linf"):
             mine = [name for name, _, _ in rows if f"{norm} eps" in name and f"{model} model" in name]
-            assert {name.split(": ")[-1].split("'")[0] for name in mine} >= present
+            assert {name.split(": ")[-1].split("'")[0] for name in mine} >= {"torchattacks", "foolbox", "art"} - {
+                *missing()
+            }
             assert sum("over the bare loop" in name for name in mine) == 1
-    for name in missing():
-        assert (f"PGD by {name}", "left out: not installed, see the bench extra", "") in rows
     assert sum("peak memory" in name for name, _, _ in rows) == 2
-    assert "SMOKE" in text and "SMOKE" in done.stdout
 
 
-def test_the_exponent_of_a_power():
+def test_exponent_and_makespan():
     assert exponent([1, 2, 4], [3.0, 3 * 2**1.5, 3 * 4**1.5]) == pytest.approx(1.5)
+    assert makespan([1.0, 3.0, 2.0], 64) == makespan([1.0, 3.0, 2.0], 2) == 3.0
+    assert makespan([2.0, 2.0, 2.0], 2) == 4.0
 
 
 def test_the_headline_grid_costs_what_its_parts_do():
     """Epochs of so many images, and attacks of so many passes, at one a second."""
-    speeds = {"sl": 1.0, "rl": 1.0, "rl_adv": 0.5}
-    hours = headline(speeds, passes_per_second=float("inf"))
+    hours = headline({"sl": 1.0, "rl": 1.0, "rl_adv": 0.5}, passes_per_second=float("inf"))
     assert len(hours) == 27
     assert hours[0] == pytest.approx(100 * 45_000 / 3600)
     assert hours[-1] == pytest.approx(100 * 114_021 * (0.333 / 0.5 + 0.667) / 3600)
-    speeds = dict.fromkeys(speeds, float("inf"))
+    speeds = dict.fromkeys(("sl", "rl", "rl_adv"), float("inf"))
     hours = headline(speeds, passes_per_second=1.0, robust={"sl": 0.0, "rl": 0.5, "rl_adv": 1.0})
     assert hours[0] == pytest.approx(10_000 * 330 / 3600)
     assert hours[9] == pytest.approx(10_000 * (330 + 6_500) / 3600)
-
-
-def test_the_grid_takes_as_long_as_its_longest_run_where_workers_abound():
-    assert makespan([1.0, 3.0, 2.0], 64) == 3.0
-    assert makespan([1.0, 3.0, 2.0], 2) == 3.0
-    assert makespan([2.0, 2.0, 2.0], 2) == 4.0
 
 
 def test_what_needs_a_gpu_names_what_is_left(tmp_path, monkeypatch, capsys):
@@ -71,10 +63,11 @@ def test_what_needs_a_gpu_names_what_is_left(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"^\+ ", done.err, re.MULTILINE)) == len(left)
 
 
-def test_a_step_that_is_cut_off_is_not_taken_for_done(tmp_path):
-    asleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    assert not gpu.run("asleep", asleep, tmp_path, seconds=0.2)
-    assert not gpu.run("failing", [sys.executable, "-c", "raise SystemExit(3)"], tmp_path, seconds=60)
-    assert not list(tmp_path.glob("*.txt"))
-    assert gpu.run("fine", [sys.executable, "-c", "print(7)"], tmp_path, seconds=60)
-    assert (tmp_path / "fine.txt").read_text() == "7\n"
+@pytest.mark.parametrize(
+    ("code", "seconds", "output"),
+    [("import time; time.sleep(60)", 0.2, None), ("raise SystemExit(3)", 60, None), ("print(7)", 60, "7\n")],
+)
+def test_only_a_step_that_succeeds_counts_as_done(tmp_path, code, seconds, output):
+    assert gpu.run("step", [sys.executable, "-c", code], tmp_path, seconds=seconds) == (output is not None)
+    files = list(tmp_path.glob("*.txt"))
+    assert [file.read_text() for file in files] == ([output] if output else [])

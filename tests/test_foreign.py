@@ -1,4 +1,4 @@
-"""Other people's models: how they are made and loaded, what is doubts about them, and what their files cannot do."""
+"""Other people's models and attacks: how they are built and loaded, doubts about them, what their files cannot do."""
 
 import json
 import re
@@ -20,6 +20,8 @@ from aerl.types import UserError
 from tests.conftest import ROOT
 
 SIZES = {"num_classes": 7, "channels": 3, "size": (8, 8)}
+JUDGED = ("trainer=none", "checkpoint=own")
+FOREIGN = ("model=foreign", "model.mean=[0]", "model.std=[1]")
 
 
 def composed(*words: str):
@@ -30,9 +32,8 @@ def composed(*words: str):
 def refusal(call, *args) -> str:
     with pytest.raises(UserError) as error:
         call(*args)
-    line = str(error.value)
-    assert "\n" not in line
-    return line
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 # ------------------------------------------------------------------------------- functions and classes
@@ -40,7 +41,7 @@ def refusal(call, *args) -> str:
 
 def keyword_function(width: int = 4, **kwargs: int) -> nn.Module:
     assert set(kwargs) == {"num_classes"}
-    return nn.Linear(width, **{"out_features": kwargs["num_classes"]})
+    return nn.Linear(width, kwargs["num_classes"])
 
 
 def plain_function(depth: int) -> nn.Module:
@@ -55,33 +56,24 @@ class KeywordClass(nn.Module):
 
 
 def test_num_classes_reaches_every_kind_of_target():
-    squeezenet = bind({"_target_": "torchvision.models.squeezenet1_1"}, "model.net", given=SIZES)()
-    assert squeezenet.classifier[1].out_channels == 7
-    for target in (keyword_function, KeywordClass):
-        spec = {"_target_": f"tests.test_foreign.{target.__name__}"}
-        assert bind(spec, "model.net", given=SIZES).keywords == {"num_classes": 7}
-        assert list(bind(spec, "model.net", given=SIZES)().parameters())[-1].shape == (7,)
+    for target in ("keyword_function", "KeywordClass"):
+        bound = bind({"_target_": f"tests.test_foreign.{target}"}, "model.net", given=SIZES)
+        assert bound.keywords == {"num_classes": 7}
+        assert list(bound().parameters())[-1].shape == (7,)
     spec = {"_target_": "tests.test_foreign.plain_function", "depth": 3}
     assert bind(spec, "model.net", given=SIZES)().in_features == 3
 
 
 def test_the_name_of_weights_where_the_annotation_is_an_enum():
-    """torchvision takes the name of weights where its annotation says an enumeration."""
     spec = {"_target_": "torchvision.models.resnet18", "weights": "IMAGENET1K_V1"}
-    assert bind(spec, "model.net", given=SIZES).keywords["weights"] == "IMAGENET1K_V1"
+    bound = bind(spec, "model.net", given=SIZES).keywords
+    assert bound == {"weights": "IMAGENET1K_V1", "num_classes": 7}
     wrong = {"_target_": "torchvision.models.resnet18", "progress": "perhaps"}
     assert refusal(bind, wrong, "model.net").startswith("model.net.progress=perhaps: should be a valid boolean")
 
 
-def test_a_target_that_fails(data_dir):
-    words = ("model=foreign", "model.mean=[0]", "model.std=[1]", *JUDGED, f"data_dir={data_dir}")
-    target = "model.net._target_=torchvision.models.resnet18"
-    line = refusal(build, composed(*words, target, "+model.net.weights=NOT_THERE"))
-    assert line.startswith("model.net: resnet18(weights='NOT_THERE', num_classes=10): KeyError")
-
-
 class Net(nn.Module):
-    """Two convolutions and a linear layer, and what `fault` makes of the feature maps or the logits."""
+    """Two convolutions and a linear layer, with a `fault`."""
 
     def __init__(self, fault: str = "", num_classes: int = 10) -> None:
         super().__init__()
@@ -111,12 +103,9 @@ def lazy(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(num_classes))
 
 
-def foreign(data_dir, fault: str, *words: str):
-    target = "model.net._target_=tests.test_foreign.Net", f"+model.net.fault={fault}"
-    return composed("model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}", *target, *words)
-
-
-JUDGED = ("trainer=none", "checkpoint=own")
+def faulty(data_dir, fault: str, *words: str):
+    target = ("model.net._target_=tests.test_foreign.Net", f"+model.net.fault={fault}")
+    return composed(*FOREIGN, f"data_dir={data_dir}", *target, *words)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +113,7 @@ JUDGED = ("trainer=none", "checkpoint=own")
     [
         ("constructor", JUDGED, "SystemExit"),
         ("constructor", (), "SystemExit"),
-        ("squeeze", JUDGED, r"\(10,\) for 1 images"),
+        ("squeeze", JUDGED, r"\(10,\)"),
         ("dict", JUDGED, "a dict"),
         ("one more", JUDGED, "11 logits for 10"),
         ("auxiliary", (), "a tuple"),
@@ -134,12 +123,15 @@ JUDGED = ("trainer=none", "checkpoint=own")
     ],
 )
 def test_a_model_that_cannot_be_used(data_dir, fault, words, named):
-    line = refusal(build, foreign(data_dir, fault, *words))
+    line = refusal(build, faulty(data_dir, fault, *words))
     assert re.search(named, line) and line.startswith(("model=foreign: ", "model.net: "))
 
 
-def test_batchnorm_and_a_batch_of_one(data_dir):
-    words = ("model=cnn", "model.net.width=0.05", f"data_dir={data_dir}", "trainer.batch_size=1")
+def test_a_target_that_fails_and_a_batch_of_one(data_dir):
+    target = ("model.net._target_=torchvision.models.resnet18", "+model.net.weights=NOT_THERE")
+    line = refusal(build, composed(*FOREIGN, *JUDGED, f"data_dir={data_dir}", *target))
+    assert line.startswith("model.net: resnet18(weights='NOT_THERE', num_classes=10): KeyError")
+    words = ("model=cnn", "model.net.width=0.05", f"data_dir={data_dir}", "trainer.batch_size=1")  # BatchNorm
     line = refusal(build, composed(*words))
     assert line.startswith("model=cnn: ValueError") and "trainer.batch_size=2" in line
 
@@ -147,9 +139,9 @@ def test_batchnorm_and_a_batch_of_one(data_dir):
 @pytest.mark.parametrize("words", [JUDGED, ()])
 def test_a_model_that_needs_contiguous_images(data_dir, caplog, words):
     with caplog.at_level("WARNING", logger="aerl"):
-        model = build(foreign(data_dir, "view", *words)).model
+        model = build(faulty(data_dir, "view", *words)).model
     assert "contiguous" in caplog.text and "hardware.channels_last" in caplog.text
-    plain = build(foreign(data_dir, "", *words, "hardware.channels_last=false")).model
+    plain = build(faulty(data_dir, "", *words, "hardware.channels_last=false")).model
     x = torch.rand(3, 1, 8, 8)
     for layout in (torch.channels_last, torch.contiguous_format):
         for n in (1, 3):
@@ -158,12 +150,11 @@ def test_a_model_that_needs_contiguous_images(data_dir, caplog, words):
 
 @pytest.mark.parametrize("fault", ["auxiliary", "breaks in training", ""])
 def test_faults_in_training_do_not_matter_without_training(data_dir, fault):
-    assert build(foreign(data_dir, fault, *JUDGED)).recipe is None
+    assert build(faulty(data_dir, fault, *JUDGED)).recipe is None
 
 
 def test_lazy_layers_get_their_shapes(data_dir):
-    words = ("model=foreign", "model.mean=[0]", "model.std=[1]", f"data_dir={data_dir}")
-    config = composed(*words, "model.net._target_=tests.test_foreign.lazy")
+    config = composed(*FOREIGN, f"data_dir={data_dir}", "model.net._target_=tests.test_foreign.lazy")
     first, again = build(config).model.state_dict(), build(config).model.state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert first["net.1.num_batches_tracked"] == 0
@@ -200,15 +191,6 @@ def test_an_attack_that_cannot_be_called(attack, named):
     assert re.match(named, refusal(build_attack, spec, "attack.theirs"))
 
 
-def test_the_normalisation_must_be_stated():
-    words = ("model=foreign", "model.net._target_=torchvision.models.resnet18")
-    line = refusal(composed, *words)
-    assert line.startswith("model.mean: must be given") and "model.mean=[0] model.std=[1]" in line
-    assert refusal(composed, *words, "model.mean=[0]").startswith("model.std: must be given")
-    line = refusal(composed, "model=foreign", "model.mean=[0]", "model.std=[1]")
-    assert line.startswith("model.net._target_: must be given")
-
-
 # --------------------------------------------------------------------------------------- files of weights
 
 
@@ -229,7 +211,7 @@ def classifier(net: nn.Module | None = None) -> Classifier:
     ],
     ids=["state_dict", "model_state_dict", "net", "DataParallel", "nested", "compiled", "Lightning"],
 )
-def test_weights_as_training_scripts_keep_them(tmp_path, wrap):
+def test_weights_as_training_scripts_save_them(tmp_path, wrap):
     net, model = classifier().net, classifier()
     torch.save(wrap(net), tmp_path / "weights.pt")
     assert not checkpoint.load_weights(model, tmp_path / "weights.pt")
@@ -238,7 +220,7 @@ def test_weights_as_training_scripts_keep_them(tmp_path, wrap):
 
 
 def test_a_network_named_like_ours_keeps_its_own_normalisation(tmp_path):
-    """Its state_dict has normalize.mean, too, and even a net: still a bare one, not a Classifier's."""
+    """Its state_dict has normalize.mean and even a net, but it is a bare network, not a Classifier."""
     inside, model = classifier(), classifier(classifier())
     inside.normalize.mean.fill_(0.1)
     torch.save(inside.state_dict(), tmp_path / "weights.pt")
@@ -267,7 +249,7 @@ def x() -> torch.Tensor:
 
 
 class Then(nn.Module):
-    """A small network with what `f` does to its logits, or to the images before."""
+    """A small network with `f` of its logits, or `before` of the images."""
 
     def __init__(self, f=lambda z: z, before=lambda x: x) -> None:
         super().__init__()
@@ -286,10 +268,6 @@ def stuck(layer: nn.Module) -> nn.Module:
     return net
 
 
-def numpy_inside(z: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(z.detach().numpy() * 2)
-
-
 class NoBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
@@ -301,35 +279,31 @@ def inferred(z: torch.Tensor) -> torch.Tensor:
     return z * 2
 
 
-def head_at_zero() -> nn.Module:
-    model = Then()
-    nn.init.zeros_(model.net[3].weight)
-    return model
-
-
 def test_no_doubts_about_a_sound_model(x):
     regular = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Flatten(), nn.Linear(288, 5))
-    for model in (Then(), classifier(), regular, Then(lambda z: F.log_softmax(z, 1)), head_at_zero()):
+    head_at_zero = Then()
+    nn.init.zeros_(head_at_zero.net[3].weight)
+    for model in (Then(), classifier(), regular, Then(lambda z: F.log_softmax(z, 1)), head_at_zero):
         assert probe(model, x) == []
 
 
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: Then(lambda z: z.softmax(1)), ["its outputs are probabilities"]),
-        (lambda: Then(lambda z: z / 0), ["its outputs are not finite"]),
-        (lambda: stuck(nn.BatchNorm1d(16)), [r"^1 of .* first is 2\) are in training", "depends on the other"]),
-        (lambda: stuck(nn.Dropout()), ["are in training mode although eval", "two passes .* differ"]),
-        (lambda: Then(lambda z: F.dropout(z, 0.5)), ["two passes over the same images differ"]),
-        (lambda: Then(before=lambda x: x + 0.1 * torch.randn_like(x)), ["two passes over the same images differ"]),
-        (lambda: Then(lambda z: z - z.mean(0)), ["depends on the other images of the batch"]),
-        (lambda: Then(torch.Tensor.detach), ["do not depend on the images as far as autograd sees"]),
-        (lambda: Then(torch.no_grad()(lambda z: z * 1)), ["do not depend on the images as far as autograd sees"]),
-        (lambda: Then(numpy_inside), ["do not depend on the images as far as autograd sees"]),
-        (lambda: Then(inferred), ["cannot be differentiated|do not depend on the images"]),
+        (lambda: Then(lambda z: z.softmax(1)), ["outputs are probabilities"]),
+        (lambda: Then(lambda z: z / 0), ["outputs are not finite"]),
+        (lambda: stuck(nn.BatchNorm1d(16)), [r"^1 of .* first is 2\) .* training mode", "depends on the other"]),
+        (lambda: stuck(nn.Dropout()), ["training mode", "two passes .* differ"]),
+        (lambda: Then(lambda z: F.dropout(z, 0.5)), ["two passes .* differ"]),
+        (lambda: Then(before=lambda x: x + 0.1 * torch.randn_like(x)), ["two passes .* differ"]),
+        (lambda: Then(lambda z: z - z.mean(0)), ["depends on the other images"]),
+        (lambda: Then(torch.Tensor.detach), ["autograd"]),
+        (lambda: Then(torch.no_grad()(lambda z: z * 1)), ["autograd"]),
+        (lambda: Then(lambda z: torch.from_numpy(z.detach().numpy() * 2)), ["autograd"]),
+        (lambda: Then(inferred), ["cannot be differentiated|autograd"]),
         (lambda: Then(NoBackward.apply), ["cannot be differentiated"]),
         (lambda: Then(before=lambda x: (x * 15).round() / 15), ["gradient is exactly zero on all 8 images"]),
-        (lambda: Then(before=lambda x: (x - x).sqrt() + x), ["its gradient is not finite"]),
+        (lambda: Then(before=lambda x: (x - x).sqrt() + x), ["gradient is not finite"]),
     ],
 )  # fmt: skip
 def test_each_fault_and_no_other(x, make, expected):
@@ -339,17 +313,14 @@ def test_each_fault_and_no_other(x, make, expected):
         assert re.search(pattern, sentence) and "\n" not in sentence
 
 
-def test_the_probe_leaves_no_trace(x):
+def test_the_probe_changes_nothing(x):
     net = nn.Sequential(stuck(nn.BatchNorm1d(16)), nn.Dropout())
     net[0][1].weight.requires_grad_(False)
     net[1].eval()
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    buffers = [id(buffer) for buffer in net.buffers()]
-    modes = [module.training for module in net.modules()]
-    random = torch.get_rng_state()
+    modes, random = [module.training for module in net.modules()], torch.get_rng_state()
     assert probe(net, x)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
-    assert [id(buffer) for buffer in net.buffers()] == buffers
     assert [module.training for module in net.modules()] == modes
     assert [p.requires_grad for p in net.parameters()].count(False) == 1
     assert all(p.grad is None for p in net.parameters()) and x.grad is None and not x.requires_grad
@@ -364,16 +335,16 @@ def test_untrained_weights(x):
     assert sentence.startswith("1 of its 4 tensors (the first is net.3.weight) are drawn at random")
 
 
-# ------------------------------------------------------------------------------------------ the whole way
+# --------------------------------------------------------------------------------------------- a whole run
 
 
 def test_our_weights_as_a_foreign_file_are_the_same_model(tmp_path, data_dir):
-    ours = classifier()
-    weights = {"state_dict": nn.DataParallel(ours.net).state_dict(), "epoch": 90}
-    torch.save(weights, tmp_path / "theirs.pth")
-    words = ("trainer=none", "model=foreign", "model.mean=[0.5]", "model.std=[0.5]", f"data_dir={data_dir}")
-    target = ("model.net._target_=aerl.models.AliCNN", "+model.net.hidden=8")
-    parts = build(composed(*words, *target, f"checkpoint={tmp_path / 'theirs.pth'}"))
+    ours, path = classifier(), tmp_path / "theirs.pth"
+    torch.save({"state_dict": nn.DataParallel(ours.net).state_dict(), "epoch": 90}, path)
+    words = ("trainer=none", "model=foreign", f"data_dir={data_dir}", f"checkpoint={path}", "+model.net.hidden=8",
+             "model.net._target_=aerl.models.AliCNN")  # fmt: skip
+    assert refusal(composed, *words).startswith("model.mean: must be given")
+    parts = build(composed(*words, "model.mean=[0.5]", "model.std=[0.5]"))
     assert parts.doubts == ()
     x = parts.data.test.images[:20] / 255
     torch.testing.assert_close(parts.model.eval()(x), ours.eval()(x))
@@ -389,9 +360,8 @@ def test_a_doubt_is_reported(launch, tmp_path):
     )
     torch.save(classifier().net.state_dict(), tmp_path / "plain.pth")
     done = launch(
-        "trainer=none", "checkpoint=own", "model=foreign", "model.mean=[0]", "model.std=[1]", "logger=none",
-        "model.net._target_=my_nets.softmax", "+model.net.weights=plain.pth", "evaluation.samples=9",
-        "attack=fgsm", "analysis=none", "name=soft", PYTHONPATH=str(tmp_path),
+        *JUDGED, *FOREIGN, "logger=none", "model.net._target_=my_nets.softmax", "+model.net.weights=plain.pth",
+        "evaluation.samples=9", "attack=fgsm", "analysis=none", "name=soft", PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (doubt,) = json.loads((tmp_path / "runs/soft/summary.json").read_text())["doubts"]  # none about its weights
@@ -401,10 +371,10 @@ def test_a_doubt_is_reported(launch, tmp_path):
     assert doubt in (tmp_path / "runs/soft/run.log").read_text()
 
 
-def test_own_weights_of_a_network_that_has_none(data_dir):
-    words = ("trainer=none", "checkpoint=own", f"data_dir={data_dir}")
-    assert "checkpoint=own: holds weights without their normalisation" in refusal(build, composed(*words))
-    parts = build(composed(*words, "model.mean=[0.5]", "model.std=[0.5]", "+model.net.hidden=8"))
-    (doubt,) = parts.doubts
-    assert doubt.startswith("12 of its 12 tensors") and "drawn at random" in doubt
-    assert "checkpoint=own" in refusal(build, composed("trainer=none", f"data_dir={data_dir}"))
+def test_own_weights_of_a_network_that_has_none(data_dir, tmp_path):
+    torch.save(AliCNN(num_classes=10, channels=1, size=(8, 8)).state_dict(), tmp_path / "bare.pth")
+    for source in ("own", str(tmp_path / "bare.pth")):
+        words = ("trainer=none", f"checkpoint={source}", f"data_dir={data_dir}")
+        assert re.match(f"checkpoint={source}: .*model.mean=.*model.std=", refusal(build, composed(*words)))
+        parts = build(composed(*words, "model.mean=[0.5]", "model.std=[0.5]"))
+        assert [doubt.split(" tensors")[0] for doubt in parts.doubts] == (["12 of its 12"] if source == "own" else [])

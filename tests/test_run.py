@@ -1,7 +1,6 @@
-"""Whole runs through the real command line: the folder they leave, resuming, refusing, judging, sweeping."""
+"""Whole runs through the real command line: the folder they leave, resuming, refusing, evaluating, sweeping."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,33 +11,29 @@ import pytest
 import torch
 import yaml
 
-from aerl.runtime.files import sha256
-from aerl.tracking.results import read_results, read_summary, write_summary
-from tests.conftest import ROOT
-from tests.runs import FREQUENT, same_end, summary_of, wait_for
+from aerl.tracking.results import read_results
+from tests.conftest import ROOT, environment
+from tests.runs import BARE, FREQUENT, forge, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back
 from tests.test_wandb import summary as wandb_summary
 
 SMALL = ("trainer.epochs=2", "evaluation.samples=40", "attack=[fgsm,pgd]", "attack.pgd.steps=5",
          "analysis.masking.samples=12", "analysis.masking.steps=10", "analysis.masking.queries=10",
          "analysis.landscape.resolution=30", "analysis.gradients.steps=5", "analysis.curve.steps=5")  # fmt: skip
-QUICK = (*SMALL[:7], "logger=none", "analysis=[pictures,masking]")
+QUICK = (*SMALL[:4], "logger=none", "analysis=none")
 
 
-def only_run(tmp_path, depth="*/*/*/*/*"):
-    folders = [path.parent for path in (tmp_path / "runs").glob(f"{depth}/summary.json")]
-    assert len(folders) == 1, folders
-    return folders[0]
+def only_run(tmp_path):
+    (summary,) = (tmp_path / "runs").glob("*/*/*/*/*/summary.json")
+    return summary.parent
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """One small finished run, looked at from several sides."""
+    """One small finished run, for several tests that only read it."""
     home = tmp_path_factory.mktemp("finished")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
-    env |= {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": str(data_dir / "matplotlib")}
     command = [sys.executable, str(ROOT / "launch.py"), *SMALL]
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=home, env=environment(data_dir, home), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return only_run(home), done
 
@@ -46,13 +41,10 @@ def finished(tmp_path_factory, data_dir):
 def test_files_of_the_run_folder(finished):
     folder, _ = finished
     assert folder.parts[-5:-2] == ("digits", "alicnn", "sl") and folder.name == "seed0"
-    files = {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts
-    }
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
-    assert files == {
-        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log",
-        "report.html", ".lock",
+    assert {name for name in files if not name.startswith("wandb/")} == {
+        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log", "report.html", ".lock",
         "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
         *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
         *(f"tables/{name}.csv" for name in measured),
@@ -65,13 +57,12 @@ def test_outcomes_summary_and_results_agree(finished):
     folder, _ = finished
     summary = summary_of(folder)
     assert summary["status"] == "finished" and summary["error"] is None
+    assert summary["masking"]["verdict"] in ("masked", "suspicious", "no sign")
     with np.load(folder / "outcomes.npz", allow_pickle=False) as file:
         outcomes = dict(file)
-    said = ("pred", "p", "confidence", "entropy")
-    assert set(outcomes) == {"index", "label", *(f"clean_{what}" for what in said)} | {
-        f"{attack}_{what}" for attack in ("fgsm", "pgd") for what in (*said, "l2", "linf")
-    }
-    assert summary["masking"]["verdict"] in ("masked", "suspicious", "no sign")
+    metrics = ("pred", "p", "confidence", "entropy")
+    attacked = {f"{attack}_{metric}" for attack in ("fgsm", "pgd") for metric in (*metrics, "l2", "linf")}
+    assert set(outcomes) == {"index", "label", *(f"clean_{metric}" for metric in metrics), *attacked}
     right = outcomes["clean_pred"] == outcomes["label"]
     assert len(right) == 40
     assert summary["clean_accuracy"]["value"] == right.mean()
@@ -80,7 +71,7 @@ def test_outcomes_summary_and_results_agree(finished):
         survived = right & (outcomes[f"{attack}_pred"] == outcomes["label"])
         assert summary["robust_accuracy"][attack] == survived.mean()
         assert (outcomes[f"{attack}_l2"] <= 1 + 1e-5).all()
-        assert (outcomes[f"{attack}_l2"][~right] == 0).all()  # what is wrong already is left alone
+        assert (outcomes[f"{attack}_l2"][~right] == 0).all()  # what is wrong already is not attacked
         worst &= survived
     accuracy = summary["worst_case_accuracy"]
     assert accuracy["value"] == worst.mean() and accuracy["low"] <= worst.mean() <= accuracy["high"]
@@ -89,8 +80,8 @@ def test_outcomes_summary_and_results_agree(finished):
     assert results["robust_accuracy", "pgd"].value == summary["robust_accuracy"]["pgd"]
     assert (results["robust_accuracy", "pgd"].norm, results["robust_accuracy", "pgd"].eps) == ("L2", 1.0)
     assert results["worst_case_accuracy", "none"].value == worst.mean()
-    history = [r for r in read_results(folder / "results.jsonl") if r.split == "train" and r.metric == "reward"]
-    assert [r.step for r in history] == [1, 2]
+    rewards = [r for r in read_results(folder / "results.jsonl") if r.split == "train" and r.metric == "reward"]
+    assert [r.step for r in rewards] == [1, 2]
 
 
 def test_closing_table(finished):
@@ -98,8 +89,7 @@ def test_closing_table(finished):
     assert re.search(r"clean .* %\s+\d", done.stdout) and "worst case" in done.stdout
     assert re.search(r"pgd\s+L2\s+1\s", done.stdout)
     assert f"files      runs/{'/'.join(folder.parts[-5:])}" in done.stdout
-    assert "wandb sync" in done.stdout
-    assert "training: 2,580 images" in done.stderr or "training: 2," in done.stderr
+    assert "wandb sync" in done.stdout and "training: 2," in done.stderr
     assert "\x1b[" not in done.stdout + done.stderr and "\r" not in done.stderr
 
 
@@ -112,7 +102,6 @@ def test_offline_file_of_wandb(finished):
     assert started["run_group"].startswith("digits/alicnn/sl/analysis.")
     assert {"digits", "alicnn", "sl", "pgd"} <= set(started["tags"])
     assert started["config"]["update"]["attack"]["pgd"]["steps"] == 5
-    assert started["config"]["update"]["trainer"]["optimizer"]["lr"] == 1e-3
     rows = [row for row in history(records) if "train/loss" in row]
     assert [row["epoch"] for row in rows] == [1, 2]
     wanted = {"reward", "accuracy", "grad_norm", "lr", "images_per_second"}
@@ -129,7 +118,7 @@ def test_offline_file_of_wandb(finished):
     assert [(files / name).read_bytes()[:4] for name in final["figures/pictures.filenames"]] == [b"\x89PNG"]
 
 
-def test_a_finished_run_is_shown_again_without_torch(launch, tmp_path):
+def test_a_finished_run_is_shown_again_without_torch_and_renewed_on_request(launch, tmp_path):
     first = launch(*QUICK)
     folder = only_run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -139,16 +128,14 @@ def test_a_finished_run_is_shown_again_without_torch(launch, tmp_path):
         "assert 'torch' not in sys.modules"
     )
     again = subprocess.run([sys.executable, "-c", code, *QUICK], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == first.stdout
-    assert "overwrite=true does it again" in again.stderr
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    assert "already finished; overwrite=true" in again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    renewed = launch(*QUICK, "overwrite=true")
-    assert renewed.returncode == 0
+    assert launch(*QUICK, "overwrite=true").returncode == 0
     assert all(path.stat().st_mtime_ns > before[path] for path in folder.rglob("*") if path.is_file())
 
 
-def test_same_seed_same_run_whatever_the_batch_size(launch, tmp_path):
+def test_the_batch_size_changes_no_number_and_another_configuration_is_refused(launch, tmp_path):
     for name, size in (("a", 7), ("b", 40)):
         done = launch(*QUICK, f"name={name}", f"evaluation.batch_size={size}")
         assert done.returncode == 0, done.stderr
@@ -157,6 +144,12 @@ def test_same_seed_same_run_whatever_the_batch_size(launch, tmp_path):
     outcomes = [dict(np.load(tmp_path / f"runs/{name}/outcomes.npz")) for name in "ab"]
     for key in ("clean_pred", "fgsm_pred", "pgd_pred"):
         assert np.array_equal(outcomes[0][key], outcomes[1][key]), key
+    before = summary_of(tmp_path / "runs/a")
+    done = launch(*QUICK, "name=a", "evaluation.batch_size=7", "trainer.batch_size=16")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: run folder runs/a: ")
+    assert "trainer.batch_size is 32 there, 16 here" in line and "name=NAME" in line and "overwrite=true" in line
+    assert summary_of(tmp_path / "runs/a") == before
 
 
 def test_survivors_and_threat_model(launch, tmp_path):
@@ -172,87 +165,45 @@ def test_survivors_and_threat_model(launch, tmp_path):
     assert summary["clean_accuracy"]["value"] >= values[0] >= values[1] >= values[2] > 0
     assert summary["worst_case_accuracy"]["value"] == values[2]
     assert not info["fgsm"]["counts"] and info["fgsm"]["robust_accuracy"]["value"] < values[2]
-    assert "outside the run's threat model (norm, eps, box), so not in the worst case: fgsm" in done.stdout
+    assert re.search(r"not in the worst case.*fgsm", done.stdout)
     outcomes = dict(np.load(tmp_path / "runs/s/outcomes.npz"))
     fooled_first = (outcomes["clean_pred"] == outcomes["label"]) & (outcomes["pgd_pred"] != outcomes["label"])
     assert fooled_first.any()
-    for key in ("pred", "p", "l2", "linf"):  # whom PGD fooled, nobody attacks again
+    for key in ("pred", "p", "l2", "linf"):  # samples that PGD fooled are not attacked again
         assert np.array_equal(outcomes[f"pgd_{key}"][fooled_first], outcomes[f"autoattack_{key}"][fooled_first])
 
 
-def test_a_folder_of_another_configuration_is_refused(launch, tmp_path):
-    words = ("trainer.epochs=1", "logger=none", "name=mine", "attack=none", "analysis=none")
-    assert launch(*words).returncode == 0
-    before = summary_of(tmp_path / "runs/mine")
-    done = launch(*words, "trainer.batch_size=16")
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "error: run folder runs/mine: holds another configuration (trainer.batch_size is 32 there, 16 here); "
-        "use name=NAME to keep both, overwrite=true to start again"
-    ]
-    assert summary_of(tmp_path / "runs/mine") == before
-
-
-def test_evaluating_a_run_takes_its_dataset_and_model(launch, tmp_path):
+def test_evaluating_a_run_takes_its_dataset_and_model_but_no_target(launch, tmp_path):
     rng = np.random.default_rng(0)
     images = {f"X_{part}": rng.integers(0, 256, (60, 9, 9), dtype=np.uint8) for part in ("train", "test")}
     np.savez(tmp_path / "grey.npz", **images, y_train=np.arange(60) % 3, y_test=np.arange(60) % 3)
     words = ("dataset=npz", "dataset.path=grey.npz", "dataset.name=grey", "model=cnn", "model.net.width=0.05")
-    done = launch(*words, "trainer.epochs=1", "attack=none", "analysis=none", "logger=none", "name=trained")
+    done = launch(*words, *BARE, "name=trained")
     assert done.returncode == 0, done.stderr
-    words = ("trainer=none", "checkpoint=runs/trained", "attack.pgd.steps=2", "analysis=none", "logger=none")
-    judged = launch(*words, "attack=pgd")
-    assert judged.returncode == 0, judged.stderr
+    words = ("trainer=none", "checkpoint=runs/trained", *BARE[2:])
+    done = launch(*words, "attack=pgd", "attack.pgd.steps=2")
+    assert done.returncode == 0, done.stderr
     folder = only_run(tmp_path)
     assert folder.parts[-5:-2] == ("grey", "cnn", "none")
     assert summary_of(folder)["clean_accuracy"] == summary_of(tmp_path / "runs/trained")["clean_accuracy"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"] is None
-    wrong = launch("trainer=none", "checkpoint=runs/trained", "model=alicnn", "attack=none", "logger=none")
+    wrong = launch(*words, "model=alicnn", "attack=none")
     assert wrong.returncode == 1
     assert wrong.stderr.splitlines()[-1].startswith("error: checkpoint=runs/trained/checkpoints/best.pt: is of another")
-
-
-def test_a_foreign_run_folder_cannot_name_what_to_import(launch, tmp_path):
-    done = launch("trainer.epochs=1", "attack=none", "logger=none", "name=foreign", "analysis=none")
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "runs/foreign/config.yaml"
-    evil = yaml.safe_load(path.read_text())
-    evil["model"]["net"]["_target_"] = "os.getcwd"
-    path.write_text(yaml.safe_dump(evil))
-    forged = {**read_summary(path.parent), "files": {"config.yaml": sha256(path)}}
-    write_summary(path.parent, forged)
-    refused = launch("trainer=none", "checkpoint=runs/foreign", "logger=none")
-    assert refused.returncode == 1
+    forge(tmp_path / "runs/trained/config.yaml", lambda c: c["model"]["net"].update(_target_="os.getcwd"))
+    refused = launch(*words, "attack=none")
     (line,) = refused.stderr.splitlines()
-    assert "its config.yaml says model.net._target_=os.getcwd, which is not taken from a run folder" in line
-
-
-def test_a_bare_state_dict_needs_its_normalisation(launch, tmp_path):
-    from aerl.models import AliCNN
-
-    torch.save(AliCNN(num_classes=10, channels=1, size=(8, 8)).state_dict(), tmp_path / "paper.pth")
-    words = ("trainer=none", "checkpoint=paper.pth", "attack=none", "logger=none", "analysis=none")
-    refused = launch(*words)
-    assert refused.returncode == 1
-    assert "holds weights without their normalisation" in refused.stderr.splitlines()[-1]
-    assert launch(*words, "model.mean=[0.3]", "model.std=[0.4]").returncode == 0
+    assert refused.returncode == 1 and "model.net._target_=os.getcwd, which is not allowed" in line
 
 
 def test_multirun_folders_groups_and_failing_jobs(launch, tmp_path):
-    words = ("-m", "trainer=sl,rl", "seed=0,1", "trainer.epochs=1", "attack=none", "analysis=none")
-    done = launch(*words)
+    done = launch("-m", "trainer=sl,rl", "seed=0,1", *BARE[:3])
     assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / "runs").glob("*/*/*/*/*/summary.json"))
-    assert len(folders) == 4
-    ids = {json.loads(path.read_text())["run_id"] for path in folders}
-    groups = {path: read_back(path.parent)["run"][0]["run_group"] for path in folders}
-    assert len(ids) == 4 and len(set(groups.values())) == 2  # a group for each trainer, a run for each seed
+    folders = [path.parent for path in (tmp_path / "runs").glob("*/*/*/*/*/summary.json")]
+    assert len({summary_of(folder)["run_id"] for folder in folders}) == 4
+    assert len({read_back(folder)["run"][0]["run_group"] for folder in folders}) == 2  # one for each trainer
     assert len(list((tmp_path / "runs").glob("**/*.wandb"))) == 4
-    few = ("attack=none", "analysis=none", "logger=none", "trainer.epochs=1", "runs_dir=others")
-    wrong = launch("-m", "seed=5,-1", *few)  # told before the first job begins, and nothing is left
-    assert wrong.returncode == 1 and not (tmp_path / "others").exists()
-    assert wrong.stderr.startswith("error: seed=-1: should be greater than or equal to 0")
-    failing = launch("-m", "dataset.train_samples=9999,64", *few)
+    failing = launch("-m", "dataset.train_samples=9999,64", *BARE, "runs_dir=others")
     assert failing.returncode == 1
     assert "error: dataset.train_samples=9999: the training split has 1293 images" in failing.stderr
     assert "Traceback" not in failing.stderr
@@ -262,20 +213,21 @@ def test_multirun_folders_groups_and_failing_jobs(launch, tmp_path):
 def test_full_disk(tmp_path, data_dir, launch):
     """Files may not grow beyond 1 MB: the checkpoint does not fit, the record of the failure does."""
     assert launch("prepare_data_only=true").returncode == 0
-    words = ("trainer.epochs=1", "attack=none", "analysis=none", "logger=none", "name=full")
+    words = (*BARE, "name=full")
     command = f'ulimit -f 1000; exec "{sys.executable}" "{ROOT / "launch.py"}" {" ".join(words)}'
-    env = {**os.environ, "AERL_DATA": str(data_dir)}
+    env = environment(data_dir, tmp_path)
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    last = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(last) == 1 and re.search(r"cannot write runs/full/checkpoints/\w+\.pt: File too large", last[0])
-    assert summary_of(tmp_path / "runs/full")["status"] == "failed"
-    assert "File too large" in summary_of(tmp_path / "runs/full")["error"]
-    assert "File too large" in (tmp_path / "runs/full/report.html").read_text()
-    assert not [path.name for path in (tmp_path / "runs/full/checkpoints").iterdir()]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"cannot write runs/full/checkpoints/\w+\.pt: File too large", line)
+    folder = tmp_path / "runs/full"
+    assert summary_of(folder)["status"] == "failed"
+    assert "File too large" in summary_of(folder)["error"]
+    assert "File too large" in (folder / "report.html").read_text()
+    assert not list((folder / "checkpoints").iterdir())
     assert launch(*words).returncode == 0
-    assert summary_of(tmp_path / "runs/full")["status"] == "finished"
+    assert summary_of(folder)["status"] == "finished"
 
 
 def test_prepare_data_only_prepares_and_stops(launch, tmp_path):
@@ -289,34 +241,31 @@ def test_prepare_data_only_prepares_and_stops(launch, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_run_on_a_gpu(launch, tmp_path, precision):
-    """Training in either precision, attacks in fp32, and a resumed evaluation that agrees."""
+    """Training in either precision, attacks in fp32, and an evaluation with another batch size that agrees."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    words = ("hardware=cuda", f"hardware.precision={precision}", "trainer=rl_adv", "logger=none",
-             "evaluation.samples=40")  # fmt: skip
-    done = launch(*words, "attack=[fgsm,pgd,autoattack]", "name=gpu")
+    words = ("hardware=cuda", "logger=none", "evaluation.samples=40")
+    training = ("trainer=rl_adv", f"hardware.precision={precision}", "attack=[fgsm,pgd,autoattack]", "name=gpu")
+    done = launch(*words, *training)
     assert done.returncode == 0, done.stderr
     summary = summary_of(tmp_path / "runs/gpu")
     assert summary["clean_accuracy"]["value"] > 0.8
     assert summary["worst_case_accuracy"]["value"] <= min(summary["robust_accuracy"].values())
-    judged = launch("trainer=none", "checkpoint=runs/gpu", "hardware=cuda", "evaluation.samples=40", "attack=pgd",
-                    "evaluation.batch_size=7", "logger=none", "name=again")  # fmt: skip
-    assert judged.returncode == 0, judged.stderr
+    done = launch(*words, "trainer=none", "checkpoint=runs/gpu", "attack=pgd", "evaluation.batch_size=7", "name=again")
+    assert done.returncode == 0, done.stderr
     again = summary_of(tmp_path / "runs/again")
     assert again["robust_accuracy"]["pgd"] == pytest.approx(summary["robust_accuracy"]["pgd"], abs=0.05)
 
 
-def test_an_analysis_that_is_not_made(launch, tmp_path):
+def test_an_analysis_with_nothing_to_show_is_skipped(launch, tmp_path):
     words = ("trainer.epochs=1", "attack=none", "evaluation.samples=20", "logger=none", "name=few", "eps=0")
     done = launch(*words, "analysis=[norms,landscape,confusion]")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/few"
-    reasons = {"norms": "no attack fooled a sample", "landscape": "eps is 0"}
-    assert summary_of(folder)["not_made"] == reasons
-    for name, reason in reasons.items():
-        assert f"{name}: skipped: {reason}" in done.stderr
-        assert re.search(rf"^not made +{name}: {reason}$", done.stdout, re.MULTILINE)
-        assert f"{name}: {reason}" in (folder / "report.html").read_text()
+    assert set(summary_of(folder)["not_made"]) == {"norms", "landscape"}
+    for name, reason in summary_of(folder)["not_made"].items():
+        for text in (done.stderr, done.stdout, (folder / "report.html").read_text()):
+            assert re.search(rf"{name}: .*{reason}", text)
     assert (folder / "figures/confusion.png").exists()
 
 
@@ -330,7 +279,7 @@ def test_stopped_or_killed_and_repeated(tmp_path, data_dir, launch, moment, numb
         words += ("trainer.epochs=1", "attack=[fgsm,autoattack]", "attack.autoattack.batch_size=6",
                   "attack.autoattack.queries=50")  # fmt: skip
     command = [sys.executable, "-c", FREQUENT, *words, "name=cut"]
-    env = {**os.environ, "AERL_DATA": str(data_dir)}
+    env = environment(data_dir, tmp_path)
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     wanted = "checkpoints/last.pt" if moment == "training" else "progress.npz"
     wait_for((tmp_path / "runs/cut" / wanted).exists, process)
@@ -339,7 +288,7 @@ def test_stopped_or_killed_and_repeated(tmp_path, data_dir, launch, moment, numb
     status = summary_of(tmp_path / "runs/cut")["status"]
     if number == signal.SIGTERM:
         assert (process.returncode, status) == (75, "stopped"), log
-        assert "stopped by SIGTERM; the same command resumes" in log and "Traceback" not in log
+        assert "stopped by SIGTERM" in log and "Traceback" not in log
     else:
         assert status == "running"
     for name in ("cut", "whole"):

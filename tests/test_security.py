@@ -96,9 +96,9 @@ def tag(run, bait, canary):
         (outcomes, WORDS, "runs/r/outcomes.npz: cannot be read (Object arrays cannot be loaded"),
         (progress, WORDS, "runs/r/progress.npz: cannot be read (Object arrays cannot be loaded"),
         (dataset, ("dataset=npz", "dataset.path=mine.npz"), "dataset.path=mine.npz: "),
-        (target, JUDGE, "checkpoint=runs/r: its config.yaml says model.net._target_=os.system"),
-        (interpolation, JUDGE, "checkpoint=runs/r: its config.yaml says model.net.hidden=${oc.env:HOME}"),
-        (tag, JUDGE, "checkpoint=runs/r: cannot read runs/r/config.yaml: could not determine a constructor"),
+        (target, JUDGE, "runs/r: config.yaml has model.net._target_=os.system"),
+        (interpolation, JUDGE, "runs/r: config.yaml has model.net.hidden=${oc.env:HOME}"),
+        (tag, JUDGE, "cannot read runs/r/config.yaml: could not determine a constructor"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

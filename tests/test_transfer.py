@@ -318,7 +318,7 @@ def test_sources_that_cannot_be_used_are_refused(launch, home):
     (home / "alone").mkdir()
     shutil.copy(home / "a/checkpoints/best.pt", home / "alone/best.pt")
     refused = {
-        "nowhere": "no such file or folder", "alone/best.pt": "no run folder", "alien": "cifar10",
+        "nowhere": "no such file or folder", "alone/best.pt": "expected a run folder", "alien": "cifar10",
         "evil": "model.net._target_=os.getcwd", "garbled": "model=../x=1",
         "classes/checkpoints/best.pt": "net.fc2.weight is (3, 1024)",
     }  # fmt: skip

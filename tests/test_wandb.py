@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from aerl.config.names import shortened
 from aerl.tracking.results import read_results
 from aerl.tracking.wandb import _wandb_id
-from aerl.types import shortened
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

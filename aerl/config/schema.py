@@ -1,11 +1,9 @@
-"""The schema: every key, its type and its bounds.
+"""The schema: every key of the configuration, its type and its bounds.
 
-What YAML files compose to is checked before anything is computed or written: the fixed sections against the classes
-below, each `_target_` against the signature of what it names (aerl.config.targets).
+The fixed sections are checked against the classes below, each `_target_` by `aerl.config.targets`.
 """
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,33 +11,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from aerl.types import Count, Index, NonNegative, Norm, Number, Positive, Probability, finite, quotient
 
 
-def _has_target(spec: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(spec.get("_target_"), str):
-        raise ValueError("needs a _target_: the dotted name of a function or class")
-    return spec
-
-
-def _below_runs_dir(name: str) -> str:
-    """It becomes part of a run folder's path, which overwrite=true discards."""
-    path = Path(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise ValueError("must be the name of a folder below runs_dir")
-    for part in path.parts:
-        if part[0] in "-~" or part[-1] in ". " or len(part.encode()) > 255:  # the limit of Linux's file systems
-            raise ValueError(
-                "must be a folder's name of at most 255 bytes, not begin with - or ~, nor end with . or space"
-            )
+def _folder_name(name: str) -> str:
+    """Part of a run folder's path, which overwrite=true empties: it must stay below runs_dir."""
+    part = r"[^/~-][^/]*(?<![. ])"
+    if len(name.encode()) > 255 or not name.isprintable() or not re.fullmatch(f"{part}(/{part})*", name):
+        raise ValueError("must name a folder below runs_dir: at most 255 bytes, no ~ or - first, no . or space last")
     return name
 
 
-Setting = Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]
-Target = Annotated[dict[str, Setting], AfterValidator(_has_target)]
-Name = Annotated[str, AfterValidator(_below_runs_dir)]
-Folder = Annotated[str, Field(min_length=1)]
-
-
 def _metric_name(name: str) -> str:
-    """It ends a column of outcomes.npz, after the attack's name and an underscore."""
+    """The end of a column of outcomes.npz, after the attack's name."""
     if not re.fullmatch("[a-zA-Z][a-zA-Z0-9]*", name):
         raise ValueError("must be a name of letters and digits")
     if name in ("pred", "p", "confidence", "entropy", "l2", "linf"):
@@ -47,17 +28,14 @@ def _metric_name(name: str) -> str:
     return name
 
 
+Target = dict[str, Annotated[Any, AfterValidator(quotient), AfterValidator(finite)]]  # its _target_ and settings
+Name = Annotated[str, AfterValidator(_folder_name)]
 MetricName = Annotated[str, AfterValidator(_metric_name)]
+Folder = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-
-class Augmentation(Section):
-    hflip: Probability
-    vflip: Probability
-    translate: Probability
 
 
 class Dataset(Section):
@@ -69,7 +47,7 @@ class Dataset(Section):
     train_samples: Count | None
     val_fraction: Annotated[Positive, Field(lt=1)]
     split_seed: Annotated[Index, Field(lt=2**32)]  # as NumPy takes them
-    augmentation: Augmentation
+    augmentation: dict[Literal["hflip", "vflip", "translate"], Probability]
     source: Target
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aerl.config.errors import print_exception
-from aerl.config.multirun import check_jobs, check_overrides, sweep_jobs
+from aerl.config.multirun import check_jobs, sweep_jobs
 from aerl.config.names import sweep_name
 from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
 from aerl.runtime import signals
@@ -62,9 +62,7 @@ class Manifest:
         self.folder: Path | None = None
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        os.environ.pop(_FOLDER, None)  # inherited from another multirun
-        with _exit_on_error():
-            check_overrides(config)
+        os.environ.pop(_FOLDER, None)  # inherited from a multirun that this process is not part of
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         if not is_main():
@@ -117,12 +115,11 @@ class Manifest:
 
 @contextlib.contextmanager
 def _exit_on_error() -> Iterator[None]:
-    """End the process after printing an error: Hydra would warn of an exception in a callback, and continue."""
+    """End the process with the error's line: Hydra would only warn of an exception in a callback."""
     try:
         yield
     except Exception as error:
-        if is_main():
-            print_exception(error)
+        print_exception(error)
         sys.exit(1)
 
 

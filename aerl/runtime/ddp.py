@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from aerl.errors import UserError
 from aerl.runtime import signals
 from aerl.runtime.signals import Stopped
-from aerl.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
