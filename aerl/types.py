@@ -9,12 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from aerl.errors import UserError as UserError
-from aerl.errors import first_line as first_line
-from aerl.errors import foreign_code as foreign_code
-from aerl.errors import is_foreign as is_foreign
-from aerl.errors import named as named
-
 _QUOTIENT = re.compile(r"\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*/\s*([\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -93,3 +94,23 @@ def forge(path, change):
     if "files" in summary:
         summary["files"] = {name: sha256(folder / name) for name in summary["files"] if (folder / name).is_file()}
     write_summary(folder, summary)
+
+
+def on_a_terminal(code: str, *arguments: str, stdout: int | None = None, **variables: str) -> str:
+    """What a program prints on a terminal of 80 columns: stderr, and stdout unless that goes elsewhere."""
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM")}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**env, "TERM": "xterm", "COLUMNS": "80", **variables},
+        stdin=theirs, stdout=theirs if stdout is None else stdout, stderr=theirs,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        screen = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                screen += chunk
+        except OSError:  # the other end is closed
+            os.close(ours)
+        assert process.wait(60) == 0, screen.decode()
+    return screen.decode()

@@ -23,7 +23,7 @@ from aerl.attacks import (
     pgd,
     warn,
 )
-from aerl.types import UserError
+from aerl.errors import UserError
 from tests.nets import (
     Linear,
     Recording,

@@ -12,7 +12,7 @@ from torch import nn
 
 from aerl.attacks import AutoAttack, NoGradient, collect_warnings, pgd
 from aerl.attacks.autoattack import _drop_fooled, _Tile
-from aerl.types import UserError
+from aerl.errors import UserError
 from tests.nets import Through, digits_net, noise_for, partly_trained, predictions, sizes, state_of, wrong
 
 STANDARD = ["apgd-ce", "apgd-t", "fab-t", "square"]

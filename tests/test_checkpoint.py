@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
+from aerl.errors import UserError
 from aerl.models import AliCNN, Classifier
 from aerl.tracking.results import write_summary
 from aerl.training import checkpoint
-from aerl.types import UserError
 
 
 def classifier(classes: int = 10, mean: float = 0.5) -> Classifier:
@@ -118,7 +118,7 @@ FULL = """
 import resource, signal, sys, torch
 from pathlib import Path
 from aerl.training import checkpoint
-from aerl.types import UserError
+from aerl.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])
 checkpoint.save({"model": {"w": torch.zeros(10)}}, path)

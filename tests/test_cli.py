@@ -81,7 +81,7 @@ WRONG = [
     ("norm=Linf eps=8", "eps=8: pixels are in [0, 1]; did you mean 8/255?"),
     ("model.mean=[nan]", "model.mean.0=nan: must be finite"),
     ("trainer.optimizer.lr='inf'", "trainer.optimizer.lr=inf: must be finite"),
-    ("trainer.optimizer.lr=-1", "trainer.optimizer: Invalid learning rate: -1"),
+    ("trainer.optimizer.lr=-1", "trainer.optimizer: ValueError: Invalid learning rate: -1"),
     ("trainer.optimizer._target_=torch.optim.Adamm", "cannot be imported"),
     ("trainer.select=val_adversarial_accuracy", "needs trainer.adversary"),
     ("attack.pgd.steps=2.5", "integer"),

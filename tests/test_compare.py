@@ -15,10 +15,10 @@ from scipy.stats import binomtest
 
 from aerl.analyses import AnalysisContext
 from aerl.config.targets import bind
+from aerl.errors import UserError
 from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.report.table import show
 from aerl.tracking.results import ResultLog, read_results, write_summary
-from aerl.types import UserError
 
 # --------------------------------------------------------------------------------------------- statistics
 

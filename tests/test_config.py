@@ -3,7 +3,7 @@
 import pytest
 
 from aerl.config.targets import bind
-from aerl.types import UserError
+from aerl.errors import UserError
 
 PGD = {"_target_": "aerl.attacks.pgd", "eps": 0.5}
 LATER = {"later": ["model", "x", "y", "generator"]}

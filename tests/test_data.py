@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from aerl.data import Batches, DataSplits, Source, Split, Table, limit_training, prepare, sources, to_unit
-from aerl.types import UserError
+from aerl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"

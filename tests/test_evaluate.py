@@ -12,12 +12,12 @@ from torch import nn
 
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split, subset
+from aerl.errors import UserError
 from aerl.evaluation import evaluate
 from aerl.evaluation.evaluate import run_attack
 from aerl.evaluation.outcomes import Attacked, accuracy, check_within, reward, so_far
 from aerl.models import AliCNN
 from aerl.runtime.device import is_out_of_memory
-from aerl.types import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from aerl.build import attack as build_attack
 from aerl.build import build
 from aerl.config.compose import read
 from aerl.config.targets import bind
+from aerl.errors import UserError
 from aerl.models import AliCNN, Classifier
 from aerl.models.probe import drawn, probe
 from aerl.training import checkpoint
-from aerl.types import UserError
 from tests.conftest import ROOT
 
 SIZES = {"num_classes": 7, "channels": 3, "size": (8, 8)}

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
+from aerl.errors import UserError
 from aerl.hub import FILES, export, main
 from aerl.runtime.files import load_arrays, sha256
 from aerl.training import checkpoint
-from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import forge, summary_of
 from tests.test_wandb import environment

@@ -7,9 +7,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch.nn import functional as F
 
 from aerl.config.schema import MetricName
+from aerl.errors import UserError
 from aerl.evaluation.metrics import BUILT_IN, margin, measure
 from aerl.tracking.results import read_results
-from aerl.types import UserError
 
 LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.0, 3.0, 0.5], [torch.nan, 0.0, 1.0]])
 LABELS = torch.tensor([0, 2, 1])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from aerl.errors import UserError
 from aerl.models import CNN, AliCNN, Classifier, torchvision_net
-from aerl.types import UserError
 
 
 @pytest.mark.parametrize(

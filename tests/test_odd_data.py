@@ -19,10 +19,10 @@ from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
 from aerl.attacks import AutoAttack, collect_warnings, pgd
 from aerl.data import Split
+from aerl.errors import UserError
 from aerl.evaluation import evaluate
 from aerl.evaluation.outcomes import accuracy, check_within, so_far
 from aerl.tracking.results import ResultLog
-from aerl.types import UserError
 
 EPS = {"L2": 0.5, "Linf": 0.05}
 ALONE = {"load": lambda runs, key: {}}

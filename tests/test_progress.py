@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from aerl.runtime.progress import progress
-from tests.test_report import on_a_terminal
+from tests.runs import on_a_terminal
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The closing table of a run, and the pictures."""
 
 import logging
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from aerl.evaluation.statistics import proportion
 from aerl.report.table import show
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog, write_summary
+from tests.runs import on_a_terminal
 
 SUMMARY = {
     "status": "finished", "run_id": "digits-alicnn-sl-0", "folder": "outputs/digits-alicnn-sl/seed=0",
@@ -111,20 +110,9 @@ def test_showing_a_run_imports_nothing_slow(tmp_path):
 @pytest.mark.parametrize(("variables", "colour"), [({"COLUMNS": "40"}, True), ({"NO_COLOR": "1"}, False)])
 def test_colours_and_a_narrow_window(tmp_path, variables, colour):
     write_summary(tmp_path, SUMMARY)
-    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "TERM")}
-    ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", SHOW, str(tmp_path)], env=env | {"TERM": "xterm"} | variables,
-                          stdin=theirs, stdout=theirs, stderr=theirs) as process:  # fmt: skip
-        os.close(theirs)
-        screen = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                screen += chunk
-        except OSError:  # the other end is closed
-            os.close(ours)
-        assert process.wait(60) == 0, screen.decode()
-    assert (b"\x1b[32mfinished" in screen) is bool(re.search(rb"\x1b\[3\d", screen)) is colour
-    assert "…" not in screen.decode() and b"worst case" in screen and b"98.1 %" in screen
+    screen = on_a_terminal(SHOW, str(tmp_path), **variables)
+    assert ("\x1b[32mfinished" in screen) is bool(re.search(r"\x1b\[3\d", screen)) is colour
+    assert "…" not in screen and "worst case" in screen and "98.1 %" in screen
 
 
 # ---------------------------------------------------------------------------------------- the pictures
@@ -174,7 +162,7 @@ def test_pictures_of_any_number_of_channels(tmp_path, channels, attacks, samples
     assert given.model.training  # as it was
 
 
-def test_fooled_images_come_first(tmp_path: Path) -> None:
+def test_fooled_images_come_first(tmp_path):
     from aerl.analyses.pictures import _chosen, _title
 
     given = context(tmp_path, examples=10)

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aerl.errors import UserError
 from aerl.evaluation.statistics import proportion, wilson
 from aerl.runtime.files import atomic_write
 from aerl.tracking.results import Result, ResultLog, read_results, read_summary, write_summary
-from aerl.types import UserError, eps_text
+from aerl.types import eps_text
 from tests.runs import wait_for
 
 IDENTITY = {"run_id": "r", "seed": 0, "dataset": "digits", "model": "cnn", "trainer": "sl"}
@@ -161,7 +162,7 @@ FULL_DISK = f"""
 import resource, sys
 from pathlib import Path
 from aerl.tracking.results import ResultLog, atomic_write
-from aerl.types import UserError
+from aerl.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 folder = Path(sys.argv[1])
 log = ResultLog(folder, {IDENTITY})

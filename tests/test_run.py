@@ -44,10 +44,10 @@ def test_files_of_the_run_folder(finished):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert {name for name in files if not name.startswith("wandb/")} == {
-        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log", "report.html", ".lock",
-        "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
+        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log", "report.html",
+        ".lock", "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
         *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
-        *(f"tables/{name}.csv" for name in measured),
+        *(f"tables/{name}.csv" for name in (*measured, "masking")),
     }  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["trainer"]["epochs"] == 2 and config["attack"]["pgd"]["steps"] == 5

@@ -18,11 +18,11 @@ from hydra import compose, initialize_config_dir
 
 from aerl.config import compose as compose_module
 from aerl.config import names, targets
+from aerl.errors import UserError
 from aerl.report import page, runs
 from aerl.runtime import files
 from aerl.tracking import inputs, run_folder
 from aerl.tracking.results import read_results, read_summary, write_summary
-from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import begin, ended, results_of, summary_of
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
+from aerl.errors import UserError
 from aerl.runtime.files import inside, read_json, read_yaml
-from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import forge
 

@@ -19,6 +19,7 @@ from aerl.attacks import BatchGenerator, pgd
 from aerl.build import build_recipe
 from aerl.config.compose import read
 from aerl.data import Batches, DataSplits, Split, augment, to_unit
+from aerl.errors import UserError
 from aerl.models import Classifier
 from aerl.runtime import signals
 from aerl.runtime.device import stream
@@ -26,7 +27,6 @@ from aerl.tracking.results import ResultLog, read_results
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, TrainStep, check_recipe, fit, learning_rate, validate
 from aerl.training.objectives import EpsilonGreedy, Labels, adversarial_training, policy_gradient, trades
-from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import results_of
 
@@ -450,8 +450,8 @@ class Full:
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
-        ("aerl.data.batches.Batches._select", 6),
-        ("aerl.training.loop.to_unit", 7),  # of an epoch: one is in the validation
+        ("aerl.data.batches.Batches._select", 7),  # of an epoch: one is in the validation
+        ("aerl.training.loop.to_unit", 7),
         ("aerl.training.loop.TrainStep.forward", 6),
         ("torch.Tensor.backward", 6),
         ("torch.nn.utils.clip_grad_norm_", 6),

@@ -16,11 +16,11 @@ from torch import nn
 
 from aerl.attacks import Crafted, SampleGenerator, Transfer, attacking, collect_warnings, pgd
 from aerl.attacks.projections import norms
+from aerl.errors import UserError
 from aerl.evaluation.statistics import wilson
 from aerl.models import AliCNN
 from aerl.tracking.results import read_results
 from aerl.training import checkpoint
-from aerl.types import UserError
 from tests.conftest import ROOT
 from tests.runs import forge
 

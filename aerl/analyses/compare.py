@@ -10,11 +10,12 @@ import numpy as np
 from pydantic import AfterValidator
 
 from aerl.analyses.context import AnalysisContext
+from aerl.errors import UserError
 from aerl.evaluation.outcomes import right
 from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.runtime.files import inside, load_arrays
 from aerl.tracking.results import Result, changed_files, read_config, read_summary
-from aerl.types import UserError, eps_text
+from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from aerl.data import Split, subset
+from aerl.errors import UserError
 from aerl.evaluation.outcomes import right
 from aerl.report import figures
 from aerl.runtime.device import Hardware
 from aerl.runtime.files import write_csv
 from aerl.tracking.results import ResultLog, read_summary
-from aerl.types import Norm, UserError
+from aerl.types import Norm
 
 
 class NotMade(UserError):

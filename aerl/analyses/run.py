@@ -13,13 +13,13 @@ from aerl.attacks import NoGradient
 from aerl.build import Parts
 from aerl.config.schema import Config
 from aerl.data import Split
+from aerl.errors import UserError, first_line
 from aerl.evaluation.evaluate import batch_size
 from aerl.evaluation.outcomes import Outcomes
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import is_out_of_memory
 from aerl.runtime.files import load_arrays
 from aerl.tracking.run_folder import Record
-from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
 

@@ -12,12 +12,13 @@ from aerl.analyses.context import AnalysisContext, Beside
 from aerl.attacks import Crafted, attacking, predictions
 from aerl.attacks.transfer import Loss
 from aerl.data import Split
+from aerl.errors import UserError
 from aerl.evaluation import evaluate
 from aerl.evaluation.statistics import proportion
 from aerl.report import figures
 from aerl.runtime.progress import progress
 from aerl.tracking.results import Result
-from aerl.types import Count, Index, NonNegative, Norm, UserError, eps_text
+from aerl.types import Count, Index, NonNegative, Norm, eps_text
 
 Row = dict[str, dict[str, float]]  # by target, its accuracy as `proportion` states it
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, warn
 from aerl.attacks.random import Noise
-from aerl.types import Count, NonNegative, Norm, UserError
+from aerl.errors import UserError
+from aerl.types import Count, NonNegative, Norm
 
 Component = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 

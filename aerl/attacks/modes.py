@@ -8,7 +8,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from aerl.types import UserError
+from aerl.errors import UserError
 
 NOT_FINITE = "the model returned NaN or infinity: such logits count as misclassified, such gradients are not followed"
 

@@ -11,7 +11,8 @@ from aerl.attacks import losses
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
 from aerl.attacks.projections import ascent_direction, clip, random_in_ball
 from aerl.attacks.random import Noise
-from aerl.types import Count, NonNegative, Norm, UserError
+from aerl.errors import UserError
+from aerl.types import Count, NonNegative, Norm
 
 
 def pgd(

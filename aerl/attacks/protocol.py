@@ -9,7 +9,8 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from aerl.types import Count, NonNegative, Norm, UserError
+from aerl.errors import UserError
+from aerl.types import Count, NonNegative, Norm
 
 # attack(model, x, y, *, generator) -> images like x (B, C, H, W), or a dict of them: one for each part
 Attack = Callable[..., Tensor | dict[str, Tensor]]

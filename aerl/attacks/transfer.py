@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from aerl.attacks.modes import NoGradient, warn
 from aerl.attacks.pgd import pgd
 from aerl.attacks.random import Noise, SampleGenerator
+from aerl.errors import UserError
 from aerl.runtime.files import load_arrays, save_arrays, writing
-from aerl.types import Count, Index, NonNegative, Norm, UserError
+from aerl.types import Count, Index, NonNegative, Norm
 
 Loss = Literal["log_odds", "ce", "rescaled_ce", "margin", "dlr"]
 

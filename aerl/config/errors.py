@@ -6,14 +6,16 @@ import re
 import traceback
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from pydantic import ValidationError
 
 from aerl.errors import UserError
 from aerl.runtime.ddp import prints_errors
 from aerl.runtime.terminal import full_error, memory_line, override_word, print_error
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # --help does without it
 
 _EXTRAS = {"joblib": ("gpus", "joblib"), "submitit_slurm": ("slurm", "slurm")}  # what conf/hydra/launcher builds on
 
@@ -83,7 +85,7 @@ def omegaconf_line(error: OmegaConfBaseException) -> str:
     return f"{error.full_key}: {message}" if error.full_key else message
 
 
-def pydantic_line(error: ValidationError, prefix: str = "") -> str:
+def pydantic_line(error: "ValidationError", prefix: str = "") -> str:
     """The first of pydantic's complaints as `key=value: what would be right`."""
     first = error.errors()[0]
     words = [str(word) for word in first["loc"] if not str(word).startswith(("function-", "constrained-"))]

@@ -29,9 +29,9 @@ import torch
 
 from aerl.data.sources import Source, few, reading
 from aerl.data.splits import DataSplits, Split
+from aerl.errors import UserError, first_line
 from aerl.runtime.files import atomic_write
 from aerl.tracking.inputs import fingerprint, stamp
-from aerl.types import UserError, first_line
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]

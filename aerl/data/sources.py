@@ -8,6 +8,7 @@ import glob
 import logging
 import re
 import socket
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from torch.utils.data import ConcatDataset
 
+from aerl.errors import UserError, first_line
 from aerl.tracking.inputs import is_hidden, walk
-from aerl.types import UserError, first_line
 
 NETWORK_TIMEOUT = 20.0  # seconds to wait for a silent server
 SPLIT_WORDS = {
@@ -98,7 +99,10 @@ def npz(*, path: str) -> Source:
 
     Images are uint8, (N, H, W, C) or greyscale (N, H, W); labels are whole numbers, (N,) or (N, 1).
     """
-    with np.load(Path(path).expanduser(), allow_pickle=False) as file:
+    place = Path(path).expanduser()
+    if not zipfile.is_zipfile(place):  # numpy would take it for a pickle
+        raise UserError(f"dataset.path={place}: no such file, or not a complete .npz file")
+    with np.load(place, allow_pickle=False) as file:
         train, test = (Table(file[f"X_{part}"], file[f"y_{part}"].reshape(-1)) for part in ("train", "test"))
     return Source(train, test)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aerl.types import UserError
+from aerl.errors import UserError
 
 log = logging.getLogger("aerl")
 

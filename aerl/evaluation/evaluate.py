@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aerl.attacks import Attack, AttackSpec, NoGradient, SampleGenerator, attacking, collect_warnings, predictions, warn
 from aerl.data import Split, rows, subset, to_unit
+from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
 from aerl.evaluation.outcomes import Attacked, Outcomes, Policy, accuracy, check_within, so_far
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
@@ -23,7 +24,6 @@ from aerl.runtime.device import Hardware, is_out_of_memory, seed_from
 from aerl.runtime.files import load_arrays, save_arrays
 from aerl.runtime.progress import progress
 from aerl.tracking.run_folder import Record, unattacked
-from aerl.types import UserError, foreign_code, is_foreign, named
 
 if TYPE_CHECKING:
     from aerl.build import Parts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from aerl.types import UserError, foreign_code
+from aerl.errors import UserError, foreign_code
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from aerl.data import Split, to_unit
+from aerl.errors import UserError
 from aerl.evaluation.statistics import proportion
-from aerl.types import UserError
 
 Outcomes = dict[str, np.ndarray]  # outcomes.npz: index, label, clean_pred, ..., <attack>_pred, ...
 Policy = Literal["argmax", "sample"]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from aerl.errors import UserError
 from aerl.evaluation.outcomes import Attacked, Outcomes
 from aerl.runtime import signals
 from aerl.runtime.files import load_arrays, save_arrays
-from aerl.types import UserError
 
 log = logging.getLogger("aerl")
 

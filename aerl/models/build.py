@@ -10,11 +10,11 @@ from aerl.attacks import attacking, evaluating
 from aerl.config.schema import Config
 from aerl.config.targets import bind
 from aerl.data import DataSplits, to_unit
+from aerl.errors import UserError, foreign_code
 from aerl.models.classifier import Classifier
 from aerl.models.probe import keeping_buffers
 from aerl.runtime import ddp
 from aerl.runtime.device import Hardware, seed_from
-from aerl.types import UserError, foreign_code
 
 log = logging.getLogger("aerl")
 

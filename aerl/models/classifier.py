@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from aerl.types import UserError
+from aerl.errors import UserError
 
 
 class Normalize(nn.Module):

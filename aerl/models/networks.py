@@ -5,7 +5,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aerl.types import Count, Positive, UserError
+from aerl.errors import UserError
+from aerl.types import Count, Positive
 
 
 class CNN(nn.Module):

@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from aerl.attacks import attacking
+from aerl.errors import UserError, first_line
 from aerl.runtime.device import is_out_of_memory
-from aerl.types import UserError, first_line
 
 
 def probe(model: nn.Module, x: Tensor) -> list[str]:

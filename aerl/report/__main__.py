@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aerl.errors import first_line
 from aerl.report import page, runs
 from aerl.runtime.terminal import Parser, command, one_line
-from aerl.types import first_line
 
 
 @command

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from aerl.config.errors import print_exception
-from aerl.config.multirun import check_jobs, sweep_jobs
 from aerl.config.names import sweep_name
+from aerl.errors import UserError
 from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
 from aerl.runtime import signals
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, writing
-from aerl.types import UserError
 
 _FOLDER = "AERL_MULTIRUN"
 # Overrides of the jobs that also hold for the run that follows them; it has dataset and model from their checkpoints.
@@ -77,6 +76,8 @@ class Manifest:
 
     def _plan(self, config: Any, folder: Path) -> None:
         """Check all jobs and write the plan; what is known about the same jobs remains."""
+        from aerl.config.multirun import check_jobs, sweep_jobs
+
         inherited = [word for word in config.hydra.overrides.task if re.split("[=.]", word)[0] in _INHERITED]
         jobs, before = sweep_jobs(config), read_plan(folder)
         same = jobs is not None and jobs == before.get("jobs")

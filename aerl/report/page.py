@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aerl.errors import UserError, first_line
 from aerl.report import table
 from aerl.runtime.files import atomic_write, inside
 from aerl.tracking.results import read_summary
-from aerl.types import UserError, first_line
 
 if TYPE_CHECKING:  # pandas takes half a second to import
     from aerl.report.runs import Overview

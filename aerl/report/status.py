@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aerl.errors import UserError
 from aerl.report.table import duration, shown
 from aerl.runtime.terminal import Parser, command, one_line
 from aerl.tracking.results import read_summary
-from aerl.types import UserError
 
 PLAN = "plan.json"  # in the folder `jobs` of a multirun, next to a file for each job
 _STATES = {"started": "unfinished", "finished": "done"}  # as reported by the callback; other words are the same

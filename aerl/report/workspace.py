@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aerl.errors import UserError, first_line
 from aerl.runtime.terminal import Parser, command
 from aerl.tracking.results import write_json
-from aerl.types import UserError, first_line
 
 # Every key that has a panel, by section. A run has those that its options measure.
 SECTIONS = {

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import aerl
+from aerl.errors import UserError, foreign_code
 from aerl.runtime.ddp import world_size
-from aerl.types import UserError, foreign_code
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from aerl.types import UserError, first_line
+from aerl.errors import UserError, first_line
 
 log = logging.getLogger("aerl")
 

@@ -31,7 +31,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(words: Sequence[str] | None = None) -> int:
-        from aerl.types import UserError, first_line
+        from aerl.errors import UserError, first_line
 
         if words is None:
             protect_streams()

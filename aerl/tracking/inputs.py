@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aerl.errors import UserError
 from aerl.runtime import ddp
 from aerl.runtime.files import sha256
-from aerl.types import UserError
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aerl.errors import UserError
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import CHANGED, atomic_write, inside, read_json, read_yaml, sha256, writing
-from aerl.types import UserError
 
 if TYPE_CHECKING:
     from aerl.tracking.wandb import Tracker

@@ -21,12 +21,13 @@ from aerl.config.compose import origin
 from aerl.config.errors import explain
 from aerl.config.names import config_hash, difference, distinguishing_overrides, group_name
 from aerl.config.schema import Config
+from aerl.errors import UserError
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, sha256, writing
 from aerl.runtime.signals import Stopped
 from aerl.tracking.results import ResultLog, changed_files, read_summary, write_summary
 from aerl.tracking.wandb import Tracker, open_tracker
-from aerl.types import UserError, eps_text
+from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 

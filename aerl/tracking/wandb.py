@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from aerl.config.names import shortened
+from aerl.errors import first_line
 from aerl.runtime import signals
 from aerl.runtime.files import atomic_write, sha256
 from aerl.tracking.results import plain
-from aerl.types import first_line
 
 log = logging.getLogger("aerl")
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerl.errors import UserError, first_line
 from aerl.hub import local
 from aerl.runtime.files import atomic_write, inside, sha256
 from aerl.tracking.results import read_summary
-from aerl.types import UserError, first_line
 
 log = logging.getLogger("aerl")
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.modes import full_precision
 from aerl.data import Batches, DataSplits, to_unit
+from aerl.errors import UserError, foreign_code, is_foreign
 from aerl.evaluation.evaluate import within_memory
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
@@ -25,7 +26,6 @@ from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog
 from aerl.training import checkpoint
 from aerl.training.objectives import Objective
-from aerl.types import UserError, foreign_code, is_foreign
 
 log = logging.getLogger("aerl")
 
@@ -313,9 +313,11 @@ def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None
     """UserError for an optimizer that would fail at its first step."""
     trial = nn.Parameter(torch.zeros(2, 2, device=device))
     trial.grad = torch.zeros_like(trial)
-    with foreign_code("trainer.optimizer", remedy="expected dense gradients and no closure, as in SGD"):
+    with foreign_code("trainer.optimizer"):
         build_optimizer(recipe, model, Hardware(device))
-        recipe.optimizer([trial]).step()
+        optimizer = recipe.optimizer([trial])
+    with foreign_code("trainer.optimizer", remedy="expected an optimizer that takes dense gradients and no closure"):
+        optimizer.step()
 
 
 def learning_rate(step: int, steps: int, schedule: str, warmup: float) -> float:

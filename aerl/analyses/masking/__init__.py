@@ -12,10 +12,11 @@ from aerl.analyses.masking import effects, symptoms
 from aerl.analyses.masking.audit import Audit, Finding, NotMeasured
 from aerl.analyses.masking.effects import EFFECTS
 from aerl.attacks import attacking, collect_warnings
+from aerl.errors import first_line
 from aerl.runtime.device import is_out_of_memory, seed_from
 from aerl.runtime.progress import progress
 from aerl.tracking.results import Result
-from aerl.types import Count, Probability, first_line
+from aerl.types import Count, Probability
 
 _ATHALYE, _ATHALYE_ATTACKS = "Athalye et al. 2018, section 3", "Athalye et al. 2018, section 3.1"
 _CARLINI = "Carlini & Wagner 2017, sections V and VIII"
