@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aerl.config.errors import short
-from aerl.config.schema import Config
 from aerl.tracking.results import read_config
+
+if TYPE_CHECKING:
+    from aerl.config.schema import Config  # pydantic's import is slow, and --help does without it
 
 # Keys that change where a run is stored or how it is reported, never its numbers.
 NOT_IDENTITY = ("runs_dir", "data_dir", "name", "overwrite", "prepare_data_only", "logger")
@@ -21,13 +23,13 @@ def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in NOT_IDENTITY}
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: "Config") -> str:
     """Equal for two configurations if and only if they mean the same run."""
     text = json.dumps(_identity(config.model_dump()), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def difference(config: Config, folder: Path) -> str:
+def difference(config: "Config", folder: Path) -> str:
     """The first two keys in which the configuration of a run folder differs from this one."""
     there, here = (dict(leaves(_identity(settings))) for settings in (read_config(folder), config.model_dump()))
     keys = [key for key in here | there if here.get(key) != there.get(key)]
@@ -47,17 +49,17 @@ def leaves(node: Any, key: str = "", *, lists: bool = False) -> Iterator[tuple[s
         yield key, node
 
 
-def run_name(config: Config, overrides: Collection[str]) -> str:
+def run_name(config: "Config", overrides: Collection[str]) -> str:
     """The run folder below `runs_dir`: dataset/model/trainer/other overrides/seed, or its `name`."""
     return config.name or f"{_path(config, overrides)}/seed{config.seed}"
 
 
-def group_name(config: Config, overrides: Collection[str]) -> str:
+def group_name(config: "Config", overrides: Collection[str]) -> str:
     """What a run has in common with its repetitions: its path without its seed and those of the runs it names."""
     return _path(config, [re.sub(r"\bseed\d+\b", "seed", word) for word in overrides])
 
 
-def _path(config: Config, overrides: Collection[str]) -> str:
+def _path(config: "Config", overrides: Collection[str]) -> str:
     name = _file_name(distinguishing_overrides(overrides))
     return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{name}"
 
