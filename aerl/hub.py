@@ -18,9 +18,8 @@ import aerl
 from aerl.config.names import NOT_IDENTITY
 from aerl.errors import UserError, first_line
 from aerl.runtime.files import atomic_write, sha256, writing
-from aerl.runtime.terminal import Parser, command
+from aerl.runtime.terminal import Parser, command, eps_text
 from aerl.tracking.results import read_config, read_summary, write_summary
-from aerl.types import eps_text
 
 FILES = ("model.safetensors", "config.yaml", "summary.json")
 _SECONDS = 10.0  # how long to wait for a hub that does not answer

@@ -49,9 +49,3 @@ _LARGEST = 2**63 - 1  # of torch's integers
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_LARGEST)]
 Index = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_LARGEST)]
 Norm = Literal["L2", "Linf"]
-
-
-def eps_text(eps: float) -> str:
-    """An eps as people write it: 0.5, but 8/255 for 0.0313725."""
-    levels, short = eps * 255, f"{eps:.4g}"
-    return f"{levels:.0f}/255" if float(short) != eps and math.isclose(levels, round(levels)) else short

@@ -16,7 +16,7 @@ from aerl.data import DataSplits, Split, subset, to_unit
 from aerl.evaluation import evaluate
 from aerl.evaluation.outcomes import Attacked
 from aerl.runtime.device import Hardware
-from aerl.types import eps_text
+from aerl.runtime.terminal import eps_text
 from benchmarks.paired import Timed, in_its_own_process, ratio, time_in_turns, timed
 
 Attack = Callable[[Tensor, Tensor], Tensor]

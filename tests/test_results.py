@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from aerl.errors import UserError
 from aerl.evaluation.statistics import proportion, wilson
 from aerl.runtime.files import atomic_write
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result, ResultLog, read_results, read_summary, write_summary
-from aerl.types import eps_text
 from tests.runs import wait_for
 
 IDENTITY = {"run_id": "r", "seed": 0, "dataset": "digits", "model": "cnn", "trainer": "sl"}

@@ -14,8 +14,8 @@ from aerl.errors import UserError
 from aerl.evaluation.outcomes import right
 from aerl.evaluation.statistics import mcnemar, paired_difference
 from aerl.runtime.files import inside, load_arrays
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result, changed_files, read_config, read_summary
-from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 

@@ -15,8 +15,9 @@ from aerl.evaluation import evaluate
 from aerl.evaluation.outcomes import Attacked
 from aerl.evaluation.statistics import proportion
 from aerl.report.figures import BLACK, trainer_colour
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import Count, eps_text
+from aerl.types import Count
 
 Points = list[dict[str, float]]
 

@@ -19,8 +19,9 @@ from aerl.report import figures
 from aerl.runtime.device import seed_from
 from aerl.runtime.files import save_arrays
 from aerl.runtime.progress import progress
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import Count, Norm, Positive, eps_text
+from aerl.types import Count, Norm, Positive
 
 _CLASS_COLOURS = (
     "#9ecae1", "#fdae6b", "#a1d99b", "#dadaeb", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#009e73",

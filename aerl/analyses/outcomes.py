@@ -10,8 +10,8 @@ import numpy as np
 from aerl.analyses.context import AnalysisContext, NotMade, class_name
 from aerl.report import figures
 from aerl.report.figures import BLUE, GREEN, ORANGE, PURPLE, RIGHT, SKY, VERMILION, WRONG
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from aerl.analyses.context import AnalysisContext, class_name
 from aerl.report.figures import RIGHT, WRONG
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import Count, eps_text
+from aerl.types import Count
 
 log = logging.getLogger("aerl")
 

@@ -17,8 +17,9 @@ from aerl.evaluation import evaluate
 from aerl.evaluation.statistics import proportion
 from aerl.report import figures
 from aerl.runtime.progress import progress
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import Count, Index, NonNegative, Norm, eps_text
+from aerl.types import Count, Index, NonNegative, Norm
 
 Row = dict[str, dict[str, float]]  # by target, its accuracy as `proportion` states it
 

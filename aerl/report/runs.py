@@ -15,9 +15,8 @@ from aerl.errors import UserError
 from aerl.report import page
 from aerl.report.table import Grid, shown, wide_console
 from aerl.runtime.files import atomic_write, writing
-from aerl.runtime.terminal import one_line
+from aerl.runtime.terminal import eps_text, one_line
 from aerl.tracking.results import changed_files, read_config, read_summary
-from aerl.types import eps_text
 
 CAPTION = "Accuracies in %: mean ± sample standard deviation over the n seeds."
 # Settings that do not change what a number means, or that the tables show in another way: the number of samples in the

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aerl.types import eps_text
+from aerl.runtime.terminal import eps_text
 
 _STATUS = {"finished": "green", "failed": "bold red"}
 

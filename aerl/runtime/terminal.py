@@ -4,6 +4,7 @@ import argparse
 import errno
 import functools
 import io
+import math
 import os
 import re
 import sys
@@ -76,6 +77,12 @@ def one_line(text: str) -> str:
     words = " ".join(text.split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]}...{line[-_LONGEST // 4 :]}"
+
+
+def eps_text(eps: float) -> str:
+    """An eps as people write it: 0.5, but 8/255 for 0.0313725."""
+    levels, short = eps * 255, f"{eps:.4g}"
+    return f"{levels:.0f}/255" if float(short) != eps and math.isclose(levels, round(levels)) else short
 
 
 def override_word(key: str, value: str) -> str:

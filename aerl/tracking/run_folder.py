@@ -25,9 +25,9 @@ from aerl.errors import UserError
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, sha256, writing
 from aerl.runtime.signals import Stopped
+from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import ResultLog, changed_files, read_summary, write_summary
 from aerl.tracking.wandb import Tracker, open_tracker
-from aerl.types import eps_text
 
 log = logging.getLogger("aerl")
 
