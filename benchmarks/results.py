@@ -40,37 +40,48 @@ def train(args: argparse.Namespace, trainer: str, seed: int) -> None:
            f"runs_dir={args.runs}", f"name={trainer}-{seed}")  # fmt: skip
 
 
+def sources(args: argparse.Namespace, *, without: str | None = None) -> list[str]:
+    """Of the trainers that are compared here, those whose examples are transferred."""
+    return [name for name in SOURCES if name in args.trainers and name != without]
+
+
+def _folders(args: argparse.Namespace, trainers: Sequence[str], seed: int) -> str:
+    return f"[{','.join(str(args.runs / f'{name}-{seed}') for name in trainers)}]"
+
+
 def evaluate(args: argparse.Namespace, trainer: str, seed: int) -> None:
-    sources = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES if name != trainer)
+    others = _folders(args, sources(args, without=trainer), seed)
     launch("trainer=none", f"checkpoint={args.runs}/{trainer}-{seed}", f"seed={seed}", f"eps={args.eps}",
            f"evaluation.samples={args.samples}", "attack=[pgd_paper,pgd,autoattack,transfer]",
-           f"attack.transfer.sources=[{sources}]", "analysis=none",
+           f"attack.transfer.sources={others}", "analysis=none",
            f"runs_dir={args.runs}", f"name=evaluated-{trainer}-{seed}")  # fmt: skip
 
 
 def audit(args: argparse.Namespace, trainer: str, seed: int) -> None:
     """Apart from the attacks, so that other thresholds need no other AutoAttack; transfer is one of its checks."""
-    sources = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES if name != trainer)
+    others = _folders(args, sources(args, without=trainer), seed)
     launch("trainer=none", f"checkpoint={args.runs}/{trainer}-{seed}", f"seed={seed}", f"eps={args.eps}",
-           f"evaluation.samples={args.samples}", "attack=transfer", f"attack.transfer.sources=[{sources}]",
+           f"evaluation.samples={args.samples}", "attack=transfer", f"attack.transfer.sources={others}",
            "analysis=masking", f"runs_dir={args.runs}", f"name=audited-{trainer}-{seed}")  # fmt: skip
 
 
 def matrix(args: argparse.Namespace, seed: int) -> None:
-    runs = ",".join(str(args.runs / f"{name}-{seed}") for name in SOURCES)
-    launch("trainer=none", f"checkpoint={args.runs}/sl-{seed}", f"seed={seed}", f"eps={args.eps}",
+    compared = sources(args)
+    launch("trainer=none", f"checkpoint={args.runs}/{compared[0]}-{seed}", f"seed={seed}", f"eps={args.eps}",
            f"evaluation.samples={args.samples}", "attack=none", "analysis=transfer_matrix",
-           f"analysis.transfer_matrix.runs=[{runs}]", f"runs_dir={args.runs}", f"name=matrix-{seed}")  # fmt: skip
+           f"analysis.transfer_matrix.runs={_folders(args, compared, seed)}",
+           f"runs_dir={args.runs}", f"name=matrix-{seed}")  # fmt: skip
 
 
 def figures(args: argparse.Namespace) -> None:
-    """Everything that a run shows, for three trainers and every seed, in one multirun; then the three side by side."""
+    """Everything that a run shows, for SEEN and every seed, in one multirun; then the trainers side by side."""
+    seen = [name for name in SEEN if name in args.trainers]
     common = ("trainer=none", f"eps={args.eps}", f"evaluation.samples={args.samples}")
-    runs = ",".join(str(args.runs / f"{trainer}-{seed}") for trainer in SEEN for seed in args.seeds)
+    runs = ",".join(str(args.runs / f"{trainer}-{seed}") for trainer in seen for seed in args.seeds)
     launch("-m", *common, f"checkpoint={runs}", "attack=suite", f"runs_dir={args.runs}/figures")
-    own, *others = (f"{args.runs}/{trainer}-{args.seeds[0]}" for trainer in ("rl", "sl", "rl_adv"))
-    compared = f"[{','.join(others)}]"
-    launch(*common, f"checkpoint={own}", "attack=none", "analysis=[landscape,gradients]",
+    own, *others = sorted(seen, key=lambda name: name != "rl")
+    compared = _folders(args, others, args.seeds[0])
+    launch(*common, f"checkpoint={args.runs}/{own}-{args.seeds[0]}", "attack=none", "analysis=[landscape,gradients]",
            f"analysis.landscape.runs={compared}", f"analysis.gradients.runs={compared}",
            f"runs_dir={args.runs}/figures", "name=compared")  # fmt: skip
 
@@ -152,18 +163,20 @@ def transfers(args: argparse.Namespace) -> list[str]:
             row = dict(zip(header, line.split(","), strict=True))
             pair = (row["source"].rpartition("_seed")[0], row["target"].rpartition("_seed")[0])
             cells.setdefault(pair, []).append(float(row["accuracy"]))
-    lines = [f"| crafted on \\ evaluated on | {' | '.join(SOURCES)} |", "|---|" + "---|" * len(SOURCES)]
-    for source in SOURCES:
-        shares = [f"{100 * np.mean(cells[source, target]):.1f}" for target in SOURCES]
+    compared = sources(args)
+    lines = [f"| crafted on \\ evaluated on | {' | '.join(compared)} |", "|---|" + "---|" * len(compared)]
+    for source in compared:
+        shares = [f"{100 * np.mean(cells[source, target]):.1f}" for target in compared]
         lines.append(f"| {source} | {' | '.join(shares)} |")
     return lines
 
 
 def write(args: argparse.Namespace) -> None:
     environment = summary(args.runs / f"evaluated-{args.trainers[0]}-{args.seeds[0]}")["environment"]
+    trained = f"; trained with {' '.join(args.train)}" if args.train else ""
     title = (
         f"{datetime.date.today().isoformat()}; {environment['device']}, torch {environment['torch']}; "
-        f"L2 eps {args.eps}, {args.samples} test images, seeds {', '.join(map(str, args.seeds))}; "
+        f"L2 eps {args.eps}, {args.samples} test images, seeds {', '.join(map(str, args.seeds))}{trained}; "
         "accuracies in %, in brackets the 95 % interval over the images"
     )
     parts: Sequence[list[str]] = ([title], robustness(args), means(args), transfers(args))

@@ -201,7 +201,7 @@ def _number(origin: Any) -> tuple[Labels, Labels, list[str]]:
         elif classes is None:
             classes = origin.class_names or sorted(labels.dropna().unique())
         names = list(origin.class_names or map(str, classes))
-        numbers = np.asarray(pd.Categorical(labels, categories=classes).codes, dtype=np.int64)
+        numbers = pd.Index(classes).get_indexer(labels).astype(np.int64)
         if numbers.min() < 0:
             row = numbers.argmin()
             raise ValueError(f"the label of {split} image {row} is {labels.iloc[row]}; expected one of {few(classes)}")
