@@ -114,7 +114,8 @@ def robustness(args: argparse.Namespace) -> list[str]:
                 if attack["of"] == "transfer" and not name.endswith("_refined")
             }
             worst = min(transfers, key=lambda name: transfers[name]["value"])
-            source = worst.removeprefix("transfer_").rpartition("_seed")[0] or worst
+            source = worst.removeprefix("transfer_").rpartition("_seed")[0]
+            source = source or sources(args, without=trainer)[0]  # a single source is called "transfer"
             cells = [trainer, str(seed), _share(run["clean_accuracy"])]
             cells += [_share(attacks[name]["robust_accuracy"]) for name in ("pgd_paper", "pgd", "autoattack")]
             cells += [f"{_share(transfers[worst])} from {source}", _share(run["worst_case_accuracy"])]

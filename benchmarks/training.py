@@ -138,10 +138,10 @@ class PaddedByPyTorch(CNN):
 
     def forward(self, x: Tensor) -> Tensor:
         for i in range(1, 7):
-            x = self.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
             if i % 2 == 0:
                 x = self.dropouts[i // 2 - 1](self.pool(x))
-        x = self.relu(self.bn7(self.fc1(x.flatten(1))))
+        x = F.relu(self.bn7(self.fc1(x.flatten(1))))
         logits: Tensor = self.fc2(self.dropouts[3](x))
         return logits
 
