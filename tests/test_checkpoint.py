@@ -71,10 +71,24 @@ def test_weights_that_do_not_fit(tmp_path):
         ({"net.other": torch.zeros(1), "normalize.mean": torch.zeros(1)}, "another architecture"),
         (state | {"net.more": torch.zeros(1)}, "another architecture .*more is unknown"),
         ({"a": state, "b": other}, "several sets of weights"),
+        (state | {"net.fc2.bias": torch.full((10,), torch.nan)}, r"net\.fc2\.bias has 10 values that are not finite"),
+        (
+            state | {"net.fc2.bias": torch.ones(10, dtype=torch.int64)},
+            r"bias is torch\.int64, in the model torch\.float32",
+        ),
+        (state | {"normalize.std": torch.zeros(1, 1, 1, 1)}, r"normalize\.std must be greater than 0"),
+        (state | {"net.fc2.bias": torch.ones(1).expand(1 << 28, 10)}, "another architecture .*bias is missing"),
         ({}, "neither one of aerl's checkpoints nor a state_dict"),
     ):
         checkpoint.save({"model": content}, path)
         refused(match, load)
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
+    state = {"epoch": 1}
+    state |= {f"again{i}": state for i in range(100)}
+    checkpoint.save(state, tmp_path / "w.pt")
+    refused("neither one of aerl's", lambda: checkpoint.load_weights(classifier(), tmp_path / "w.pt"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x80\x02.", None])

@@ -23,6 +23,7 @@ log = logging.getLogger("aerl")
 _WRAPPERS = {"model", "state_dict", "model_state_dict", "net"}
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which works without it
 _LEVELS = 5  # of nested dictionaries
+_LARGE = 1 << 30  # bytes up to which a tensor may be larger than its storage
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -148,7 +149,7 @@ def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
 
     Takes aerl's checkpoints and bare state_dicts as training scripts keep them: under some key ({"state_dict": ...}),
     and with one prefix of all names ("module.", "model.", "1."). UserError unless all tensors of the network are there,
-    of its shapes and kinds of numbers, and no others under that prefix; only num_batches_tracked may be missing.
+    finite, of its shapes and kinds of numbers, no others under that prefix; only num_batches_tracked may be missing.
     """
     what, expected = f"{key}={path}", model.state_dict()
     net = {name.removeprefix("net."): tensor for name, tensor in expected.items() if name.startswith("net.")}
@@ -158,36 +159,54 @@ def load_weights(model: nn.Module, path: Path, key: str = "checkpoint") -> bool:
     carries_normalization = prefix.endswith("net.") and found.keys() >= set(normalization.values())
     if carries_normalization:
         names |= normalization
-    for name, theirs in names.items():
-        tensor, ours = found[theirs], expected[name]
-        if tensor.shape != ours.shape:
-            raise UserError(
-                f"{what}: {theirs} is {tuple(tensor.shape)}, in the model {tuple(ours.shape)}; choose the model= and "
-                "dataset= (classes, channels, size) it was trained with"
-            )
+    weights = {name: _fitted(found[theirs], expected[name], f"{what}: {theirs}") for name, theirs in names.items()}
+    if carries_normalization and (weights["normalize.std"] <= 0).any():
+        raise UserError(f"{what}: {normalization['normalize.std']} must be greater than 0")
     if left_out := sorted(found.keys() - set(names.values())):
         log.warning(
             "%s: %d tensors outside the network are not loaded: %s", what, len(left_out), ", ".join(left_out[:3])
         )
-    model.load_state_dict(expected | {name: found[theirs] for name, theirs in names.items()})
+    model.load_state_dict(expected | weights)
     return carries_normalization
+
+
+def _fitted(tensor: Tensor, expected: Tensor, what: str) -> Tensor:
+    """A tensor of a file in the precision of the model's; UserError unless it has its shape, kind and finite values."""
+    if tensor.shape != expected.shape:
+        raise UserError(
+            f"{what} is {tuple(tensor.shape)}, in the model {tuple(expected.shape)}; choose the model= and dataset= "
+            "(classes, channels, size) it was trained with"
+        )
+    if tensor.is_floating_point() != expected.is_floating_point() and not what.endswith(_COUNTER):
+        raise UserError(f"{what} is {tensor.dtype}, in the model {expected.dtype}")
+    tensor = tensor.to(expected.dtype)
+    wrong = ~tensor.isfinite() & expected.isfinite().cpu()  # a mask may have infinities
+    if wrong.any():
+        raise UserError(f"{what} has {int(wrong.sum())} values that are not finite")
+    return tensor
 
 
 _Candidate = tuple[tuple[str, ...], dict[str, Tensor], str]  # keys in the file, tensors by name, prefix of the names
 
 
-def _state_dicts(node: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+def _state_dicts(state: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every dictionary with tensors in what a file holds, and the keys under which it is."""
-    if not isinstance(node, dict) or len(keys) > _LEVELS:
-        return
-    named = {name: value for name, value in node.items() if isinstance(name, str)}
-    dense = {
-        name: value for name, value in named.items() if isinstance(value, Tensor) and value.layout is torch.strided
-    }
-    if found := {name: value for name, value in dense.items() if value.device.type == "cpu" and not value.is_quantized}:
-        yield keys, found
-    for name, value in named.items():
-        yield from _state_dicts(value, (*keys, name))
+    queue: list[tuple[tuple[str, ...], Any]] = [((), state)]
+    seen = set()  # a dictionary may hold itself, and many times
+    for keys, node in queue:
+        if not isinstance(node, dict) or id(node) in seen or len(keys) > _LEVELS:
+            continue
+        seen.add(id(node))
+        named = {name: value for name, value in node.items() if isinstance(name, str)}
+        if found := {name: value for name, value in named.items() if isinstance(value, Tensor) and _is_plain(value)}:
+            yield keys, found
+        queue += [((*keys, name), value) for name, value in named.items()]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has dense values on the CPU; an expanded tensor declares more values than the file has bytes."""
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and (tensor.nbytes <= _LARGE or tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def _choose(candidates: list[_Candidate], what: str) -> tuple[dict[str, Tensor], str]:
