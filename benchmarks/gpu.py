@@ -28,7 +28,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     data = ["--cifar10", str(args.cifar10)] if args.cifar10 else []
     bench = [python, "-m", "benchmarks", *data, *out, "--rounds", str(args.rounds)]
     fast = ["--precision", "bf16", "--tf32", "--compile"]
-    found = {"tests": [python, "-m", "pytest", "-n", "0", "-m", "gpu"]}
+    found = {"tests": [python, "-m", "pytest", "-n", "0", "-v", "-m", "gpu"]}
     for net in NETS:
         found[f"training-{net}"] = [*bench, "--only", "training", "--net", net]
         found[f"training-{net}-bf16"] = [*bench, "--only", "training", "--net", net, *fast]
@@ -64,7 +64,7 @@ def run(name: str, command: list[str], folder: Path, seconds: float | None) -> b
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The step and all that it has started."""
-    for kind in (signal.SIGTERM, signal.SIGKILL):
+    for kind in (signal.SIGINT, signal.SIGKILL):  # pytest names what failed when it is interrupted
         try:
             os.killpg(process.pid, kind)
             process.wait(_SECONDS_TO_SAVE)
