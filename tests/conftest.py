@@ -22,6 +22,8 @@ def environment(data_dir: Path, home: Path, **extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
     fonts = str(data_dir / "matplotlib")  # else every run searches for fonts
     ours = {"AERL_DATA": str(data_dir), "HOME": str(home), "MPLCONFIGDIR": fonts, "HF_HUB_OFFLINE": "1"}
+    if "PYTHONPATH" in extra and "PYTHONPATH" in kept:  # some machines find their packages through it
+        extra["PYTHONPATH"] += os.pathsep + kept["PYTHONPATH"]
     return {**kept, **ours, "COLUMNS": "100", **extra}
 
 

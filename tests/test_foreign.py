@@ -21,12 +21,13 @@ from tests.conftest import ROOT
 
 SIZES = {"num_classes": 7, "channels": 3, "size": (8, 8)}
 JUDGED = ("trainer=none", "checkpoint=own")
+QUIET = ("logger=none", "attack=none", "analysis=none", "hardware=cpu")  # the tests' own tensors are on the CPU
 FOREIGN = ("model=foreign", "model.mean=[0]", "model.std=[1]")
 
 
 def composed(*words: str):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return read(compose("config", overrides=["logger=none", "attack=none", "analysis=none", *words]))
+        return read(compose("config", overrides=[*QUIET, *words]))
 
 
 def refusal(call, *args) -> str:
@@ -378,3 +379,11 @@ def test_own_weights_of_a_network_that_has_none(data_dir, tmp_path):
         assert re.match(f"checkpoint={source}: .*model.mean=.*model.std=", refusal(build, composed(*words)))
         parts = build(composed(*words, "model.mean=[0.5]", "model.std=[0.5]"))
         assert [doubt.split(" tensors")[0] for doubt in parts.doubts] == (["12 of its 12"] if source == "own" else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_own_weights_on_a_gpu(data_dir):
+    """The second network that they are compared with is on the CPU."""
+    words = (*JUDGED, f"data_dir={data_dir}", "model.mean=[0.5]", "model.std=[0.5]", "hardware=cuda")
+    assert [doubt.split(" tensors")[0] for doubt in build(composed(*words)).doubts] == ["12 of its 12"]

@@ -89,7 +89,7 @@ def warnings(output):
 def read_back(folder):
     """The records of the one run below `folder`, by type; of an offline one, if online did not work."""
     (file,) = list(folder.glob("wandb/offline-run-*/*.wandb")) or folder.glob("wandb/run-*/*.wandb")
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     records = {}
     for line in done.stdout.splitlines():

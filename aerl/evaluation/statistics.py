@@ -35,6 +35,8 @@ def mcnemar(b: int, c: int, *, one_sided: bool = False) -> float:
     """
     from scipy.stats import binomtest
 
+    if min(b, c) < 0:  # some versions of scipy take them
+        raise ValueError(f"no counts of discordant samples: {b}, {c}")
     if b == c == 0:
         return 1.0
     return float(binomtest(b, b + c, alternative="greater" if one_sided else "two-sided").pvalue)

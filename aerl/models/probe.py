@@ -24,9 +24,9 @@ def probe(model: nn.Module, x: Tensor) -> list[str]:
 
 
 def drawn(one: nn.Module, other: nn.Module) -> list[str]:
-    """One sentence if the same network, built with two seeds, has random weights."""
+    """One sentence if the same network, built with two seeds, has random weights; they may be on two devices."""
     state = other.state_dict()
-    random = [name for name, tensor in one.state_dict().items() if not torch.equal(tensor, state[name])]
+    random = [name for name, tensor in one.state_dict().items() if not torch.equal(tensor.cpu(), state[name].cpu())]
     if not random:
         return []
     return [
