@@ -8,14 +8,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
 
 from aerl.attacks import BatchGenerator, pgd
 from aerl.data import Batches, to_unit
 from aerl.runtime import device
 from aerl.runtime.device import Hardware, stream
-from aerl.training.loop import TrainStep
+from aerl.training.loop import TrainStep, gradient_norm
 from benchmarks.training import TRAINERS, Work, classifier, random_split, recipe
 
 
@@ -34,7 +33,7 @@ def training(machine: Hardware, work: Work) -> Callable[[], object]:
         x = to_unit(plain.augment(images, generator), machine.memory_format)
         optimizer.zero_grad()
         train_step(x, y, generator, attack)[0].backward()
-        clip_grad_norm_(model.parameters(), plain.clip or torch.inf)
+        gradient_norm(model, plain.clip)
         optimizer.step()
 
     return step

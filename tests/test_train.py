@@ -454,7 +454,7 @@ class Full:
         ("aerl.training.loop.to_unit", 7),
         ("aerl.training.loop.TrainStep.forward", 6),
         ("torch.Tensor.backward", 6),
-        ("torch.nn.utils.clip_grad_norm_", 6),
+        ("aerl.training.loop.gradient_norm", 6),
         ("torch.optim.AdamW.step", 6),
         ("aerl.training.loop._Epoch.means", 1),
         ("aerl.training.checkpoint.save", 0),

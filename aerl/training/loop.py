@@ -101,12 +101,12 @@ def fit(
                     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                         group["lr"] = rate * factor
                     x = to_unit(recipe.augment(images, epoch.streams["augmentation"]), hardware.memory_format)
-                    noise = stream(seed, "adversary", number, epoch.steps, *_rank(), device=device)
+                    noise = stream(seed, "adversary", number, epoch.steps, *_rank(), device=device) if attack else None
                     optimizer.zero_grad()
                     with foreign_parts():
                         loss, metrics = train_step(x, y, epoch.streams["actions"], attack, noise)
                         loss.backward()
-                    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+                    grad_norm = gradient_norm(model, recipe.clip)
                     with foreign_code("trainer.optimizer", optimizer):
                         optimizer.step()
                     epoch.append(metrics | {"loss": loss.detach(), "grad_norm": grad_norm})
@@ -139,6 +139,13 @@ def fit(
                     checkpoints.save(number + 1)
                 signals.raise_if_stopped()
     return checkpoints.best_epoch
+
+
+def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
+    """The L2 norm of all gradients together, before they are clipped to `clip`."""
+    if clip:
+        return nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
 
 
 class TrainStep(nn.Module):
