@@ -150,12 +150,16 @@ def test_damage_is_repaired_without_training_again(launch, run):
     results = results_of(run)
     for path in before:
         path.write_bytes(b"")
+    left = [run / ".summary.json.0123456789ab.tmp", run / "checkpoints/.best.pt.0123456789ab.tmp"]
+    for path in left:  # by a process that was killed while it wrote
+        path.touch()
     done = launch(*WORDS, "name=r")
     assert done.returncode == 0, done.stderr
     assert "computing again: outcomes.npz, tables/entropy.csv" in done.stderr
     assert "training:" not in done.stderr and "fgsm: " in done.stderr
     assert before == {path: path.read_bytes() for path in before}
     assert results == results_of(run)
+    assert not any(path.exists() for path in left)
 
 
 def test_links_out_of_a_foreign_run_folder_are_not_followed(run, tmp_path, caplog):

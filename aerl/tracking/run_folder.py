@@ -184,6 +184,9 @@ def _start(
         if previous.get("status") == _DISCARDED:
             _discard(folder, {"status": _DISCARDED, **started})
             previous = {}
+        for place in (folder, *(folder / name for name in _SEALED_FOLDERS)):
+            for temporary in place.glob(".*.????????????.tmp"):  # of a killed process: this one holds the lock
+                temporary.unlink()
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     summary: dict[str, Any] = {**unattacked(), "seconds": {}, "best_epoch": None, **started, **previous}
     summary |= {
