@@ -18,12 +18,12 @@ from aerl.config.targets import bind
 from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import Metric
-from aerl.hub import local
 from aerl.models import Classifier
 from aerl.models.build import SIZES, build_model, build_net
 from aerl.models.probe import drawn, probe
 from aerl.runtime import ddp, device
 from aerl.runtime.device import Hardware
+from aerl.runtime.paths import local
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
 

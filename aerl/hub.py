@@ -4,7 +4,6 @@ An export is a folder that `checkpoint=` takes like a run folder, here or from t
 safetensors, summary.json, config.yaml and a model card. Only files that cannot execute anything are fetched.
 """
 
-import functools
 import re
 import shlex
 import sys
@@ -18,54 +17,14 @@ import aerl
 from aerl.config.names import NOT_IDENTITY
 from aerl.errors import UserError, first_line
 from aerl.runtime.files import atomic_write, sha256, writing
+from aerl.runtime.paths import FILES
 from aerl.runtime.terminal import Parser, command, eps_text
 from aerl.tracking.results import read_config, read_summary, write_summary
 
-FILES = ("model.safetensors", "config.yaml", "summary.json")
-_SECONDS = 10.0  # how long to wait for a hub that does not answer
 # Overrides that say how a model is evaluated, not how it is trained.
 _EVALUATION = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
 # What summary.json says about the run folder alone.
 _OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
-
-
-def local(name: str, key: str = "checkpoint") -> Path:
-    """The path that `name` means; a model on the hub is downloaded, or found in the cache if the hub is out of reach.
-
-    Raises UserError about the `key` that named it.
-    """
-    try:
-        return _fetch(name, key) if name.startswith("hf://") else Path(name).expanduser()
-    except RuntimeError as error:  # no HOME and a user without a name, or ~nobody
-        raise UserError(f"{key}={name}: cannot resolve ~; write the full path, or set HOME") from error
-
-
-@functools.cache  # one run asks several times, and needs the same files
-def _fetch(name: str, key: str) -> Path:
-    from huggingface_hub import HfApi, errors, hf_hub_download
-
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if match is None:
-        raise UserError(f"{key}={name}: must be hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-    repo, revision = match.groups()
-    missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
-    try:
-        try:  # once: the download itself would retry for minutes
-            HfApi().model_info(repo, revision=revision, timeout=_SECONDS)
-            offline = False
-        except missing:
-            raise
-        except Exception:  # no network, HF_HUB_OFFLINE, a server in trouble
-            offline = True
-        paths = [hf_hub_download(repo, file, revision=revision, local_files_only=offline) for file in FILES]
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(f"{key}={name}: the hub cannot be reached, and the model is not in its cache") from error
-    except missing as error:
-        reason = f"not on the hub, or without {', '.join(FILES)} (private: set HF_TOKEN or run `hf auth login`)"
-        raise UserError(f"{key}={name}: {reason}") from error
-    except Exception as error:  # whatever a server can make the client raise
-        raise UserError(f"{key}={name}: cannot be downloaded ({first_line(error)})") from error
-    return Path(paths[0]).parent
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:

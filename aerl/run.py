@@ -13,11 +13,11 @@ from aerl.config import compose
 from aerl.config.names import run_name
 from aerl.config.schema import Config
 from aerl.errors import UserError
-from aerl.hub import local
 from aerl.report import page, table
 from aerl.report.multirun import note_job, overwrite_id
 from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.files import locked, sha256
+from aerl.runtime.paths import local
 from aerl.tracking import inputs
 from aerl.tracking.run_folder import Record, load_previous, recorded, verify
 from aerl.tracking.wandb import log_accuracies

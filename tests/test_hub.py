@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from aerl.errors import UserError
-from aerl.hub import FILES, export, main
+from aerl.hub import export, main
 from aerl.runtime.files import load_arrays, sha256
+from aerl.runtime.paths import FILES
 from aerl.training import checkpoint
 from tests.conftest import ROOT
 from tests.runs import forge, summary_of
@@ -222,7 +223,7 @@ def python(code, folder, **variables):
 
 def fetched(folder, **variables):
     """The folder of `hf://me/model`, or the error."""
-    done = python("from aerl.hub import local; print(local('hf://me/model'))", folder, **variables)
+    done = python("from aerl.runtime.paths import local; print(local('hf://me/model'))", folder, **variables)
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
 

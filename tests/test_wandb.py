@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from aerl.config.names import shortened
+from aerl.runtime.terminal import shortened
 from aerl.tracking.results import read_results
 from aerl.tracking.wandb import _wandb_id
 

@@ -12,6 +12,7 @@ from aerl.analyses import AnalysisContext
 from aerl.attacks import SampleGenerator, pgd, predictions
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
+from aerl.evaluation.memory import within_memory
 from aerl.evaluation.outcomes import Attacked
 from aerl.evaluation.statistics import proportion
 from aerl.report.figures import BLACK, trainer_colour
@@ -80,7 +81,7 @@ def _against_steps(context: AnalysisContext, chosen: Split, clean: Attacked, ste
             )  # fmt: skip
         np.add(fooled, here, out=fooled)
 
-    evaluate.within_memory(work, standing.nonzero().squeeze(1), context.batch_size)
+    within_memory(work, standing.nonzero().squeeze(1), context.batch_size)
     left = int(standing.sum()) - fooled.cumsum()
     return [{"step": float(step)} | proportion(int(count), len(chosen)) for step, count in enumerate(left)]
 

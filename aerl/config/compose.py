@@ -14,7 +14,7 @@ from aerl.config.errors import omegaconf_line, pydantic_line, short
 from aerl.config.names import leaves
 from aerl.config.schema import Config
 from aerl.errors import UserError, first_line
-from aerl.hub import local
+from aerl.runtime.paths import local
 from aerl.tracking.results import read_config, read_summary
 
 

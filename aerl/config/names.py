@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aerl.config.errors import short
+from aerl.runtime.terminal import shortened
 from aerl.tracking.results import read_config
 
 if TYPE_CHECKING:
@@ -82,11 +83,3 @@ def _is_identity(override: str) -> bool:
 def _file_name(words: Iterable[str]) -> str:
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,")
     return shortened(name, 120) or "default"  # file systems end at 255
-
-
-def shortened(text: str, longest: int) -> str:
-    """`text` in at most `longest` bytes of UTF-8; a longer one ends in a hash of it."""
-    if len(text.encode()) <= longest:
-        return text
-    head = text.encode()[: longest - 20].decode(errors="ignore")
-    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

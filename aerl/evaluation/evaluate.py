@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from aerl.attacks import Attack, AttackSpec, NoGradient, SampleGenerator, attacking, collect_warnings, predictions, warn
 from aerl.data import Split, rows, subset, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
+from aerl.evaluation.memory import within_memory
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
 from aerl.evaluation.outcomes import Attacked, Outcomes, Policy, accuracy, check_within, so_far
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
 from aerl.runtime import ddp, signals
-from aerl.runtime.device import Hardware, is_out_of_memory, seed_from
+from aerl.runtime.device import Hardware, seed_from
 from aerl.runtime.files import load_arrays, save_arrays
 from aerl.runtime.progress import progress
 from aerl.tracking.run_folder import Record, unattacked
@@ -188,34 +189,6 @@ def reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed_from(*words))
         yield
-
-
-def within_memory(work: Callable[[Tensor], None], index: Tensor, limit: int) -> int:
-    """Do `work` on all samples of `index` (n,), at most `limit` at a time; returns the limit that sufficed.
-
-    If memory runs out, the limit is halved with a warning, and the work repeated; UserError if one sample is too much.
-    """
-    while len(index):
-        part = index[:limit]
-        try:
-            work(part)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(part) == 1:
-                raise UserError(
-                    "out of memory with a single image; use hardware.device=cpu, a smaller dataset.size or model"
-                ) from error
-            limit = len(part) // 2
-            warn(
-                f"out of memory with {len(part)} images per batch, continuing with {limit}; this changes the draws of "
-                "randomised models and of attacks with their own batch_size"
-            )
-        else:
-            index = index[limit:]
-            continue
-        torch.cuda.empty_cache()  # now that the error holds no tensors; does nothing without CUDA
-    return limit
 
 
 def _outcome(

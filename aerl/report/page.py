@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # pandas takes half a second to import
 log = logging.getLogger("aerl")
 
 NAME = "report.html"
+CAPTION = "Accuracies in %: mean ± sample standard deviation over the n seeds."
 _FILES = ("*.*", "checkpoints/best.pt", "tables/*.csv", "figures/*.pdf")
 
 
@@ -65,8 +66,6 @@ def written(folder: Path) -> Iterator[None]:
 
 def write_set(overview: "Overview", out: Path) -> None:
     """Write report.html of a set of runs to the folder `out`. UserError if that fails."""
-    from aerl.report.runs import CAPTION
-
     links = {run: os.path.relpath(run / NAME, out) for table in overview.tables for run in table.folders}
     atomic_write(out / NAME, _render(title=f"runs: {len(links)}", overview=overview, caption=CAPTION, links=links))
 

@@ -18,7 +18,6 @@ from aerl.runtime.files import atomic_write, writing
 from aerl.runtime.terminal import eps_text, one_line
 from aerl.tracking.results import changed_files, read_config, read_summary
 
-CAPTION = "Accuracies in %: mean ± sample standard deviation over the n seeds."
 # Settings that do not change what a number means, or that the tables show in another way: the number of samples in the
 # heading, the sources of transferred examples in the attacks' names.
 _NOT_COMPARED = re.compile(
@@ -191,7 +190,7 @@ def publish(overview: Overview, out: Path) -> None:
     for table in overview.tables:
         console.print(Text(f"\n{table.heading}\n", style="bold"), table.text.rich(), *map(Text, table.notes), sep="\n")
     if overview.tables:
-        console.print(Text(f"\n{CAPTION}", style="dim"))
+        console.print(Text(f"\n{page.CAPTION}", style="dim"))
     if overview.warnings:
         console.print("", *(Text(line, style="red") for line in overview.warnings), sep="\n")
     with writing(out):
@@ -208,7 +207,7 @@ def _document(overview: Overview, render: Callable[[Grid], str], comment: str) -
     """All tables as `render` writes them; headings and notes are comments."""
     parts = []
     for table in overview.tables:
-        about = (f"{comment}{line}" for line in (CAPTION, *table.notes))
+        about = (f"{comment}{line}" for line in (page.CAPTION, *table.notes))
         parts += [f"{comment}{table.heading}", render(table.text), *about]
     return "\n\n".join([*parts, *(f"{comment}{line}" for line in overview.warnings)]) + "\n"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from aerl.errors import UserError, first_line
+from aerl.runtime.files import write_json
 from aerl.runtime.terminal import Parser, command
-from aerl.tracking.results import write_json
 
 # Every key that has a panel, by section. A run has those that its options measure.
 SECTIONS = {

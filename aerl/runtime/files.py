@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -68,6 +69,24 @@ def atomic_write(path: Path, content: bytes | str | Callable[[IO[bytes]], object
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
                 stale.unlink()
+
+
+def plain(value: Any) -> Any:
+    """`value` for JSON: arrays become lists, paths text, NaN and infinity null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy and torch, without importing them
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON; see `plain`."""
+    atomic_write(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def sha256(path: Path) -> str:

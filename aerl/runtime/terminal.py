@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import hashlib
 import io
 import math
 import os
@@ -119,3 +120,11 @@ def lost_output() -> int:
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return int(getattr(raw, "disk_full", False))
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text` in at most `longest` bytes of UTF-8; a longer one ends in a hash of it."""
+    if len(text.encode()) <= longest:
+        return text
+    head = text.encode()[: longest - 20].decode(errors="ignore")
+    return f"{head}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

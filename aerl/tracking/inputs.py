@@ -98,7 +98,7 @@ def files(config: "Config") -> dict[str, str]:
 
 
 def _digest(key: str, value: str) -> str | None:
-    from aerl.hub import local
+    from aerl.runtime.paths import local
 
     names_a_run = key == "checkpoint" or key.endswith((".runs", ".sources"))
     if value == "own" or not (names_a_run or value.startswith("hf://") or "/" in value or Path(value).suffix):

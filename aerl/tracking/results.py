@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aerl.errors import UserError
 from aerl.runtime.ddp import is_main
-from aerl.runtime.files import CHANGED, atomic_write, inside, read_json, read_yaml, sha256, writing
+from aerl.runtime.files import CHANGED, atomic_write, inside, plain, read_json, read_yaml, sha256, write_json, writing
 
 if TYPE_CHECKING:
     from aerl.tracking.wandb import Tracker
@@ -44,24 +44,6 @@ class Result:
 
 
 _FIELDS = frozenset(field.name for field in fields(Result))
-
-
-def plain(value: Any) -> Any:
-    """`value` for JSON: arrays become lists, paths text, NaN and infinity null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):  # NumPy and torch, without importing them
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON; see `plain`."""
-    atomic_write(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

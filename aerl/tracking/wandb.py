@@ -12,11 +12,10 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from aerl.config.names import shortened
 from aerl.errors import first_line
 from aerl.runtime import signals
-from aerl.runtime.files import atomic_write, sha256
-from aerl.tracking.results import plain
+from aerl.runtime.files import atomic_write, plain, sha256
+from aerl.runtime.terminal import shortened
 
 log = logging.getLogger("aerl")
 T = TypeVar("T")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from aerl.errors import UserError, first_line
-from aerl.hub import local
 from aerl.runtime.files import atomic_write, inside, sha256
+from aerl.runtime.paths import local
 from aerl.tracking.results import read_summary
 
 log = logging.getLogger("aerl")

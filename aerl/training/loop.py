@@ -19,7 +19,7 @@ from aerl.attacks import BatchGenerator, evaluating
 from aerl.attacks.modes import full_precision
 from aerl.data import Batches, DataSplits, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign
-from aerl.evaluation.evaluate import within_memory
+from aerl.evaluation.memory import within_memory
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
 from aerl.runtime.progress import progress
