@@ -25,6 +25,7 @@ from tests.conftest import ROOT, environment
 from tests.runs import BARE, summary_of
 
 CONF = ROOT / "conf"
+PREPARING = ("preparing ", "there is no labelled test split: ")  # the first test that needs the data
 
 
 def test_help_names_every_group_and_option(launch):
@@ -176,7 +177,7 @@ COMMANDS = [
 def test_wrong_command_line_ends_in_one_line(launch, folder, tmp_path, words, expected):
     done = launch(*words, cwd=folder, CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0 and done.stdout.strip() == ""
-    (line,) = [text for text in done.stderr.splitlines() if not text.startswith("preparing ")]
+    (line,) = [text for text in done.stderr.splitlines() if not text.startswith(PREPARING)]
     assert line.startswith("error: ") and expected in line, line
 
 
