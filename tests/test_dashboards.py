@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.runs import summary_of
-from tests.test_wandb import environment, history, read_back, summary
+from tests.test_wandb import environment, history, read_back
 
 SWEEP = ROOT / "multirun_sweeps/wandb/bayes.yaml"
 TRAIN = ("trainer=sl_adv", "trainer.epochs=2", "trainer.adversary.start_epoch=0", "dataset.train_samples=300",
@@ -82,24 +81,6 @@ def test_an_evaluated_model_is_the_artifact_of_its_run(runs):
     assert started["job_type"] == "evaluate" and {"sl_adv", "L2 eps 1"} <= set(started["tags"])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb-workspaces' own classes
-def test_every_key_of_the_workspace_is_one_that_runs_log(runs, tmp_path):
-    from aerl.report.workspace import SECTIONS, main
-
-    logged = set()
-    for folder in runs:
-        records = read_back(folder)
-        keys = {key for row in history(records) for key in row} | set(summary(records))
-        logged |= {re.sub(r"\._type$", "", key) for key in keys}
-    assert main(["--entity", "me", "--dry-run", str(tmp_path / "w.json")]) == 0
-    view = (tmp_path / "w.json").read_text()
-    assert json.loads(view)["spec"]["section"]["runSets"][0]["grouping"]
-    used = set(re.findall(r'"(?:summary:)?((?:train|val|test|accuracy|masking|figures|tables)/[^"]+)"', view))
-    assert {key for keys in SECTIONS.values() for key in keys.split()} <= used
-    assert used - logged == set()
-
-
 def test_the_group_is_the_run_without_its_seeds():
     from hydra import compose, initialize_config_dir
 
@@ -114,19 +95,6 @@ def test_the_group_is_the_run_without_its_seeds():
         assert group("seed=0", "eps=0.5", "name=x") == group("seed=1", "eps=0.5") != group("seed=1")
         evaluated = [f"checkpoint=runs/digits/alicnn/sl/default/seed{seed}" for seed in (0, 12)]
         assert group("trainer=none", evaluated[0]) == group("trainer=none", evaluated[1])
-
-
-@pytest.mark.parametrize(("before", "reason"), [
-    ("pass", "W&B did not save the workspace: No API key"),
-    ("sys.modules['wandb_workspaces'] = None", r"needs pip install 'aerl\[workspace\]'"),
-])  # fmt: skip
-def test_a_workspace_that_cannot_be_saved_is_one_line(tmp_path, before, reason):
-    code = f"import sys; {before}; from aerl.report.workspace import main; sys.exit(main(['--entity', 'me']))"
-    env = environment(HOME=str(tmp_path), PYTHONPATH=str(ROOT))
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(f"error: {reason}.*\n", done.stderr)
 
 
 # ------------------------------------------------------------------------------------------ W&B's sweeps
