@@ -1,6 +1,7 @@
 """Projected gradient descent, and its one-step form FGSM."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import reduce
 from typing import Literal
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from aerl.attacks import losses
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
-from aerl.attacks.projections import ascent_direction, clip, random_in_ball
+from aerl.attacks.projections import ascent_direction, clip, random_extreme, random_in_ball
 from aerl.attacks.random import Noise
+from aerl.attacks.straight_through import straight_through
 from aerl.errors import UserError
 from aerl.types import Count, NonNegative, Norm
 
@@ -32,6 +34,9 @@ def pgd(
     drop_fooled: bool = True,
     keep: Literal["worst", "last"] = "worst",
     eot: Count = 1,
+    gradient: Literal["backprop", "straight_through", "finite_differences"] = "backprop",
+    jitter: NonNegative = 0,
+    directions: Count = 50,
     in_training: bool = False,
     start: Tensor | None = None,
     observe: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], object] | None = None,
@@ -54,6 +59,11 @@ def pgd(
         returns the last iterate.
     eot: forward passes to average per step (expectation over transformation, Athalye et al. 2018, section 4.2). A
         sample is misclassified if the mean of their softmax is.
+    gradient: "straight_through" repairs operations that have none, see `aerl.attacks.straight_through`.
+        "finite_differences" needs only values: it sums the loss differences between opposite points at eps / 4 around
+        the iterate, times the direction, over `directions` random ones (NES, Ilyas et al. 2018, section 2.1).
+    jitter: each of the `eot` gradients is taken at a random point of the ball of radius jitter * eps around the
+        iterate: the gradient of a smoothed loss, for gradients that are shattered.
     in_training: for a training step: keeps the caller's precision, and skips the checks that wait for the device.
     start: images like x, projected into ball and box, from which the first restart starts.
     observe: called at every iterate with the step, the rows of x (b,) under attack, the iterate (b, C, H, W), its
@@ -83,16 +93,39 @@ def pgd(
         raise UserError(f"images from {low:.3g} to {high:.3g}: must be in [0, 1]; normalise in the model")
     step_size = eps / 10 if step_size is None else step_size
 
-    def evaluate(point: Tensor, aim: Tensor, climbing: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def objective(point: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
+        with straight_through() if gradient == "straight_through" and point.requires_grad else nullcontext():
+            logits = model(point).to(x.dtype)
+            value = getattr(losses, loss)(logits, aim)
+        return logits, -value if targeted else value
+
+    def slope(point: Tensor, aim: Tensor, noise: Noise) -> Tensor:
+        """The gradient of the loss near the iterate, or by finite differences around it."""
+        if jitter:
+            point = (point + random_in_ball(point, norm, jitter * eps, noise)).clamp_(0, 1)
+        if gradient != "finite_differences":
+            point = point.detach().requires_grad_()
+            with torch.enable_grad():
+                return input_gradient(objective(point, aim)[1], point, sound)
+        total = torch.zeros_like(point)
+        with torch.no_grad():
+            for _ in range(directions):
+                step = random_extreme(point, norm, eps / 4, noise)
+                ahead, behind = (objective((point + side).clamp_(0, 1), aim)[1] for side in (step, -step))
+                total += step * (ahead - behind).nan_to_num(0, 0, 0)[:, None, None, None]
+        return total
+
+    def evaluate(point: Tensor, aim: Tensor, index: Tensor, climbing: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits, loss and, if climbing, its gradient. Of several passes loss and gradient are sums, which will do."""
         passes, values, gradients = [], [], []
-        with torch.set_grad_enabled(climbing):
+        at_point = not jitter and gradient != "finite_differences"  # one pass gives both
+        with torch.set_grad_enabled(climbing and at_point):
             for _ in range(eot):
-                logits = model(point).to(x.dtype)
-                value = getattr(losses, loss)(logits, aim)
-                value = -value if targeted else value
+                logits, value = objective(point, aim)
                 if climbing:
-                    gradients.append(input_gradient(value, point, sound))
+                    gradients.append(
+                        input_gradient(value, point, sound) if at_point else slope(point, aim, generator[index])
+                    )
                 passes.append(logits.detach())
                 values.append(value.detach())
         return _mean_prediction(passes), reduce(torch.add, values), reduce(torch.add, gradients) if climbing else None
@@ -129,12 +162,12 @@ def pgd(
                     break
                 climbing = step < steps
                 point = point.detach().requires_grad_(climbing)
-                logits, value, gradient = evaluate(point, aim, climbing)
+                logits, value, ascent = evaluate(point, aim, index, climbing)
                 predicted = predictions(logits)
                 sound &= (predicted >= 0).all()
                 wrong = predicted != y[index]
                 if observe is not None:
-                    observe(step, index, point.detach(), logits, gradient)
+                    observe(step, index, point.detach(), logits, ascent)
                 if keep == "worst":
                     better = torch.where(wrong == fooled[index], value > highest[index], wrong)
                     found[index] = torch.where(better[:, None, None, None], point, found[index])
@@ -142,8 +175,8 @@ def pgd(
                     fooled[index] |= wrong
                 else:
                     found[index], fooled[index] = point, wrong
-                if gradient is not None:
-                    delta = (point - origin).add_(direction(gradient, norm), alpha=step_size)
+                if ascent is not None:
+                    delta = (point - origin).add_(direction(ascent, norm), alpha=step_size)
                     point = clip(origin, delta, norm, eps)
                 # Counting the samples that stay is the step's one wait for the device.
                 if drop_fooled and len(stay := (~wrong).nonzero().squeeze(1)) < len(index):

@@ -1,7 +1,7 @@
 """What an attack is to the rest of aerl: a callable, and what it states about itself."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 
@@ -25,8 +25,8 @@ class AttackSpec:
     counts: whether it may be part of the worst case at all.
     batch_size: samples at a time, for an attack whose outcome depends on it; None: the run's.
     drop_fooled: whether it stops at the first misclassified image, which is wrong for a sampled policy.
-    stages: `stages(model, x) -> attacks` of which it consists, each for the samples that withstood the ones before;
-        x (0, C, H, W) has the images' shape and device.
+    stages: `stages(model, x) -> attacks` of which it consists, each for the samples that withstood the ones before: a
+        list, or a dict of those that are reported one by one. x (B, C, H, W) are the first images of the split.
     """
 
     call: Attack
@@ -35,7 +35,7 @@ class AttackSpec:
     counts: bool = True
     batch_size: Count | None = None
     drop_fooled: bool = True
-    stages: Callable[[nn.Module, Tensor], Sequence[Attack]] | None = None
+    stages: Callable[[nn.Module, Tensor], Sequence[Attack] | Mapping[str, Attack]] | None = None
 
     @classmethod
     def of(cls, attack: "Attack | AttackSpec", key: str = "attack") -> "AttackSpec":

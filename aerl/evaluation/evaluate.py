@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from aerl.config.schema import Config
 
 log = logging.getLogger("aerl")
+
+_FIRST = 16  # images, from which an attack may choose its stages
 
 
 # --- A run -----------------------------------------------------------------------------------------------
@@ -131,7 +133,10 @@ def _attack(
         warnings.extend(earlier_warnings)
         if policy == "sample" and attack.drop_fooled:
             log.warning("%s: stops at the first wrong argmax; set attack.%s.drop_fooled=false", name, name)
-        count = len(stages(attack, parts.model, split, parts.hardware))
+        runs = stages(attack, parts.model, split, parts.hardware)
+        if attack.stages is not None and not any(stage == "" for stage, _ in runs):
+            log.info("%s: %s", name, " -> ".join(stage for stage, _ in runs) or "the model needs none of its remedies")
+        count = len(runs)
         start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
         with progress(name, total=total * count, unit="samples", start=start) as bar:
             found = run_attack(
@@ -214,15 +219,22 @@ def _warn_not_finite(samples: np.ndarray) -> None:
 # --- One attack --------------------------------------------------------------------------------------------
 
 
-def stages(attack: AttackSpec, model: nn.Module, split: Split, hardware: Hardware) -> Sequence[Attack]:
-    """The attacks of which `attack` consists, each for the samples that withstood the ones before."""
+def stages(attack: AttackSpec, model: nn.Module, split: Split, hardware: Hardware) -> list[tuple[str, Attack]]:
+    """The attacks of which `attack` consists, each for the samples that withstood the ones before, and their names."""
     if attack.stages is None:
-        return [attack.call]
-    with foreign_code("stages", attack.call, getattr(model, "net", model)):
-        found = attack.stages(model, batch(split, torch.arange(0), hardware)[0])
+        return [("", attack.call)]
+    first = batch(split, torch.arange(min(_FIRST, len(split))), hardware)[0]
+    with (
+        foreign_code("stages", attack.call, getattr(model, "net", model)),
+        attacking(model),
+        reproducible(0, "stages", device=hardware.device),  # the same ones in every process, and after an interruption
+    ):
+        found = attack.stages(model, first)
+        if isinstance(found, Mapping):
+            return list(found.items())
         if not found:
             raise UserError(f"stages returned {found}: expected attacks")
-        return found
+        return [("", each) for each in found]
 
 
 def run_attack(
@@ -247,6 +259,8 @@ def run_attack(
     key, labels, examples = f"attack.{name}", split.labels.numpy(), len(before.examples)
     attack = AttackSpec.of(attack, key)
     calls, foreign = stages(attack, model, split, hardware), is_foreign(attack.call)
+    if not calls:
+        return {name: copy.deepcopy(before)}
     limit = size = attack.batch_size or batch_size
     todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
     state = resume or Stage(0, todo, np.zeros(len(split), bool))
@@ -259,16 +273,20 @@ def run_attack(
             noise = SampleGenerator.for_images(x, seed=seed, salt=name)
             victim = copy.deepcopy(model) if foreign else model
             with signals.stop_immediately():  # a batch that a signal cuts short is repeated
-                returned = calls[state.number](victim, x.clone(), y.clone(), generator=noise)
-            images = {f"{name}_{part}" if part else name: own for part, own in _images(returned, x, key)}
-            if state.parts and images.keys() != state.parts.keys():
-                found, expected = (", ".join(sorted(parts)) for parts in (images, state.parts))
+                returned = call(victim, x.clone(), y.clone(), generator=noise)
+            images = {"_".join(filter(None, (name, stage, part))): own for part, own in _images(returned, x, key)}
+            known = [part for part in state.parts if part not in earlier]
+            if known and images.keys() != set(known):
+                found, expected = (", ".join(sorted(parts)) for parts in (images, known))
                 raise UserError(f"{key}: returned {found}: expected, as for other images, {expected}")
             rows = index.numpy()
             news.append((rows, {part: _outcome(model, x, x_adv, y, rows, metrics, examples)
                                 for part, x_adv in images.items()}))  # fmt: skip
 
     while True:
+        stage, call = calls[state.number]
+        earlier = [part for part in state.parts if stage and not f"{part}_".startswith(f"{name}_{stage}_")]
+        start = state.parts[earlier[-1]] if earlier else before
         for mine in _rounds(state, size):
             fault = None
             news.clear()
@@ -283,7 +301,7 @@ def run_attack(
             done = list(chain.from_iterable(ddp.gather(news)))
             for index, parts in done:
                 for part, outcome in parts.items():
-                    state.parts.setdefault(part, copy.deepcopy(before)).record(*outcome)
+                    state.parts.setdefault(part, copy.deepcopy(start)).record(*outcome)
                 state.done[index] = True
             state.seconds = time.monotonic() - began
             progress(sum(len(index) for index, _ in done), int(state.robust(labels).sum()))
