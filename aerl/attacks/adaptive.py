@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from aerl.attacks.losses import log_odds
 from aerl.attacks.modes import NoGradient, attacking, input_gradient
 from aerl.attacks.pgd import pgd
-from aerl.attacks.projections import ascent_direction, random_in_ball
+from aerl.attacks.projections import ascent_direction, random_extreme, random_in_ball
 from aerl.attacks.random import Noise, SampleGenerator
-from aerl.attacks.straight_through import straight_through
+from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.types import Count, NonNegative, Norm
 
 _PASSES = 16  # that measure how much a randomised model's gradient varies
-_SHARE = 0.1  # of the images, from which on a sign counts
+_DIRECTIONS = 16  # of finite differences
 _PIXELS = (1, 2, 3)
 
 
@@ -29,8 +30,8 @@ class Diagnosis:
 
     repairs: the operations without gradient, with the number of their calls; see `straight_through`.
     passes: to average over, so that noise is at most half of the gradient's length; 1 if the model is deterministic.
-    shattered: the share of images near which the gradient is another one.
-    blind: the share of images with a gradient of zero, or with one that does not predict how the loss changes.
+    shattered: the share of images close to which the gradient points elsewhere.
+    blind: the share of images whose loss rises more along random finite differences than along the gradient.
     """
 
     repairs: Counter[str] = field(default_factory=Counter)
@@ -40,51 +41,55 @@ class Diagnosis:
 
 
 def diagnose(model: nn.Module, x: Tensor, *, norm: Norm, eps: float, most_passes: int = 64) -> Diagnosis:
-    """Examine the gradients of `model` at images x (B, C, H, W) in [0, 1], in 30 to 60 passes."""
+    """Examine the gradients of `model`, with the repairs of `straight_through`, at images x (B, C, H, W) in [0, 1]."""
+    generator = SampleGenerator.for_images(x, 0, "diagnose")
     with attacking(model), torch.no_grad():
         logits = model(x)
-        y = logits.argmax(1)
-        spread = logits.amax(1) - logits.amin(1)
-        randomised = ((model(x) - logits).abs().amax(1) > 0.01 * spread).any().item()
-        with torch.enable_grad(), straight_through() as repairs:
-            model(x.clone().requires_grad_())
+        y, spread = logits.argmax(1), logits.amax(1) - logits.amin(1)
+        randomised = bool(((model(x) - logits).abs().amax(1) > 0.01 * spread).any())
+        repaired, repairs = _gradient(model, x, y)
+        if not randomised and torch.equal(repaired, _gradient(model, x, y, repair=False)[0]):
+            repairs.clear()  # inside an autograd.Function, which has a gradient of its own
 
-        def gradient(at: Tensor) -> Tensor:
-            point = at.clone().requires_grad_()
-            with torch.enable_grad(), straight_through():
-                value = log_odds(model(point), y)
-            try:
-                return input_gradient(value, point)
-            except NoGradient:
-                return torch.zeros_like(at)
-
-        passes = 1
+        zero = repaired.abs().amax(_PIXELS) == 0
         if randomised:
-            drawn = torch.stack([gradient(x) for _ in range(_PASSES)])
+            drawn = torch.stack([_gradient(model, x, y)[0] for _ in range(_PASSES)])
             noise = drawn.var(0).sum(_PIXELS)
             signal = (drawn.mean(0).square().sum(_PIXELS) - noise / _PASSES).clamp_min(0)
             needed = (4 * noise / signal).nan_to_num(1, most_passes, 1).median().item()
-            passes = min(most_passes, max(2, math.ceil(needed)))
-        at_image = sum((gradient(x) for _ in range(passes)), torch.zeros_like(x))
-        zero = at_image.abs().amax(_PIXELS) == 0
-        if randomised:  # what follows cannot tell noise from roughness
-            return Diagnosis(repairs, passes, 0.0, zero.float().mean().item())
-        generator = SampleGenerator.for_images(x, 0, "diagnose")
-        turned = [
-            (ascent_direction(at_image, "L2") * ascent_direction(gradient(near), "L2")).sum(_PIXELS)
-            for near in (x + random_in_ball(x, norm, eps / 2, generator) for _ in range(2))
-        ]
-        shattered = (torch.stack(turned).mean(0) < 0.5) & ~zero
-        blind = zero if repairs else zero | _does_not_predict(model, x, y, at_image, norm, eps)
-        return Diagnosis(repairs, passes, shattered.float().mean().item(), blind.float().mean().item())
+            # What follows cannot tell noise from roughness.
+            return Diagnosis(repairs, min(most_passes, max(2, math.ceil(needed))), 0.0, zero.float().mean().item())
+
+        def rise(step: Tensor) -> Tensor:
+            """Of the loss along a step, (B,)."""
+            return (log_odds(model((x + step).clamp(0, 1)), y) - log_odds(logits, y)).nan_to_num(0)
+
+        step = ascent_direction(repaired, norm) * eps / 2
+        random = torch.zeros_like(x)
+        for _ in range(_DIRECTIONS):
+            direction = random_extreme(x, norm, eps / 4, generator)
+            random += direction * (rise(direction) - rise(-direction))[:, None, None, None]
+        blind = rise(ascent_direction(random, norm) * eps / 2) > rise(step).clamp_min(0)
+        near = (x + random_in_ball(x, norm, eps / 2, generator)).clamp(0, 1)
+        turned = ascent_direction(repaired, "L2") * ascent_direction(_gradient(model, near, y)[0], "L2")
+        shattered = (turned.sum(_PIXELS) < 0.5) & ~zero
+        return Diagnosis(repairs, 1, shattered.float().mean().item(), blind.float().mean().item())
 
 
-def _does_not_predict(model: nn.Module, x: Tensor, y: Tensor, gradient: Tensor, norm: Norm, eps: float) -> Tensor:
-    """bool (B,): central differences along the gradient, over a fiftieth of the ball, deviate from it by more than
-    half."""
-    step = ascent_direction(gradient, norm) * (eps / 50)
-    ahead, behind = (log_odds(model(x + side).double(), y) for side in (step, -step))
-    return ~(((ahead - behind) / (2 * (step * gradient).sum(_PIXELS)) - 1).abs() <= 0.5)  # NaN counts
+def _gradient(model: nn.Module, x: Tensor, y: Tensor, repair: bool = True) -> tuple[Tensor, Counter[str]]:
+    """Of the log-odds at images x (B, C, H, W), zero if there is none; and the repairs that it took."""
+    point = x.clone().requires_grad_()
+    mode: AbstractContextManager[Counter[str]] = straight_through() if repair else nullcontext(Counter())
+    with torch.enable_grad():
+        with mode as repairs:
+            output = model(point)
+            logits = before_softmax(output)
+            repairs["softmax"] += logits is not output
+            value = log_odds(logits, y)
+        try:
+            return input_gradient(value, point), +repairs
+        except NoGradient:
+            return torch.zeros_like(x), +repairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +131,15 @@ class Adaptive:
             remedies["straight_through"] = {}
         elif found.passes > 1:
             remedies["averaged"] = {}
-        if found.shattered > _SHARE:
+        if found.shattered > 0.5:
             remedies["smoothed"] = {"jitter": 0.5, "eot": max(16, found.passes)}
-        if found.blind > _SHARE:
-            remedies["finite_differences"] = {"gradient": "finite_differences", "directions": self.directions}
+        if found.blind > 0.1:
+            remedies["finite_differences"] = {
+                "gradient": "finite_differences",
+                "directions": self.directions,
+                "steps": math.ceil(self.steps / 2),  # they are dear, and half as many of twice the length do as well
+                "step_size": self.eps / 5 if self.step_size is None else 2 * self.step_size,
+            }
         return {name: partial(self._pgd, **settings | changes) for name, changes in remedies.items()}
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
@@ -143,7 +153,5 @@ class Adaptive:
         return found
 
     def _pgd(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise, **settings: Any) -> Tensor:
-        return pgd(
-            model, x, y, generator=generator,
-            norm=self.norm, eps=self.eps, steps=self.steps, step_size=self.step_size, **settings,
-        )  # fmt: skip
+        own = {"norm": self.norm, "eps": self.eps, "steps": self.steps, "step_size": self.step_size}
+        return pgd(model, x, y, generator=generator, **own | settings)

@@ -12,7 +12,7 @@ from aerl.attacks import losses
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
 from aerl.attacks.projections import ascent_direction, clip, random_extreme, random_in_ball
 from aerl.attacks.random import Noise
-from aerl.attacks.straight_through import straight_through
+from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.errors import UserError
 from aerl.types import Count, NonNegative, Norm
 
@@ -59,8 +59,8 @@ def pgd(
         returns the last iterate.
     eot: forward passes to average per step (expectation over transformation, Athalye et al. 2018, section 4.2). A
         sample is misclassified if the mean of their softmax is.
-    gradient: "straight_through" repairs operations that have none, see `aerl.attacks.straight_through`.
-        "finite_differences" needs only values: it sums the loss differences between opposite points at eps / 4 around
+    gradient: "straight_through" repairs operations that have none, and takes off the softmax in which a model ends; see
+        `aerl.attacks.straight_through`. "finite_differences" needs only values: it sums the loss differences between opposite points at eps / 4 around
         the iterate, times the direction, over `directions` random ones (NES, Ilyas et al. 2018, section 2.1).
     jitter: each of the `eot` gradients is taken at a random point of the ball of radius jitter * eps around the
         iterate: the gradient of a smoothed loss, for gradients that are shattered.
@@ -95,7 +95,7 @@ def pgd(
 
     def objective(point: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
         with straight_through() if gradient == "straight_through" and point.requires_grad else nullcontext():
-            logits = model(point).to(x.dtype)
+            logits = before_softmax(model(point)).to(x.dtype)
             value = getattr(losses, loss)(logits, aim)
         return logits, -value if targeted else value
 

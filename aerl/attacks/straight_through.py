@@ -27,8 +27,7 @@ def straight_through() -> Iterator[Counter[str]]:
 
     The identity stands in for the derivative of rounding, sign and step functions, floor division, casts to integers
     and back (with whatever lies between them, up to a table lookup), comparisons, `detach`, `no_grad`,
-    `inference_mode`, a softmax where it is exactly 1, and code outside torch that returns an array of the shape that
-    it got. An operation that has a
+    `inference_mode`, and code outside torch that returns an array of the shape that it got. An operation that has a
     gradient keeps it. Yields the number of repairs by operation, empty for a model that needs none.
 
     What it cannot reach: a `torch.autograd.Function` with a gradient of zero, compiled models, code outside torch that
@@ -38,6 +37,12 @@ def straight_through() -> Iterator[Counter[str]]:
     from_numpy = torch.from_numpy  # the one way into torch that modes do not see
     with patch.object(torch, "from_numpy", lambda array: mode.returned(from_numpy(array), "numpy")), mode:
         yield mode.repairs
+
+
+def before_softmax(output: Tensor) -> Tensor:
+    """The logits, if a model that was called within `straight_through` returned their softmax; else its output."""
+    logits: Tensor = getattr(output, "_aerl_logits", output)
+    return logits
 
 
 class _Identity(torch.autograd.Function):
@@ -89,25 +94,17 @@ class _StraightThrough(TorchFunctionMode):
                     value = func(target.clone(), *args[1:], **kwargs)
                 value = _Identity.apply(value, target)
                 return target.copy_(value) if in_place else value
-            if name == "softmax":
-                dim = args[1] if len(args) > 1 else kwargs["dim"]
-                return self._softmax(func(*args, **kwargs), tensors[0], dim)
             result = func(*args, **kwargs)
             if name in _FLOOR_DIVISIONS or kwargs.get("rounding_mode"):
                 result = result.detach()  # it has no derivative, or zero
             found, results = tree_flatten(result)
             if all(not isinstance(each, Tensor) or each.requires_grad for each in found):
+                if name == "softmax":
+                    result._aerl_logits = tensors[0]
                 return result
             lifted_args, lifted_kwargs = tree_unflatten([_lifted(leaf) for leaf in leaves], form)
             carriers = self._carriers(func, name, lifted_args, lifted_kwargs, [_carrier(each) for each in tensors])
             return tree_unflatten([self._carry(each, carriers, i, name) for i, each in enumerate(found)], results)
-
-    def _softmax(self, value: Tensor, logits: Tensor, dim: int) -> Tensor:
-        saturated = value.detach().amax(dim, keepdim=True) == 1
-        if not saturated.any():
-            return value
-        self.repairs["softmax"] += 1
-        return torch.where(saturated, _Identity.apply(value.detach(), logits), value)
 
     def _carriers(
         self,
