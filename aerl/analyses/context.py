@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from aerl.attacks import AttackSpec
 from aerl.data import Split, subset
 from aerl.errors import UserError
 from aerl.evaluation.outcomes import right
@@ -37,6 +38,7 @@ class AnalysisContext:
         `a_entropy`, `a_l2`, `a_linf`.
     adversarial: by attack, the adversarial examples of the first k samples, float32 (k, C, H, W) in [0, 1].
     attacks: by attack, its entry in summary.json, with `norm` and `eps`.
+    specs: the attacks themselves, by their names in the configuration.
     figures, log, save: where figures go, where Results go, and `save(key=value)` for summary.json.
     norm, eps, seed: of the run. trainer: the one that trained the model; it determines the colour.
     batch_size: how many images the model may get at once.
@@ -58,6 +60,7 @@ class AnalysisContext:
     hardware: Hardware
     batch_size: int
     save: Callable[..., None]
+    specs: Mapping[str, AttackSpec] = field(default_factory=dict)
 
     def right(self, samples: int) -> Split:
         """Up to `samples` correctly classified images, always the same ones; NotMade if there are none."""

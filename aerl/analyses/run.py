@@ -33,6 +33,7 @@ def run_analyses(parts: Parts, config: Config, record: Record, outcomes: Outcome
         attacks=record.summary["attacks"], figures=record.folder / "figures", log=record.results, save=record.save,
         norm=config.norm, eps=config.eps, seed=config.seed, hardware=parts.hardware,
         trainer=(record.summary["origin"] or record.summary)["trainer"], batch_size=batch_size(parts, config),
+        specs=parts.attacks,
     )  # fmt: skip
     for name, analysis in parts.analyses.items():
         ddp.sync_stop_request()

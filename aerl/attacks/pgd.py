@@ -59,9 +59,9 @@ def pgd(
         returns the last iterate.
     eot: forward passes to average per step (expectation over transformation, Athalye et al. 2018, section 4.2). A
         sample is misclassified if the mean of their softmax is.
-    gradient: "straight_through" repairs operations that have none, and takes off the softmax in which a model ends; see
-        `aerl.attacks.straight_through`. "finite_differences" needs only values: it sums the loss differences between opposite points at eps / 4 around
-        the iterate, times the direction, over `directions` random ones (NES, Ilyas et al. 2018, section 2.1).
+    gradient: "straight_through" repairs operations that have none, and takes off a softmax in which the model ends; see
+        `aerl.attacks.straight_through`. "finite_differences" needs only values: random `directions`, each times the
+        difference of the loss at the points eps / 4 ahead and behind (NES, Ilyas et al. 2018, section 2.1).
     jitter: each of the `eot` gradients is taken at a random point of the ball of radius jitter * eps around the
         iterate: the gradient of a smoothed loss, for gradients that are shattered.
     in_training: for a training step: keeps the caller's precision, and skips the checks that wait for the device.
