@@ -193,6 +193,20 @@ def load_model(
     return model.eval()
 
 
+def judged_weights(config: Config, run: Path) -> Path | None:
+    """The file of the weights that the finished run in a folder has judged; None for checkpoint=own."""
+    if config.trainer:
+        return run / "checkpoints/best.pt"
+    return None if config.checkpoint in (None, "own") else checkpoint.find(config.checkpoint)
+
+
+def judged_model(config: Config, path: Path | None, data: DataSplits, hardware: Hardware) -> Classifier:
+    """The model of a finished run with the weights in a file, if any, in eval mode."""
+    model = build_model(config, data, hardware)
+    _load_weights(model, path, config.model, f"checkpoint={path}")
+    return model.eval()
+
+
 def _load_weights(model: Classifier, path: Path | None, stated: Model, what: str) -> None:
     """Load a file of weights, if any. UserError if the normalisation is neither in it nor stated."""
     carries_normalization = path is not None and checkpoint.load_weights(model, path, what.partition("=")[0])

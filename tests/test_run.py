@@ -44,8 +44,9 @@ def test_files_of_the_run_folder(finished):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     measured = ("curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert {name for name in files if not name.startswith("wandb/")} == {
-        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "run.log", "report.html",
-        ".lock", "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz", "tables/curve_steps.csv",
+        "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "evidence.npz",
+        "run.log", "report.html", ".lock", "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz",
+        "tables/curve_steps.csv",
         *(f"figures/{name}.{suffix}" for name in (*measured, "pictures", "landscape") for suffix in ("png", "pdf")),
         *(f"tables/{name}.csv" for name in (*measured, "masking")),
     }  # fmt: skip
@@ -160,7 +161,7 @@ def test_survivors_and_threat_model(launch, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = summary_of(tmp_path / "runs/s")
     info = summary["attacks"]
-    assert list(info) == ["pgd", "pgd_targeted", "autoattack", "fgsm"]
+    assert list(info) == ["pgd", "pgd_targeted", "adaptive", "autoattack", "fgsm"]
     values = [info[name]["robust_accuracy"]["value"] for name in ("pgd", "pgd_targeted", "autoattack")]
     assert summary["clean_accuracy"]["value"] >= values[0] >= values[1] >= values[2] > 0
     assert summary["worst_case_accuracy"]["value"] == values[2]

@@ -88,6 +88,7 @@ class Evaluation(Section):
     batch_size: Count | None
     policy: Literal["argmax", "sample"]
     survivors_only: bool
+    evidence: bool | None
 
 
 class Hardware(Section):

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from aerl.attacks import Attack, AttackSpec, NoGradient, SampleGenerator, attacking, collect_warnings, predictions, warn
 from aerl.data import Split, rows, subset, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
+from aerl.evaluation import evidence
+from aerl.evaluation.evidence import Evidence
 from aerl.evaluation.memory import within_memory
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
-from aerl.evaluation.outcomes import Attacked, Outcomes, Policy, accuracy, check_within, so_far
+from aerl.evaluation.outcomes import Attacked, Batch, Outcomes, Policy, accuracy, check_within, right, so_far
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import Hardware, seed_from
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("aerl")
 
 _FIRST = 16  # images, from which an attack may choose its stages
+PASSES = 32  # of a randomised model, over which each outcome is a mean
 
 
 # --- A run -----------------------------------------------------------------------------------------------
@@ -51,11 +54,17 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
         record.results.restore(record.summary["results"])
         return outcomes, split
     with signals.stop_immediately():
+        passes = ddp.broadcast_from_main(
+            lambda: PASSES if is_randomised(parts.model, first_images(split, parts.hardware)) else 1
+        )
         clean = ddp.broadcast_from_main(
-            lambda: predict(parts.model, split, parts.hardware, batch_size(parts, config), metrics=metrics)
+            lambda: predict(
+                parts.model, split, parts.hardware, batch_size(parts, config), metrics=metrics, passes=passes
+            )
         )
     if not outcomes:
-        record.summary.update(unattacked())
+        record.summary.update(unattacked(), passes=passes)
+        evidence.discard(folder, evidence.NAME)
         index = rows(len(parts.data.test), config.evaluation.samples).numpy()
         outcomes = {"index": index, "label": split.labels.numpy(), **clean.columns("clean")}
         save_arrays(folder / "outcomes.npz", outcomes)
@@ -71,7 +80,7 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
         if any(info["of"] == name for info in record.summary["attacks"].values()):
             log.info("%s: already done", name)
         else:
-            _attack(name, attack, parts, config, record, split, clean, outcomes)
+            _attack(name, attack, parts, config, record, split, clean, outcomes, passes)
         for part, info in record.summary["attacks"].items():
             if info["of"] == name:
                 means = {f"mean_{key}": outcomes[f"{part}_{key}"].mean() for key in ("l2", "linf", *parts.metrics)}
@@ -83,6 +92,8 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
     attacks = record.summary["attacks"]
     counted = [part for part, info in attacks.items() if info["counts"]]
     worst = accuracy(outcomes, counted, policy) if counted else None
+    if ddp.is_main():
+        evidence.finish(folder, outcomes, counted)
     if worst is not None:
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
     record.advance(
@@ -118,7 +129,7 @@ def _stored(record: Record) -> Outcomes:
 
 def _attack(
     name: str, attack: AttackSpec, parts: "Parts", config: "Config", record: Record, split: Split, clean: Attacked,
-    outcomes: Outcomes,
+    outcomes: Outcomes, passes: int,
 ) -> None:  # fmt: skip
     """Run one attack, or the rest of it, and add it to `outcomes` and to the run folder: last to the summary."""
     folder, policy, attacks = record.folder, config.evaluation.policy, record.summary["attacks"]
@@ -127,6 +138,7 @@ def _attack(
     alone = not config.evaluation.survivors_only or policy == "sample"
     counted = [part for part, info in attacks.items() if info["counts"]]
     before = clean if alone else so_far(outcomes, clean, counted)
+    counts, keep = within and attack.counts, None
     n, total = len(split), len(split) if policy == "sample" else int((before.pred == split.labels.numpy()).sum())
     with named(f"attack.{name}"), collect_warnings() as warnings:
         resume, earlier_warnings = ddp.broadcast_from_main(lambda: interrupted(folder, name))
@@ -137,16 +149,22 @@ def _attack(
         if attack.stages is not None and not any(stage == "" for stage, _ in runs):
             log.info("%s: %s", name, " -> ".join(stage for stage, _ in runs) or "the model needs none of its remedies")
         count = len(runs)
+        shape = split.images.shape[1:]
+        if counts and evidence.wanted(config.evaluation.evidence, n, shape):
+            fresh = right(outcomes, counted)
+            for attacked in resume.parts.values() if resume else ():
+                fresh &= attacked.pred == outcomes["label"]
+            keep = Evidence(folder, n, shape, fresh).keep if ddp.is_main() else _keep_nothing
         start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
         with progress(name, total=total * count, unit="samples", start=start) as bar:
             found = run_attack(
                 attack, parts.model, split, before, parts.hardware, name=name, seed=config.seed,
                 batch_size=batch_size(parts, config), policy=policy, metrics={**BUILT_IN, **parts.metrics},
-                progress=lambda advanced, robust: bar.update(advanced, acc=robust / n),
+                passes=passes, keep=keep, progress=lambda advanced, robust: bar.update(advanced, acc=robust / n),
                 resume=resume, save=Saver(folder, name, warnings),
             )  # fmt: skip
         warnings = list(dict.fromkeys(chain.from_iterable(ddp.gather(warnings))))
-    counts, news = within and attack.counts, {}
+    news = {}
     for part, attacked in found.items():
         check_within(part, attacked, norm, eps, boxed=counts)
         outcomes |= attacked.columns(part)
@@ -161,20 +179,24 @@ def _attack(
     finished(folder)
 
 
+def _keep_nothing(rows: np.ndarray, images: np.ndarray) -> None:
+    """The first process keeps the evidence of all."""
+
+
 # --- The clean images ------------------------------------------------------------------------------------
 
 
 def predict(
     model: nn.Module, split: Split, hardware: Hardware, batch_size: int, examples: int = 16,
-    metrics: Mapping[str, Metric] = BUILT_IN,
+    metrics: Mapping[str, Metric] = BUILT_IN, passes: int = 1,
 ) -> Attacked:  # fmt: skip
     """All images unattacked; fp32, eval mode. UserError for what other people's code raises."""
-    clean = Attacked.blank(split, metrics, examples)
+    clean = Attacked.blank(split, [*metrics, *["right"] * (passes > 1)], examples)
 
     def work(index: Tensor) -> None:
         x, y = batch(split, index, hardware)
         with reproducible(0, "clean", int(index[0]), device=hardware.device):
-            clean.record(*_outcome(model, x, x, y, index.numpy(), metrics, examples))
+            clean.record(_outcome(model, x, x, y, index.numpy(), metrics, passes, examples))
 
     with foreign_code("model.net", getattr(model, "net", model)):
         within_memory(work, torch.arange(len(split)), batch_size)
@@ -196,19 +218,38 @@ def reproducible(*words: int | str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def first_images(split: Split, hardware: Hardware) -> Tensor:
+    """The images from which an attack may choose its stages."""
+    return batch(split, torch.arange(min(_FIRST, len(split))), hardware)[0]
+
+
+def is_randomised(model: nn.Module, x: Tensor) -> bool:
+    """Whether the logits of images x (B, C, H, W) differ between two passes by more than 1 % of their spread."""
+    with attacking(model), torch.no_grad(), foreign_code("model.net", getattr(model, "net", model)):
+        with reproducible(0, "randomised", device=x.device):
+            one, other = model(x).float(), model(x).float()
+        return bool(((one - other).abs().amax(1) > 0.01 * (one.amax(1) - one.amin(1))).any())
+
+
 def _outcome(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, index: np.ndarray, metrics: Mapping[str, Metric],
-    examples: int,
-) -> tuple[np.ndarray, Outcomes, np.ndarray, float]:  # fmt: skip
-    """What `Attacked.record` takes, of one batch of adversarial images."""
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, rows: np.ndarray, metrics: Mapping[str, Metric],
+    passes: int, examples: int, keep: bool = False,
+) -> Batch:  # fmt: skip
+    """The outcome of a batch of adversarial images; `keep` the images of all samples that are wrong."""
     with attacking(model), torch.no_grad():
-        logits = model(x_adv).float()
-        values = {"pred": predictions(logits), **measure(metrics, logits, y)}
+        logits = [model(x_adv).float() for _ in range(passes)]
+        found = torch.stack([predictions(each) for each in logits])
+        measured = [measure(metrics, each, y) for each in logits]
+    values = {"pred": found[0], **measured[0]}
+    if passes > 1:
+        values = {key: torch.stack([each[key] for each in measured]).mean(0) for key in measured[0]}
+        values |= {"pred": found.mode(0).values, "right": (found == y).float().mean(0)}
     delta = (x_adv - x).flatten(1)
     values |= {"l2": delta.norm(dim=1), "linf": delta.abs().amax(1)}
     outside = max(-x_adv.min().item(), x_adv.max().item() - 1)
-    shown = x_adv[torch.from_numpy(index < examples).to(x_adv.device)]
-    return index, {key: column.cpu().numpy() for key, column in values.items()}, shown.cpu().numpy(), outside
+    kept = (torch.from_numpy(rows < examples).to(y.device) | (keep & (values["pred"] != y))).nonzero().squeeze(1)
+    columns = {key: column.cpu().numpy() for key, column in values.items()}
+    return Batch(rows, columns, rows[kept.cpu().numpy()], x_adv[kept].float().cpu().numpy(), outside)
 
 
 def _warn_not_finite(samples: np.ndarray) -> None:
@@ -223,7 +264,7 @@ def stages(attack: AttackSpec, model: nn.Module, split: Split, hardware: Hardwar
     """The attacks of which `attack` consists, each for the samples that withstood the ones before, and their names."""
     if attack.stages is None:
         return [("", attack.call)]
-    first = batch(split, torch.arange(min(_FIRST, len(split))), hardware)[0]
+    first = first_images(split, hardware)
     with (
         foreign_code("stages", attack.call, getattr(model, "net", model)),
         attacking(model),
@@ -241,13 +282,15 @@ def run_attack(
     attack: Attack | AttackSpec, model: nn.Module, split: Split, before: Attacked, hardware: Hardware, *,
     name: str, seed: int, batch_size: int, policy: Policy = "argmax", metrics: Mapping[str, Metric] = BUILT_IN,
     progress: Callable[[int, int], None] = lambda advanced, robust: None,
-    resume: Stage | None = None, save: Callable[[Stage], None] = lambda stage: None,
+    resume: Stage | None = None, save: Callable[[Stage], None] = lambda stage: None, passes: int = 1,
+    keep: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> dict[str, Attacked]:  # fmt: skip
     """Attack every sample that is right in `before`, with policy="sample" all of them; the others stay as there.
 
     Returns one `Attacked` under `name`, or one per part under `<name>_<part>` if the attack returns a dict. After
     every batch `save` gets the state, from which `resume` continues, and `progress` the number of samples done since
-    the last call and of those still right (each sample counts once per stage).
+    the last call and of those still right (each sample counts once per stage). `keep` gets the samples (m,) that were
+    fooled and their images float32 (m, C, H, W). Each outcome is that of `passes` passes.
 
     Random numbers are keyed by the image, so that neither batch size nor order changes an outcome; an attack whose
     batches do matter states its own `batch_size`.
@@ -265,7 +308,7 @@ def run_attack(
     todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
     state = resume or Stage(0, todo, np.zeros(len(split), bool))
     began = time.monotonic() - state.seconds
-    news: list[tuple[np.ndarray, dict[str, Any]]] = []  # this round's batches of this process
+    news: list[dict[str, Batch]] = []  # this round's batches of this process, by part
 
     def work(index: Tensor) -> None:
         x, y = batch(split, index, hardware)
@@ -280,8 +323,8 @@ def run_attack(
                 found, expected = (", ".join(sorted(parts)) for parts in (images, known))
                 raise UserError(f"{key}: returned {found}: expected, as for other images, {expected}")
             rows = index.numpy()
-            news.append((rows, {part: _outcome(model, x, x_adv, y, rows, metrics, examples)
-                                for part, x_adv in images.items()}))  # fmt: skip
+            news.append({part: _outcome(model, x, x_adv, y, rows, metrics, passes, examples, keep is not None)
+                         for part, x_adv in images.items()})  # fmt: skip
 
     while True:
         stage, call = calls[state.number]
@@ -299,12 +342,15 @@ def run_attack(
                 warn(f"not run: {NoGradient()}")
                 break  # to the next stage, which may be a black-box attack
             done = list(chain.from_iterable(ddp.gather(news)))
-            for index, parts in done:
-                for part, outcome in parts.items():
-                    state.parts.setdefault(part, copy.deepcopy(start)).record(*outcome)
-                state.done[index] = True
+            for part, outcome in chain.from_iterable(parts.items() for parts in done):
+                state.parts.setdefault(part, copy.deepcopy(start)).record(outcome)
+                state.done[outcome.rows] = True
+                if keep is not None:
+                    wrong = outcome.values["pred"] != labels[outcome.rows]
+                    fooled = np.isin(outcome.kept, outcome.rows[wrong])
+                    keep(outcome.kept[fooled], outcome.images[fooled])
             state.seconds = time.monotonic() - began
-            progress(sum(len(index) for index, _ in done), int(state.robust(labels).sum()))
+            progress(sum(len(next(iter(parts.values())).rows) for parts in done), int(state.robust(labels).sum()))
             ddp.sync_stop_request()
             save(state)
         if state.number + 1 == len(calls):

@@ -15,12 +15,29 @@ Outcomes = dict[str, np.ndarray]  # outcomes.npz: index, label, clean_pred, ...,
 Policy = Literal["argmax", "sample"]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The outcome of one attack on the samples `rows` (b,).
+
+    values: arrays (b,), as in `Attacked.samples`.
+    kept, images: the samples (k,) whose images float32 (k, C, H, W) are kept: examples and evidence.
+    outside: how far any pixel left [0, 1].
+    """
+
+    rows: np.ndarray
+    values: Outcomes
+    kept: np.ndarray
+    images: np.ndarray
+    outside: float
+
+
 @dataclass
 class Attacked:
     """The outcome of one attack, or of none, on all samples.
 
     samples: arrays (N,). `pred` int64, the class of the largest logit, -1 if a logit is not finite; float32 each
-        metric, and `l2` and `linf`, the perturbation in units of the images' range.
+        metric, and `l2` and `linf`, the perturbation in units of the images' range. Of a randomised model `pred` is the
+        most frequent class of several passes, each metric its mean, and `right` the share of passes that are right.
     examples: float32 (k, C, H, W), the first k images as attacked.
     outside: how far any pixel left [0, 1].
     seconds: wall time.
@@ -47,12 +64,12 @@ class Attacked:
         keys = [key for key in self.samples if attack != "clean" or key not in ("l2", "linf")]
         return {f"{attack}_{key}": self.samples[key] for key in keys}
 
-    def record(self, rows: np.ndarray, values: Outcomes, examples: np.ndarray, outside: float) -> None:
-        """Enter one batch: `values` (b,) of the samples `rows` (b,), and the images of those that are examples."""
-        for key, column in values.items():
-            self.samples[key][rows] = column
-        self.examples[rows[rows < len(self.examples)]] = examples
-        self.outside = max(self.outside, outside)
+    def record(self, batch: "Batch") -> None:
+        for key, column in batch.values.items():
+            self.samples[key][batch.rows] = column
+        shown = batch.kept < len(self.examples)
+        self.examples[batch.kept[shown]] = batch.images[shown]
+        self.outside = max(self.outside, batch.outside)
 
 
 def accuracy(
@@ -66,11 +83,13 @@ def accuracy(
 def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
     """float (N,): the least reward of each sample, clean and under every one of `attacks`.
 
-    policy="argmax": 1 if the class of the largest logit is right under all of them. policy="sample", of a model that
-    draws its class from the softmax: the least probability of the label.
+    policy="argmax": 1 if the class of the largest logit is right under all of them; of a randomised model the least
+    share of passes that are right. policy="sample", of a model that draws its class from the softmax: the least
+    probability of the label.
     """
-    if policy == "sample":
-        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_p"] for name in ("clean", *attacks)])
+    key = "p" if policy == "sample" else "right"
+    if f"clean_{key}" in outcomes:
+        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_{key}"] for name in ("clean", *attacks)])
         return least
     return right(outcomes, attacks).astype(float)
 

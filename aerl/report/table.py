@@ -104,6 +104,8 @@ def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "*", f"outside the threat model (norm, eps, box), not in the worst case: {', '.join(outside)}"
     if not all(attack.get("alone", True) for attack in attacks.values()):
         yield "survivors", "each attack got only the samples that withstood those before it; accuracies are cumulative"
+    if (passes := summary.get("passes") or 1) > 1:
+        yield "randomised", f"the model draws at random; each accuracy is the mean over {passes} passes"
     for name, attack in attacks.items():
         yield from (("warning", f"{name}: {warning}") for warning in attack.get("warnings") or ())
     for run, comparison in (summary.get("comparisons") or {}).items():

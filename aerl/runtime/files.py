@@ -156,13 +156,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
     atomic_write(path, text.getvalue())
 
 
-def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> None:
     """Write an .npz atomically, with a digest of its content that `load_arrays` checks."""
     import numpy as np
 
     content = io.BytesIO()
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    np.savez(content, **arrays)
+    (np.savez_compressed if compressed else np.savez)(content, **arrays)
     with zipfile.ZipFile(content, "a") as archive:
         archive.comment = _digest(arrays)
     atomic_write(path, content.getvalue())

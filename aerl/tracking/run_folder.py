@@ -31,10 +31,10 @@ from aerl.tracking.wandb import Tracker, open_tracker
 
 log = logging.getLogger("aerl")
 
-_SEALED = ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz")
+_SEALED = ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz", "evidence.npz")
 _SEALED_FOLDERS = ("checkpoints", "figures", "tables")
 # What overwrite=true deletes.
-_OWN = ("summary.json", *_SEALED, "progress.npz", "report.html", "run.log", *_SEALED_FOLDERS, "wandb")
+_OWN = ("summary.json", *_SEALED, "progress.npz", "progress.npy", "report.html", "run.log", *_SEALED_FOLDERS, "wandb")
 _IDENTITY = ("run_id", "seed", "dataset", "model", "trainer")  # of each line of results.jsonl
 _DISCARDED = "discarded"  # the status of a folder that overwrite=true empties
 
@@ -130,7 +130,7 @@ def verify(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         log.warning("%s: changed since the run finished, computing again: %s", folder, ", ".join(changed))
     if any(name.startswith(("figures/", "tables/")) for name in changed):
         summary |= {"analyses": {}, "results": summary["evaluated"]}
-    if not {"results.jsonl", "outcomes.npz", "examples.npz"}.isdisjoint(changed):
+    if not {"results.jsonl", "outcomes.npz", "examples.npz", "evidence.npz"}.isdisjoint(changed):
         summary |= unattacked()
     return summary
 
