@@ -6,6 +6,7 @@ afterwards, and the global random state is neither used nor changed.
 
 from aerl.attacks.adaptive import Adaptive
 from aerl.attacks.autoattack import AutoAttack
+from aerl.attacks.fmn import fmn
 from aerl.attacks.modes import NoGradient, attacking, collect_warnings, evaluating, frozen, predictions, warn
 from aerl.attacks.noise import noise
 from aerl.attacks.paper import PaperPGD
@@ -17,6 +18,6 @@ from aerl.attacks.transfer import Crafted, Transfer
 
 __all__ = [
     "Adaptive", "Attack", "AttackSpec", "AutoAttack", "BatchGenerator", "Crafted", "NoGradient", "Noise", "PaperPGD",
-    "SampleGenerator", "Transfer", "attacking", "collect_warnings", "evaluating", "frozen", "noise", "pgd",
+    "SampleGenerator", "Transfer", "attacking", "collect_warnings", "evaluating", "fmn", "frozen", "noise", "pgd",
     "predictions", "straight_through", "warn",
 ]  # fmt: skip

@@ -1,0 +1,76 @@
+"""FMN against closed forms and fixed-eps attacks, and the curve of accuracies that is read from its distances."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from aerl.analyses.distance import curve, half_width
+from aerl.attacks import fmn, pgd
+from tests.nets import Linear, digits_net, images, noise_for, predictions, sizes, wrong
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_the_distance_of_a_linear_model_is_the_closed_form(norm):
+    x = images(low=0.4, high=0.6)  # the box is far away
+    model = Linear(4)
+    y = predictions(model, x)
+    x_adv = fmn(model, x, y, generator=noise_for(x), norm=norm, steps=200)
+    assert wrong(model, x_adv, y).all()
+    ratio = sizes(x_adv - x, norm) / model.distances(x, y, norm)
+    assert ratio.min() > 0.999
+    assert ratio.quantile(0.9) < 1.02 and ratio.max() < 1.5  # the likeliest wrong class may not be the nearest
+
+
+@pytest.fixture(scope="module")
+def digits():
+    net, x, y = digits_net(10, 6, unseen=150)
+    return net, x, y
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_in_the_box_smallest_first_and_the_same_in_every_batch(digits, norm):
+    net, x, y = digits
+    together = fmn(net, x, y, generator=noise_for(x), norm=norm)
+    parts = zip(x.split(40), y.split(40), strict=True)
+    alone = torch.cat([fmn(net, a, b, generator=noise_for(a), norm=norm) for a, b in parts])
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert together.min() >= 0 and together.max() <= 1
+    assert wrong(net, together, y).all()
+    already = wrong(net, x, y)
+    assert already.any() and torch.equal(together[already], x[already])
+    limited = fmn(net, x, y, generator=noise_for(x), norm=norm, eps=0.1)
+    far = sizes(together - x, norm) > 0.1
+    assert torch.equal(limited[far], x[far]) and torch.equal(limited[~far], together[~far])
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_agrees_with_pgd_at_every_eps(digits, norm):
+    net, x, y = digits
+    distances = sizes(fmn(net, x, y, generator=noise_for(x), norm=norm, steps=200) - x, norm).numpy()
+    largest = float(np.quantile(distances, 0.9))
+    for eps in np.linspace(largest / 5, largest, 5).tolist():
+        x_adv = pgd(net, x, y, generator=noise_for(x), norm=norm, eps=eps, restarts=3)
+        accuracy = (~wrong(net, x_adv, y)).float().mean().item()
+        assert abs(accuracy - curve(distances, eps)) < half_width(len(x)) / 2
+
+
+def test_the_band_is_that_of_massart():
+    assert half_width(1000) == pytest.approx(math.sqrt(math.log(40) / 2000))
+    rng = np.random.default_rng(0)
+    outside = 0
+    for _ in range(400):  # the uniform distribution, whose accuracy at eps is 1 - eps
+        found = np.sort(rng.random(100))
+        steps = np.concatenate([1 - np.arange(1, 101) / 100 - (1 - found), 1 - np.arange(100) / 100 - (1 - found)])
+        outside += np.abs(steps).max() > half_width(100)
+    assert 0.01 < outside / 400 < 0.08
+
+
+def test_as_close_as_the_reference_implementation(digits):
+    adv_lib = pytest.importorskip("adv_lib.attacks", reason="needs adversarial-library")
+    net, x, y = digits
+    for norm, order in (("L2", 2), ("Linf", float("inf"))):
+        theirs = sizes(adv_lib.fmn(net, x, y, norm=order, steps=100) - x, norm).median()
+        ours = sizes(fmn(net, x, y, generator=noise_for(x), norm=norm, steps=100) - x, norm).median()
+        assert ours <= 1.02 * theirs
