@@ -139,7 +139,7 @@ def _attack(
     counted = [part for part, info in attacks.items() if info["counts"]]
     before = clean if alone else so_far(outcomes, clean, counted)
     counts, keep = within and attack.counts, None
-    n, total = len(split), len(split) if policy == "sample" else int((before.pred == split.labels.numpy()).sum())
+    n, total = len(split), len(split) if policy == "sample" else int(before.standing(split.labels.numpy()).sum())
     with named(f"attack.{name}"), collect_warnings() as warnings:
         resume, earlier_warnings = ddp.broadcast_from_main(lambda: interrupted(folder, name))
         warnings.extend(earlier_warnings)
@@ -305,7 +305,7 @@ def run_attack(
     if not calls:
         return {name: copy.deepcopy(before)}
     limit = size = attack.batch_size or batch_size
-    todo = np.ones(len(split), bool) if policy == "sample" else before.pred == labels
+    todo = np.ones(len(split), bool) if policy == "sample" else before.standing(labels)
     state = resume or Stage(0, todo, np.zeros(len(split), bool))
     began = time.monotonic() - state.seconds
     news: list[dict[str, Batch]] = []  # this round's batches of this process, by part

@@ -59,6 +59,11 @@ class Attacked:
     def pred(self) -> np.ndarray:
         return self.samples["pred"]
 
+    def standing(self, labels: np.ndarray) -> np.ndarray:
+        """bool (N,): classified correctly; by a randomised model in any of its passes, so that attacks go on."""
+        still: np.ndarray = self.samples["right"] > 0 if "right" in self.samples else self.pred == labels
+        return still
+
     def columns(self, attack: str) -> Outcomes:
         """The arrays of outcomes.npz: `<attack>_pred`, ...; of the clean images no distances."""
         keys = [key for key in self.samples if attack != "clean" or key not in ("l2", "linf")]

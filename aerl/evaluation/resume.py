@@ -35,7 +35,7 @@ class Stage:
 
     def robust(self, labels: np.ndarray) -> np.ndarray:
         """bool (N,): the samples of the stage that every part has left correct."""
-        still: np.ndarray = np.logical_and.reduce([self.todo, *(part.pred == labels for part in self.parts.values())])
+        still: np.ndarray = np.logical_and.reduce([self.todo, *(part.standing(labels) for part in self.parts.values())])
         return still
 
     def next(self, labels: np.ndarray) -> "Stage":
