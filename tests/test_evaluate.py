@@ -15,7 +15,8 @@ from aerl.data import Split, subset
 from aerl.errors import UserError
 from aerl.evaluation import evaluate
 from aerl.evaluation.evaluate import run_attack
-from aerl.evaluation.outcomes import Attacked, accuracy, check_within, reward, so_far
+from aerl.evaluation.outcomes import Attacked, accuracy, check_within, so_far
+from aerl.evaluation.statistics import reward
 from aerl.models import AliCNN
 from aerl.runtime.device import is_out_of_memory
 

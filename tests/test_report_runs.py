@@ -50,7 +50,7 @@ def test_means_are_those_of_results_jsonl(swept):
                 values.setdefault((str(epochs), known[result.metric]), []).append(100 * result.value)
     (table,) = runs.overview(folders).tables
     assert table.heading == "digits, L2 eps 1, 30 test images"
-    assert table.text.columns == ["trainer", "trainer.epochs", "n", "clean", "fgsm", "pgd", "worst case", "masking"]
+    assert table.text.columns == ["trainer", "trainer.epochs", "n", "clean", "fgsm", "pgd", "worst case", "95 % interval", "masking"]
     numbers = table.numbers.set_index("trainer.epochs")
     assert sorted(map(len, values.values())) == [1] * 4 + [2] * 4
     for (epochs, name), measured in values.items():
@@ -82,7 +82,7 @@ def test_multirun_ends_with_its_table_and_its_failed_jobs(swept):
 def test_report_needs_no_torch(swept, tmp_path):
     code = (
         "import sys; from aerl.report import status; from aerl.report.__main__ import main; main(sys.argv[1:]);"
-        "print(sorted({'torch', 'hydra', 'omegaconf', 'matplotlib', 'wandb', 'scipy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'hydra', 'omegaconf', 'matplotlib', 'wandb', 'scipy.stats'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(swept[0] / "out"), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -131,7 +131,7 @@ def test_seeds_are_averaged_and_settings_of_other_trainers_are_no_column(tmp_pat
         verdict = {"verdict": "masked" if seed else "no sign"}
         make(tmp_path / f"rl{seed}", right, "rl", seed, config={"trainer": {"epochs": 40}}, masking=verdict)
     table = only_table(tmp_path)
-    assert table.text.columns == ["trainer", "n", "clean", "pgd", "worst case", "masking"]
+    assert table.text.columns == ["trainer", "n", "clean", "pgd", "worst case", "95 % interval", "masking"]
     accuracies = ["90.0 ± 0.0", "30.0 ± 26.5", "30.0 ± 26.5"]
     assert table.text.rows == [
         ["rl", "3", *accuracies, "masked 2/3, no sign 1/3"], ["sl", "3", *accuracies, "no sign 3/3"],
@@ -153,7 +153,7 @@ def test_an_attack_that_not_all_seeds_have(tmp_path):
         write_summary(tmp_path / f"transfer{seed}", summary)
     table = only_table(tmp_path)
     names = ["clean", "pgd", "transfer_sl_same_seed", "only0 *", "only1 *", "worst case"]
-    assert table.text.columns == ["trainer", "n", *names, "masking"]
+    assert table.text.columns == ["trainer", "n", *names, "95 % interval", "masking"]
     assert table.text.rows[0][5:7] == ["30.0 (n=1)", "30.0 (n=1)"]
     assert "only0 *, only1 *" in table.notes[0]
 

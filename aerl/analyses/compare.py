@@ -11,8 +11,7 @@ from pydantic import AfterValidator
 
 from aerl.analyses.context import AnalysisContext
 from aerl.errors import UserError
-from aerl.evaluation.outcomes import right
-from aerl.evaluation.statistics import mcnemar, paired_difference
+from aerl.evaluation.statistics import mcnemar, paired_difference, right
 from aerl.runtime.files import inside, load_arrays
 from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result, changed_files, read_config, read_summary

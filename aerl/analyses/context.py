@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aerl.attacks import AttackSpec
 from aerl.data import Split, subset
 from aerl.errors import UserError
-from aerl.evaluation.outcomes import right
+from aerl.evaluation.statistics import right
 from aerl.report import figures
 from aerl.runtime.device import Hardware
 from aerl.runtime.files import write_csv

@@ -11,7 +11,7 @@ from aerl.attacks import SampleGenerator, fmn, predictions
 from aerl.attacks.modes import attacking
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
-from aerl.evaluation.outcomes import right
+from aerl.evaluation.statistics import right
 from aerl.report import figures
 from aerl.runtime.progress import progress
 from aerl.types import Count

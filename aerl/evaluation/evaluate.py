@@ -20,8 +20,9 @@ from aerl.evaluation import evidence
 from aerl.evaluation.evidence import Evidence
 from aerl.evaluation.memory import within_memory
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
-from aerl.evaluation.outcomes import Attacked, Batch, Outcomes, Policy, accuracy, check_within, right, so_far
+from aerl.evaluation.outcomes import Attacked, Batch, Outcomes, accuracy, check_within, so_far
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
+from aerl.evaluation.statistics import Policy, right
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import Hardware, seed_from
 from aerl.runtime.files import load_arrays, save_arrays

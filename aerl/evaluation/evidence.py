@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aerl.evaluation.outcomes import Outcomes, right
+from aerl.evaluation.outcomes import Outcomes
+from aerl.evaluation.statistics import right
 from aerl.runtime.files import save_arrays, writing
 
 NAME, _UNFINISHED = "evidence.npz", "progress.npy"

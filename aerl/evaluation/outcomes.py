@@ -3,16 +3,14 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from aerl.data import Split, to_unit
 from aerl.errors import UserError
-from aerl.evaluation.statistics import proportion
+from aerl.evaluation.statistics import Policy, proportion, reward, right
 
 Outcomes = dict[str, np.ndarray]  # outcomes.npz: index, label, clean_pred, ..., <attack>_pred, ...
-Policy = Literal["argmax", "sample"]
 
 
 @dataclass(frozen=True)
@@ -83,28 +81,6 @@ def accuracy(
     """Mean reward clean and under the worst, per sample, of `attacks`, with its 95 % interval."""
     rewards = reward(outcomes, attacks, policy)
     return proportion(float(rewards.sum()), len(rewards))
-
-
-def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
-    """float (N,): the least reward of each sample, clean and under every one of `attacks`.
-
-    policy="argmax": 1 if the class of the largest logit is right under all of them; of a randomised model the least
-    share of passes that are right. policy="sample", of a model that draws its class from the softmax: the least
-    probability of the label.
-    """
-    key = "p" if policy == "sample" else "right"
-    if f"clean_{key}" in outcomes:
-        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_{key}"] for name in ("clean", *attacks)])
-        return least
-    return right(outcomes, attacks).astype(float)
-
-
-def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> np.ndarray:
-    """bool (N,): classified correctly clean and under every one of `attacks`."""
-    correct: np.ndarray = np.logical_and.reduce(
-        [outcomes[f"{name}_pred"] == outcomes["label"] for name in ("clean", *attacks)]
-    )
-    return correct
 
 
 def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequence[str]) -> Attacked:

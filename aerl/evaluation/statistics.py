@@ -1,7 +1,13 @@
 """Confidence intervals of accuracies, and tests of two models on the same samples."""
 
 import math
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+Policy = Literal["argmax", "sample"]
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -64,3 +70,87 @@ def paired_difference(both: int, b: int, c: int, neither: int) -> tuple[float, f
     low = (b - c) / n - width(first - low_first, high_second - second)
     high = (b - c) / n + width(high_first - first, second - low_second)
     return max(low, -1.0), min(high, 1.0)
+
+
+def reward(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = (), policy: Policy = "argmax") -> np.ndarray:
+    """float (N,): the least reward of each sample, clean and under every one of `attacks`.
+
+    policy="argmax": 1 if the class of the largest logit is right under all of them; of a randomised model the least
+    share of passes that are right. policy="sample", of a model that draws its class from the softmax: the least
+    probability of the label.
+    """
+    key = "p" if policy == "sample" else "right"
+    if f"clean_{key}" in outcomes:
+        least: np.ndarray = np.minimum.reduce([outcomes[f"{name}_{key}"] for name in ("clean", *attacks)])
+        return least
+    return right(outcomes, attacks).astype(float)
+
+
+def right(outcomes: Mapping[str, np.ndarray], attacks: Sequence[str] = ()) -> np.ndarray:
+    """bool (N,): classified correctly clean and under every one of `attacks`."""
+    correct: np.ndarray = np.logical_and.reduce(
+        [outcomes[f"{name}_pred"] == outcomes["label"] for name in ("clean", *attacks)]
+    )
+    return correct
+
+
+def crossed_interval(rewards: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of rewards (seeds, samples) in [0, 1], over other seeds and other samples.
+
+    Both are random and crossed: every seed saw the same samples. The variance of the mean comes from the mean squares
+    of the two-way analysis of variance, its degrees of freedom from Satterthwaite (1946); see Searle, Casella and
+    McCulloch, Variance Components (1992), section 4.3. With one seed only the samples are random (Wilson).
+    """
+    seeds, n = rewards.shape
+    if seeds == 1 or n == 1:
+        return wilson(float(rewards.sum()), rewards.size)
+    mean, by_seed, by_sample = rewards.mean(), rewards.mean(1), rewards.mean(0)
+    residual = rewards - by_seed[:, None] - by_sample + mean
+    within = float((residual**2).sum()) / ((seeds - 1) * (n - 1))
+    between = max(n * by_seed.var(ddof=1), within), max(seeds * by_sample.var(ddof=1), within)
+    parts = ((between[0], seeds - 1), (between[1], n - 1), (-within, (seeds - 1) * (n - 1)))
+    half = _half_width([(value / rewards.size, degrees) for value, degrees in parts])
+    return max(0.0, float(mean) - half), min(1.0, float(mean) + half)
+
+
+def crossed_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float, float]:
+    """The difference of the mean rewards of two settings, first (seeds, samples) and second (other seeds, the same
+    samples), its 95 % interval, and p for no difference. The samples are paired, the seeds are not.
+
+    The parts of the variance are that of each setting's seeds and that of the differences by sample; each has the
+    variation within a seed and sample in it, so that the interval is a little too wide. NaN with fewer than two seeds.
+    """
+    from scipy.special import stdtr
+
+    n, paired = first.shape[1], first.mean(0) - second.mean(0)
+    parts = [(each.mean(1).var(ddof=1) / len(each), len(each) - 1) for each in (first, second) if len(each) > 1]
+    if len(parts) < 2:
+        return float(paired.mean()), math.nan, math.nan, math.nan
+    parts.append((paired.var(ddof=1) / n, n - 1))
+    difference, half = float(paired.mean()), _half_width(parts)
+    variance, degrees = _satterthwaite(parts)
+    p = 2 * float(stdtr(degrees, -abs(difference) / math.sqrt(variance))) if variance else float(difference == 0)
+    return difference, max(difference - half, -1.0), min(difference + half, 1.0), p
+
+
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """A variance, not negative, and its degrees of freedom, from parts and theirs."""
+    variance, spread = max(0.0, sum(value for value, _ in parts)), sum(value**2 / degrees for value, degrees in parts)
+    return variance, max(1.0, variance**2 / spread) if spread else 1.0
+
+
+def _half_width(parts: Sequence[tuple[float, float]]) -> float:
+    from scipy.special import stdtrit
+
+    variance, degrees = _satterthwaite(parts)
+    return float(stdtrit(degrees, 0.975)) * math.sqrt(variance)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p corrected for their number (Holm 1979)."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    corrected, largest = [0.0] * len(p), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - place) * p[i]))
+        corrected[i] = largest
+    return corrected

@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # pandas takes half a second to import
 log = logging.getLogger("aerl")
 
 NAME = "report.html"
-CAPTION = "Accuracies in %: mean ± sample standard deviation over the n seeds."
+CAPTION = (
+    "Accuracies in %: mean ± sample standard deviation over the n seeds. The 95 % interval of the worst case is over "
+    "seeds and test images."
+)
 _FILES = ("*.*", "checkpoints/best.pt", "tables/*.csv", "figures/*.pdf")
 
 
@@ -37,6 +40,7 @@ def write_run(folder: Path) -> Path:
         title=table.title(summary),
         summary=summary,
         attacks=table.attack_grid(summary),
+        headline=table.headline(summary),
         notes=table.notes(summary),
         comparisons={run: table.comparison_grid(rows) for run, rows in (summary.get("comparisons") or {}).items()},
         figures=_figures(folder),

@@ -1,6 +1,7 @@
 """Tables over many runs, from the files of their folders alone: means over the seeds, grouped by what varied."""
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.text import Text
 
 from aerl.errors import UserError
+from aerl.evaluation.statistics import crossed_difference, crossed_interval, holm, reward
 from aerl.report import page
 from aerl.report.table import Grid, shown, wide_console
-from aerl.runtime.files import atomic_write, writing
+from aerl.runtime.files import atomic_write, load_arrays, writing
 from aerl.runtime.terminal import eps_text, one_line
 from aerl.tracking.results import changed_files, read_config, read_summary
 
@@ -33,6 +36,7 @@ class Table:
     """Runs whose accuracies can be compared: a row for each setting, over its seeds."""
 
     heading: str
+    differences: Grid | None  # of the worst case between settings, with at least two seeds each
     numbers: pd.DataFrame  # in per cent: <accuracy>_mean, _sd and _n, after what varied
     text: Grid
     folders: Sequence[Path]  # of the runs that are counted
@@ -108,7 +112,19 @@ def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         file = Path(config["checkpoint"]).name
         settings["checkpoint"] = file if file.endswith(".pt") and file != "best.pt" else "null"
     values = {name: 100 * float(value["value"]) for name, value in accuracy.items() if value is not None}
+    about["rewards"] = _rewards(
+        folder, config, [name for name, attack in summary["attacks"].items() if attack["counts"]]
+    )
     return {"about": about, "settings": settings, "accuracy": values}
+
+
+def _rewards(folder: Path, config: Mapping[str, Any], counted: Sequence[str]) -> np.ndarray | None:
+    """The worst-case reward (n,) of each sample, from outcomes.npz; None if the run has none."""
+    try:
+        outcomes = load_arrays(folder / "outcomes.npz")
+        return reward(outcomes, counted, config["evaluation"]["policy"]) if counted else None
+    except (UserError, LookupError):
+        return None
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -145,21 +161,48 @@ def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -
         notes.append(f"{' *, '.join(outside)} *: outside the threat model, not in the worst case")
 
     rows, texts = [], []
+    rewards: dict[str, np.ndarray] = {}  # of each setting, (seeds, n)
     for words, group in runs[~again].groupby([varied[name] for name in varied], sort=False):
         values = accuracy.loc[group.index, names]
         stats = pd.DataFrame({"mean": values.mean(), "sd": values.std(), "n": values.count()})
         verdicts = group.loc[group["masking"] != "", "masking"].value_counts()
         masking = ", ".join(f"{verdict} {n}/{verdicts.sum()}" for verdict, n in verdicts.items())
         numbers = {f"{name}_{part}".replace(" ", "_"): stats.at[name, part] for name in names for part in stats}
+        if all(each is not None for each in group["rewards"]):
+            rewards[" ".join(filter(None, words))] = np.stack(list(group["rewards"]))
+            low, high = (100 * end for end in crossed_interval(np.stack(list(group["rewards"]))))
+            numbers |= {"worst_case_low": low, "worst_case_high": high}
         setting = {**group[_COMPARABLE].iloc[0], **dict(zip(varied, words, strict=True))}
         rows.append({**setting, "n": len(group), **numbers, "masking": masking})
         cells = [_cell(*stats.loc[name], seeds=len(group)) for name in names]
-        texts.append([*words, str(len(group)), *cells, masking or "-"])
-    header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "masking"]
+        interval = f"{low:.1f} to {high:.1f}" if "worst_case_low" in numbers else "-"
+        texts.append([*words, str(len(group)), *cells, interval, masking or "-"])
+    header = [*varied, "n", *(f"{name} *" if name in outside else name for name in names), "95 % interval", "masking"]
     first = runs.iloc[0]
     heading = f"{first['dataset']}, {first['norm']} eps {eps_text(first['eps'])}, {first['samples']} test images"
     grid = Grid(header, texts, [*varied, "masking"])
-    return Table(heading, pd.DataFrame(rows), grid, list(runs.loc[~again, "folder"]), notes)
+    return Table(heading, _differences(rewards), pd.DataFrame(rows), grid, list(runs.loc[~again, "folder"]), notes)
+
+
+def _differences(rewards: Mapping[str, np.ndarray]) -> Grid | None:
+    """Every pair of at most six settings, over the same samples and independent seeds; p is corrected by Holm."""
+    able = {name: each for name, each in rewards.items() if len(each) > 1}
+    pairs = list(itertools.combinations(able, 2)) if len(able) <= 6 else []
+    if not pairs:
+        return None
+    found = [crossed_difference(able[first], able[second]) for first, second in pairs]
+    corrected = holm([p for *_, p in found])
+    rows = [
+        [
+            first,
+            second,
+            f"{100 * value:+.1f}",
+            f"{100 * low:+.1f} to {100 * high:+.1f}",
+            f"{p:.3f}" if p >= 0.001 else "<0.001",
+        ]
+        for (first, second), (value, low, high, _), p in zip(pairs, found, corrected, strict=True)
+    ]
+    return Grid(("setting", "other", "difference", "95 % interval", "p (Holm)"), rows, ("setting", "other"))
 
 
 def _cell(mean: float, sd: float, n: float, *, seeds: int) -> str:
@@ -189,6 +232,8 @@ def publish(overview: Overview, out: Path) -> None:
     console = wide_console()
     for table in overview.tables:
         console.print(Text(f"\n{table.heading}\n", style="bold"), table.text.rich(), *map(Text, table.notes), sep="\n")
+        if table.differences:
+            console.print("", Text("Differences of the worst case, in points"), table.differences.rich(), sep="\n")
     if overview.tables:
         console.print(Text(f"\n{page.CAPTION}", style="dim"))
     if overview.warnings:
@@ -209,6 +254,8 @@ def _document(overview: Overview, render: Callable[[Grid], str], comment: str) -
     for table in overview.tables:
         about = (f"{comment}{line}" for line in (page.CAPTION, *table.notes))
         parts += [f"{comment}{table.heading}", render(table.text), *about]
+        if table.differences:
+            parts += [f"{comment}Differences of the worst case, in points", render(table.differences)]
     return "\n\n".join([*parts, *(f"{comment}{line}" for line in overview.warnings)]) + "\n"
 
 

@@ -59,6 +59,47 @@ def _attack_row(name: str, attack: Mapping[str, Any]) -> list[str]:
     return [name, *threat, *cells, "" if seconds is None else duration(seconds)]
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """The robust accuracy, and whether it can be believed and why, in two or three sentences; "" if there is none."""
+    attacks, worst = summary.get("attacks") or {}, summary.get("worst_case_accuracy")
+    counted = [info for info in attacks.values() if info.get("counts", True)]
+    if not worst or not counted or worst["value"] is None:
+        return ""
+    threat = f"{counted[0].get('norm')} perturbations up to {eps_text(max(info.get('eps') or 0 for info in counted))}"
+    value, low, high = (100 * worst[key] for key in ("value", "low", "high"))
+    sentences = [f"At most {value:.1f} % of the images withstand {threat} (95 % interval {low:.1f} to {high:.1f} %)."]
+    paper = attacks.get("pgd_paper")
+    if paper and 100 * paper["robust_accuracy"]["value"] - value > 5:
+        sentences.insert(0, f"The paper's attack alone says {100 * paper['robust_accuracy']['value']:.1f} %.")
+    masking, planted = summary.get("masking") or {}, summary.get("planted") or {}
+    masked = str(masking.get("verdict", "")).startswith("masked")
+    why = str(masking.get("mechanism", "")).partition(":")[0]
+    adapted = any(info.get("of") == "adaptive" for info in attacks.values())
+    found = ""
+    if planted:
+        found = (
+            f"the attack found {round(planted['found']['value'] * planted['found']['n'])} of {planted['found']['n']}"
+        )
+        found += " adversarial examples that were planted to test it"
+    if planted and not planted["trusted"]:
+        sentences.append(f"Do not rely on this number: {found}, so the true accuracy may be far lower.")
+    elif masked and not adapted:
+        sentences.append(
+            f"Do not rely on this number: gradients mislead attacks ({why}), and attack=suite adapts to that."
+        )
+    elif masked and planted:
+        sentences.append(f"Gradients mislead plain attacks ({why}), but {found}, so this one can be relied on.")
+    elif masked:
+        sentences.append(
+            f"Gradients mislead plain attacks ({why}); these attacks adapt to that, but no planted test was made."
+        )
+    elif planted:
+        sentences.append(f"This can be relied on: {found}" + (", and gradients do not mislead it." if masking else "."))
+    elif masking:
+        sentences.append(f"The masking audit says: {masking['verdict']}.")
+    return " ".join(sentences)
+
+
 def comparison_grid(comparison: Mapping[str, Any]) -> Grid:
     """The paired comparison with another run, as `aerl.analyses.compare` writes it to the summary."""
     rows = []
@@ -80,6 +121,8 @@ def show(summary: Mapping[str, Any]) -> None:
     if error := summary.get("error"):
         console.print(Text(str(error), style="red"))
     console.print("", attack_grid(summary).rich(), "", sep="\n")
+    if text := headline(summary):
+        Console(width=min(100, Console().width)).print(Text(f"{text}\n"))
     for run, comparison in (summary.get("comparisons") or {}).items():
         console.print(Text(f"compared with {run}"))
         console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test\n", style="dim"))
@@ -112,6 +155,8 @@ def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from (("warning", f"compared with {run}: {warning}") for warning in comparison["warnings"])
     for name, reason in (summary.get("not_made") or {}).items():
         yield "not made", f"{name}: {reason}"
+    if planted := summary.get("planted"):
+        yield "planted", str(planted["says"])
     if masking := summary.get("masking"):
         yield "masking", str(masking["verdict"])
         if masking["verdict"] != "no sign":

@@ -15,7 +15,7 @@ from aerl.analyses.gradients import loss_gradient
 from aerl.attacks import SampleGenerator, losses, pgd, predictions
 from aerl.attacks.projections import ascent_direction
 from aerl.data import Split, subset, to_unit
-from aerl.evaluation.outcomes import right
+from aerl.evaluation.statistics import right
 
 _VOTES = 9  # passes that decide on the prediction of a randomised model
 _PIXELS = (1, 2, 3)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from aerl.analyses.masking.audit import Audit, Finding, NotMeasured
 from aerl.attacks import AutoAttack, SampleGenerator, losses
 from aerl.attacks.projections import clip, random_in_ball
-from aerl.evaluation.outcomes import right
-from aerl.evaluation.statistics import mcnemar
+from aerl.evaluation.statistics import mcnemar, right
 
 _ATHALYE = "Athalye et al. 2018, section 3.1"
 _CARLINI = "Carlini & Wagner 2017, sections V and VIII"
