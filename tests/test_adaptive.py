@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.overrides
 from torch import nn
 from torch.nn import functional as F
 
-from aerl.attacks import Adaptive, AttackSpec, NoGradient, noise, pgd
+from aerl.attacks import Adaptive, AttackSpec, NoGradient, collect_warnings, noise, pgd
 from aerl.attacks.adaptive import diagnose
 from aerl.data import Split
 from aerl.evaluation.evaluate import predict, run_attack
@@ -127,6 +128,22 @@ def test_an_honest_model_needs_no_remedy(digits, activation, norm):
     attack = Adaptive(norm=norm, eps=0.5 if norm == "L2" else 0.1)
     assert attack.stages(net.eval(), x[:16]) == {}
     assert torch.equal(attack(net, x, y, generator=noise_for(x)), x)
+
+
+def test_a_model_that_fails_under_a_function_mode_is_attacked_without_repairs(digits):
+    net, x, _, _ = digits
+
+    def refuse(images):
+        if torch.overrides._get_current_function_mode_stack():
+            raise RuntimeError("no modes here")
+        return ZeroGradient.apply(images)
+
+    model = Before(net, refuse).eval()
+    with collect_warnings() as warnings:
+        assert list(Adaptive(eps=EPS).stages(model, x[:16])) == ["finite_differences"]
+    assert any("no modes here" in warning for warning in warnings)
+    scripted = torch.jit.script(net)  # whose operations no function mode sees
+    assert Adaptive(eps=EPS).stages(scripted, x[:16]) == {}
 
 
 def test_remedies_are_reported_one_by_one_each_for_the_survivors_of_the_ones_before(digits, hardware):

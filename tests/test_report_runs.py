@@ -50,7 +50,17 @@ def test_means_are_those_of_results_jsonl(swept):
                 values.setdefault((str(epochs), known[result.metric]), []).append(100 * result.value)
     (table,) = runs.overview(folders).tables
     assert table.heading == "digits, L2 eps 1, 30 test images"
-    assert table.text.columns == ["trainer", "trainer.epochs", "n", "clean", "fgsm", "pgd", "worst case", "95 % interval", "masking"]
+    assert table.text.columns == [
+        "trainer",
+        "trainer.epochs",
+        "n",
+        "clean",
+        "fgsm",
+        "pgd",
+        "worst case",
+        "95 % interval",
+        "masking",
+    ]
     numbers = table.numbers.set_index("trainer.epochs")
     assert sorted(map(len, values.values())) == [1] * 4 + [2] * 4
     for (epochs, name), measured in values.items():
@@ -134,7 +144,7 @@ def test_seeds_are_averaged_and_settings_of_other_trainers_are_no_column(tmp_pat
     assert table.text.columns == ["trainer", "n", "clean", "pgd", "worst case", "95 % interval", "masking"]
     accuracies = ["90.0 ± 0.0", "30.0 ± 26.5", "30.0 ± 26.5"]
     assert table.text.rows == [
-        ["rl", "3", *accuracies, "masked 2/3, no sign 1/3"], ["sl", "3", *accuracies, "no sign 3/3"],
+        ["rl", "3", *accuracies, "-", "masked 2/3, no sign 1/3"], ["sl", "3", *accuracies, "-", "no sign 3/3"],
     ]  # fmt: skip
     make(tmp_path / "wide", config={"model": {"name": "alicnn", "net": {"width": 2}}}, seed=9)
     make(tmp_path / "longer", 50, "rl", 9, config={"trainer": {"epochs": 41}})

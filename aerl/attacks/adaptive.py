@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from aerl.attacks.losses import log_odds
-from aerl.attacks.modes import NoGradient, attacking, input_gradient
+from aerl.attacks.modes import NoGradient, attacking, input_gradient, warn
 from aerl.attacks.pgd import pgd
 from aerl.attacks.projections import ascent_direction, random_extreme, random_in_ball
 from aerl.attacks.random import Noise, SampleGenerator
 from aerl.attacks.straight_through import before_softmax, straight_through
+from aerl.errors import first_line
+from aerl.runtime.device import is_out_of_memory
 from aerl.types import Count, NonNegative, Norm
 
 _PASSES = 16  # that measure how much a randomised model's gradient varies
@@ -80,12 +82,18 @@ def _gradient(model: nn.Module, x: Tensor, y: Tensor, repair: bool = True) -> tu
     """Of the log-odds at images x (B, C, H, W), zero if there is none; and the repairs that it took."""
     point = x.clone().requires_grad_()
     mode: AbstractContextManager[Counter[str]] = straight_through() if repair else nullcontext(Counter())
-    with torch.enable_grad():
-        with mode as repairs:
+    try:
+        with torch.enable_grad(), mode as repairs:
             output = model(point)
             logits = before_softmax(output)
             repairs["softmax"] += logits is not output
             value = log_odds(logits, y)
+    except Exception as error:  # a model that knows nothing of function modes may raise anything
+        if not repair or is_out_of_memory(error):
+            raise
+        warn(f"no straight-through gradients: the model fails with them ({first_line(error)})")
+        return _gradient(model, x, y, repair=False)
+    with torch.enable_grad():
         try:
             return input_gradient(value, point), +repairs
         except NoGradient:
