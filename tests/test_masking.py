@@ -155,20 +155,14 @@ def audit(context):
 
 def test_logits_times_a_hundred_are_a_saturated_softmax(plain, audit):
     report, checks = audit(scaled(plain))
-    n, zero = report["n"], round(checks["zero_ce_gradient"]["value"] * report["n"])
-    assert report["verdict"] == "masked" and zero > n / 2
-    assert report["mechanism"] == (
-        f"saturated softmax: the gradient of the cross-entropy is exactly zero, that of the margin is not, on {zero} "
-        f"of {n} samples"
-    )
+    n = report["n"]
+    assert report["verdict"] == "masked" and report["mechanism"].startswith("saturated softmax: ")
     assert report["trust"].startswith("PGD on ") and "plain PGD on cross-entropy misses" in report["trust"]
     flagged = {name for name, check in checks.items() if check["flag"]}
-    assert flagged >= {"log_odds", "margin", "logit_scale", "float64", "float64_gradient", "unbounded", "zero_on_path"}
-    assert "zero_gradient" not in flagged
+    assert flagged >= {"saturated", "log_odds", "unbounded"} and "zero_gradient" not in flagged
     # It decides like the plain network, so an attack that does not depend on the scale fools the same samples.
     unscaled = audit(plain)[1]
     assert abs(robust(checks, n) - robust(unscaled, n)) <= 2 / n
-    assert checks["paper_step_length"]["value"] < 0.1 < 0.9 < unscaled["paper_step_length"]["value"]
 
 
 def robust(checks, n):
@@ -182,14 +176,14 @@ NO_GRADIENT = "an operation without gradient: the gradient of every loss is exac
 # The network, patterns of its verdict and of the attack to trust, and how the mechanism starts.
 MASKED = {
     "distilled": (lambda plain, train: train(epochs=10, temperature=100.0), "masked", "PGD on", "saturated softmax: "),
-    "quantised": (lambda plain, train: Apply(plain, before=quantised), "masked", "Square", NO_GRADIENT),
-    "detached": (lambda plain, train: Apply(plain, before=lambda x: quantised(x).detach()), "masked", "Square",
+    "quantised": (lambda plain, train: Apply(plain, before=quantised), "masked", "PGD that adapts", NO_GRADIENT),
+    "detached": (lambda plain, train: Apply(plain, before=lambda x: quantised(x).detach()), "masked", "PGD that adapts",
                  NO_GRADIENT),
-    "shattered": (lambda plain, train: train(epochs=12, activation=WinnersTakeAll), EITHER, "Square",
+    "shattered": (lambda plain, train: train(epochs=12, activation=WinnersTakeAll), EITHER, "adapts|Square",
                   "shattered gradients: "),
-    "noisy": (lambda plain, train: Apply(plain, before=noisy), EITHER, "PGD averaged over passes",
+    "noisy": (lambda plain, train: Apply(plain, before=noisy), EITHER, "PGD that adapts",
               "randomised model: two passes give different logits"),
-    "probabilities": (lambda plain, train: Apply(plain, after=nn.Softmax(dim=1)), "suspicious", "attacks on the logits",
+    "probabilities": (lambda plain, train: Apply(plain, after=nn.Softmax(dim=1)), "suspicious", "PGD that adapts",
                       "probabilities in place of logits: "),
 }  # fmt: skip
 
@@ -199,10 +193,10 @@ def test_masked_networks(case, plain, trained, audit):
     make, verdict, trust, mechanism = MASKED[case]
     model = make(plain, trained)
     report, checks = audit(model, **({"norm": "Linf", "eps": 0.1} if case == "shattered" else {}))
-    assert re.fullmatch(verdict, report["verdict"]) and trust in report["trust"]
+    assert re.fullmatch(verdict, report["verdict"]) and re.search(trust, report["trust"])
     assert report["mechanism"].startswith(mechanism)
     if case == "noisy":
-        assert checks["eot"]["value"] is not None and checks["slope"]["value"] is None
+        assert checks["adaptive"]["value"] is not None and checks["slope"]["value"] is None
         assert [check["value"] for check in audit(model)[0]["checks"]] == [c["value"] for c in report["checks"]]
     if mechanism == NO_GRADIENT:
         assert checks["zero_gradient"]["value"] == 1
@@ -218,7 +212,7 @@ def test_other_networks_show_no_sign(training, norm, eps, plain, trained, audit)
     assert [name for name, check in checks.items() if check["flag"]] == []
     assert report["verdict"] == "no sign"
     unmeasured = [name for name, check in checks.items() if check["value"] is None]
-    assert unmeasured == (["transfer"] if norm == "L2" else ["paper_formula", "transfer"])
+    assert unmeasured == [*["paper_formula"] * (norm == "Linf"), "adaptive", "transfer"]
     assert sum(check["passes"] for check in checks.values()) == pytest.approx(report["passes"])
 
 
@@ -316,8 +310,8 @@ def test_where_plain_pgd_cannot_run_nothing_is_measured(model, eps, reason, cont
 def test_a_check_that_fails_is_named_in_the_verdict(plain, audit, monkeypatch):
     monkeypatch.setattr("pyautoattack.square.SquareAttack.attack_single_run", crash)
     few = QUICK | {"queries": 20}
-    report, checks = audit(Apply(plain, before=lambda x: x.float()), few)  # no float64
-    assert report["verdict"] == "no sign (float64_gradient, float64, square failed)"
+    report, checks = audit(plain, few)
+    assert report["verdict"] == "no sign (square failed)"
     assert "square failed: The size of tensor a (2) must match" in report["mechanism"]
     assert checks["square"]["value"] is None and checks["square"]["says"].startswith("failed: The size")
     assert audit(scaled(plain), few)[0]["verdict"] == "masked (square failed)"

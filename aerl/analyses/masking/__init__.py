@@ -21,7 +21,6 @@ from aerl.types import Count, Probability
 _ATHALYE, _ATHALYE_ATTACKS = "Athalye et al. 2018, section 3", "Athalye et al. 2018, section 3.1"
 _CARLINI = "Carlini & Wagner 2017, sections V and VIII"
 _LEE = "Lee et al. 2020"
-_PINTOR, _PINTOR_FIRST = "Pintor et al. 2022", "Pintor et al. 2021, arXiv:2106.09947v1"
 
 T = TypeVar("T")
 Row = Mapping[str, Any]  # of `checks` in summary.json
@@ -44,21 +43,13 @@ def masking(
     gain: Probability = 0.12,
     significance: Probability = 0.01,
     unbounded: Probability = 0.05,
-    monotone: Probability = 0.05,
     deterministic: Probability = 0.05,
     probabilities: Probability = 0.5,
     saturated: Probability = 0.05,
     zero_gradient: Probability = 0.05,
-    float64: Probability = 0.05,
-    step_length: Probability = 0.95,
-    paper_step_length: Probability = 0.1,
     paper_formula: Probability = 0.05,
     consistency: Probability = 0.5,
     slope: Probability = 0.15,
-    silent_success: Probability = 0.05,
-    incomplete: Probability = 0.25,
-    break_point: Probability = 0.95,
-    increasing_loss: Probability = 0.2,
 ) -> list[Result]:
     """Audit the run's model in the run's threat model; the report is `masking` in summary.json.
 
@@ -69,29 +60,20 @@ def masking(
     model, and have no part in the verdict. `queries` are Square's; the other settings are thresholds.
 
     A check that does not apply has the value None; one that fails is named in the verdict: "no sign (square failed)".
-    `passes` are forward and backward passes per sample (a forward pass alone counts 1/3), below 800 in total. The
+    `passes` are forward and backward passes per sample (a forward pass alone counts 1/3): below 600, and below 2,000 if
+    finite differences are needed. The
     result does not depend on `context.batch_size`. Returns the values as Results with attack="masking".
     """
     table = [
-        (symptoms.silent_success, silent_success, _PINTOR),
         (symptoms.deterministic, deterministic, _ATHALYE),
         (symptoms.probabilities, probabilities, _CARLINI),
         (symptoms.saturated, saturated, _CARLINI),
-        (symptoms.zero_ce_gradient, zero_gradient, _CARLINI),
         (symptoms.zero_gradient, zero_gradient, _ATHALYE),
-        (symptoms.float64_gradient, float64, _LEE),
-        (symptoms.step_length, step_length, _LEE),
         (symptoms.consistency, consistency, _ATHALYE),
         (symptoms.slope, slope, "Uesato et al. 2018"),
-        (symptoms.monotone, monotone, _ATHALYE_ATTACKS),
-        (symptoms.incomplete, incomplete, _PINTOR),
-        (symptoms.break_point, break_point, _PINTOR_FIRST),
-        (symptoms.increasing_loss, increasing_loss, _PINTOR_FIRST),
-        (symptoms.zero_on_path, zero_gradient, _PINTOR_FIRST),
     ]
     checks = [Check(check.__name__, "symptom", threshold, source, check) for check, threshold, source in table]
     checks += [
-        Check("paper_step_length", "formula", paper_step_length, _LEE, symptoms.paper_step_length),
         Check("paper_formula", "formula", paper_formula, _LEE, symptoms.paper_formula),
         *(Check(name, "effect", gain, effect.source, effect) for name, effect in EFFECTS.items()),
         Check("unbounded", "effect", unbounded, _ATHALYE_ATTACKS, effects.unbounded),
@@ -158,22 +140,27 @@ _MECHANISMS = {
     "deterministic": "randomised model",
     "probabilities": "probabilities in place of logits",
     "zero_gradient": "an operation without gradient",
-    "zero_ce_gradient": "saturated softmax",
     "saturated": "saturated softmax",
-    "float64_gradient": "saturated softmax",
     "consistency": "shattered gradients",
     "slope": "shattered gradients",
-    "increasing_loss": "shattered gradients",
     "log_odds": "saturated softmax",
+    "adaptive": "misleading gradients",
     "more_steps": "attack too weak",
     "restarts": "attack too weak",
 }
 _OPTIONS = {name: f"{effect.name} ({effect.option})" for name, effect in EFFECTS.items() if effect.option}
 _REMEDIES = {
-    "randomised model": _OPTIONS["eot"],
-    "probabilities in place of logits": "attacks on the logits (take the softmax out of the model)",
     "saturated softmax": _OPTIONS["log_odds"],
     "attack too weak": _OPTIONS["more_steps"],
+    **dict.fromkeys(
+        (
+            "randomised model",
+            "probabilities in place of logits",
+            "an operation without gradient",
+            "shattered gradients",
+        ),
+        _OPTIONS["adaptive"],
+    ),
 }
 _BLACK_BOX = f"{_OPTIONS['square']}, {_OPTIONS['transfer']}"
 

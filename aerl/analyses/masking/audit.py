@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -37,13 +36,10 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Path:
-    """Plain PGD: cross-entropy, margin, "misclassified" and "the gradient is zero" (False at the last) of the iterates
-    (n, steps + 1), and the last iterate (n, C, H, W)."""
+    """Plain PGD: cross-entropy and "misclassified" of the iterates (n, steps + 1), and the last one (n, C, H, W)."""
 
     loss: Tensor
-    margin: Tensor
     wrong: Tensor
-    zero: Tensor
     last: Tensor
 
 
@@ -79,20 +75,8 @@ class Audit:
         return torch.cat([loss_gradient(self.model, loss, x[rows], self.y[rows]) for rows in self._batches()])
 
     @cached_property
-    def ce_gradient(self) -> Tensor:
-        return self.gradient(losses.ce, self.x)
-
-    @cached_property
     def margin_gradient(self) -> Tensor:
         return self.gradient(losses.margin, self.x)
-
-    @cached_property
-    def turned(self) -> Tensor:
-        """The samples for which the gradient of the cross-entropy where plain PGD ends is another one in float64."""
-        self.require_deterministic()
-        end = self.plain.last
-        exact = self.gradient(losses.ce, end.double())
-        return ~is_zero(exact) & (cosine(self.gradient(losses.ce, end).double(), exact) < 0.9)
 
     def _batches(self, among: Tensor | None = None, size: int | None = None) -> Sequence[Tensor]:
         rows = torch.arange(self.n, device=self.x.device) if among is None else among.nonzero().squeeze(1)
@@ -123,8 +107,7 @@ class Audit:
             if not logits.isfinite().all():
                 raise NotMeasured("the model returned NaN or infinite logits")
             last, wrong = point, predictions(logits) != y
-            zero = torch.zeros_like(wrong) if gradient is None else is_zero(gradient)
-            seen.append((losses.ce(logits, y), losses.margin(logits, y), wrong, zero))
+            seen.append((losses.ce(logits, y), wrong))
 
         attack = self.attack(keep="worst", drop_fooled=False, observe=observe)
         attack(self.model, x, y, generator=self.noise(x, "plain"))
@@ -160,16 +143,10 @@ class Audit:
         return self.pgd("again")
 
     @cached_property
-    def balls(self) -> dict[str, Tensor]:
-        """The samples that plain PGD fools in balls of growing size."""
-        everyone = torch.ones_like(self.missed)
+    def unbounded(self) -> Tensor:
+        """The samples that plain PGD fools in a ball that contains the box."""
         box = 1.0 if self.norm == "Linf" else math.sqrt(self.x[0].numel())  # a random start would be outside the box
-        return {
-            "eps / 2": self.pgd("half", everyone, eps=self.eps / 2),
-            "eps": ~self.missed,
-            "2 eps": self.pgd("double", everyone, eps=2 * self.eps),
-            "unbounded": self.pgd("unbounded", everyone, eps=box, step_size=box / 20, random_start=False),
-        }
+        return self.pgd("unbounded", torch.ones_like(self.missed), eps=box, step_size=box / 20, random_start=False)
 
     def share(self, mask: Tensor, text: str) -> Finding:
         """The share of samples in a mask."""
@@ -180,25 +157,20 @@ class Audit:
 class Metered(nn.Module):
     """The model with its cost in passes of one image: forward and backward 1, forward alone 1/3.
 
-    Any number of images is split into batches, unless they need a gradient. float64 images go through a float64 copy
-    of the model. Logits that do not depend differentiably on the images get a gradient of zero.
+    Any number of images is split into batches, unless they need a gradient. Logits that do not depend differentiably on
+    the images get a gradient of zero.
     """
 
     def __init__(self, model: nn.Module, batch_size: int) -> None:
         super().__init__()
         self.model, self.batch_size, self.passes = model, batch_size, 0.0
 
-    @cached_property
-    def _float64(self) -> nn.Module:
-        return deepcopy(self.model).double()
-
     def forward(self, x: Tensor) -> Tensor:
-        model = self._float64 if x.dtype == torch.float64 else self.model
         if not (torch.is_grad_enabled() and x.requires_grad):
             self.passes += len(x) / 3
-            return torch.cat([model(part) for part in torch.split(x, self.batch_size)])
+            return torch.cat([self.model(part) for part in torch.split(x, self.batch_size)])
         self.passes += len(x)
-        logits: Tensor = model(x)
+        logits: Tensor = self.model(x)
         return logits if logits.requires_grad else logits + 0 * x.sum(_PIXELS)[:, None]
 
 

@@ -4,16 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aerl.analyses.masking.audit import Audit, Finding, NotMeasured
-from aerl.attacks import AutoAttack, SampleGenerator, losses
-from aerl.attacks.projections import clip, random_in_ball
+from aerl.attacks import Adaptive, AutoAttack
 from aerl.evaluation.statistics import mcnemar, right
 
 _ATHALYE = "Athalye et al. 2018, section 3.1"
 _CARLINI = "Carlini & Wagner 2017, sections V and VIII"
-_DRAWS, _PASSES = 32, 5  # of noise; averaged in each step of EOT
 
 
 @dataclass(frozen=True)
@@ -38,23 +36,6 @@ class Effect:
         return Finding(count / audit.n, f"{text} (p = {p:.1g})", p)
 
 
-def _float64(audit: Audit) -> Tensor:
-    def attack(model: nn.Module, x: Tensor, y: Tensor, *, generator: SampleGenerator) -> Tensor:
-        return audit.attack()(model, x.double(), y, generator=generator).float()
-
-    return audit.fooled("again", attack, audit.missed & audit.turned)
-
-
-def _noise(audit: Audit) -> Tensor:
-    def best_draw(model: nn.Module, x: Tensor, y: Tensor, *, generator: SampleGenerator) -> Tensor:
-        steps = [random_in_ball(x, audit.norm, audit.eps, generator) for _ in range(_DRAWS)]
-        draws = torch.stack([clip(x, step, audit.norm, audit.eps) for step in steps])
-        best = torch.stack([losses.margin(model(draw), y) for draw in draws]).argmax(0)
-        return draws[best, torch.arange(len(x), device=x.device)]
-
-    return audit.fooled("noise", best_draw)
-
-
 def _square(audit: Audit) -> Tensor:
     """In one batch: the samples of a batch share Square's random numbers."""
     attack = AutoAttack(norm=audit.norm, eps=audit.eps, attacks=["square"], queries=audit.queries)
@@ -73,11 +54,11 @@ def _transfer(audit: Audit) -> Tensor:
     return ~torch.from_numpy(right(audit.context.outcomes, used))[audit.rows].to(audit.y.device)
 
 
-def _eot(audit: Audit) -> Tensor:
-    """For a deterministic model this is plain PGD."""
-    if not audit.randomised.any():
-        return ~audit.missed
-    return audit.pgd("plain", eot=_PASSES)
+def _adaptive(audit: Audit) -> Tensor:
+    attack = Adaptive(norm=audit.norm, eps=audit.eps, steps=audit.steps)
+    if not attack.stages(audit.model, audit.x[:16]):
+        raise NotMeasured("the model's gradients need no remedy")
+    return audit.fooled("adaptive", attack)
 
 
 EFFECTS = {
@@ -89,23 +70,13 @@ EFFECTS = {
     "log_odds": Effect(
         "PGD on the log-odds", "attack=pgd", _CARLINI, lambda a: a.pgd("log_odds", loss="log_odds"),
     ),
-    "margin": Effect("PGD on the margin", "attack=pgd_margin", _CARLINI, lambda a: a.pgd("margin", loss="margin")),
-    "logit_scale": Effect(
-        "PGD on rescaled logits", "attack=pgd_rescaled", "Croce & Hein 2020, section 4",
-        lambda a: a.pgd("logit_scale", loss="rescaled_ce"),
-    ),
-    "float64": Effect("PGD in float64 (where it turns the gradient)", "", "Lee et al. 2020", _float64),
-    "fgsm": Effect(
-        "FGSM", "attack=fgsm", _ATHALYE, lambda a: a.pgd("fgsm", steps=1, step_size=a.eps, random_start=False)
-    ),
-    "noise": Effect(f"the best of {_DRAWS} random points", "attack=noise", _ATHALYE, _noise),
+    "adaptive": Effect("PGD that adapts", "attack=adaptive", "Athalye et al. 2018, section 4", _adaptive),
     "square": Effect("Square", "attack=square", _ATHALYE, _square),
     "transfer": Effect("transfer", "attack=transfer", _ATHALYE, _transfer),
-    "eot": Effect("PGD averaged over passes", "attack=pgd attack.pgd.eot=8", "Athalye et al. 2018, section 4.2", _eot),
 }  # fmt: skip
 
 
 def unbounded(audit: Audit) -> Finding:
     """Plain PGD must fool every sample if its ball contains the box."""
-    count = audit.n - int(audit.balls["unbounded"].sum())
+    count = audit.n - int(audit.unbounded.sum())
     return Finding(count / audit.n, f"{count} of {audit.n} samples withstand plain PGD with the box as its ball")

@@ -1,9 +1,7 @@
-"""Symptoms: properties of the model, or of the path of plain PGD, that can mask gradients; and the paper's formula.
+"""Symptoms: properties of the model and its gradients that can mislead attacks; and the paper's formula.
 
 Each check is a function of the audit.
 """
-
-import itertools
 
 import torch
 from torch import Tensor
@@ -15,7 +13,6 @@ from aerl.evaluation.metrics import probability
 from aerl.evaluation.statistics import mcnemar
 from aerl.types import Norm
 
-_FEW = 5  # failed samples, below which nothing is said about their paths
 # The paper's attack steps along g / sqrt(max(1e-12, |g|^2)), with g the gradient of the mean over a batch.
 _PAPER_FLOOR, _PAPER_BATCH = 1e-6, 256
 
@@ -41,11 +38,6 @@ def saturated(audit: Audit) -> Finding:
 # --- its gradients -----------------------------------------------------------------------------------------
 
 
-def zero_ce_gradient(audit: Audit) -> Finding:
-    mask = is_zero(audit.ce_gradient) & ~is_zero(audit.margin_gradient)
-    return audit.share(mask, "the gradient of the cross-entropy is exactly zero, that of the margin is not,")
-
-
 def zero_gradient(audit: Audit) -> Finding:
     changed = torch.zeros_like(audit.missed)
     noise = audit.noise(audit.x, "zero_gradient")
@@ -54,17 +46,6 @@ def zero_gradient(audit: Audit) -> Finding:
         changed |= (audit.model(near) != audit.logits).any(1)
     text = "the gradient of every loss is exactly zero though the output changes with the image"
     return audit.share(is_zero(audit.margin_gradient) & changed, text)
-
-
-def float64_gradient(audit: Audit) -> Finding:
-    text = "where plain PGD ends, the gradient of the cross-entropy has another direction in float64 than in float32"
-    return audit.share(audit.turned, text)
-
-
-def step_length(audit: Audit) -> Finding:
-    length = norms(ascent_direction(audit.ce_gradient, "L2"), "L2").mean().item()
-    text = f"a normalised step along the cross-entropy has {length:.2f} of the requested length"
-    return Finding(length, text, below=True)
 
 
 def consistency(audit: Audit) -> Finding:
@@ -99,86 +80,7 @@ def _alive(audit: Audit) -> Tensor:
     return alive
 
 
-# --- the path of plain PGD ---------------------------------------------------------------------------------
-
-
-def monotone(audit: Audit) -> Finding:
-    """A larger ball contains the smaller one, so plain PGD should not fool fewer samples in it."""
-    changes = [
-        (int((smaller & ~larger).sum()), int((larger & ~smaller).sum()))
-        for smaller, larger in itertools.pairwise(audit.balls.values())
-    ]
-    lost, won = max(changes, key=lambda change: change[0] - change[1])
-    shares = [f"{100 * (1 - fooled.float().mean().item()):.0f} % ({name})" for name, fooled in audit.balls.items()]
-    text = f"accuracy under plain PGD in growing balls: {', '.join(shares)}"
-    return Finding(max(0.0, (lost - won) / audit.n), text, mcnemar(lost, won, one_sided=True))
-
-
-def silent_success(audit: Audit) -> Finding:
-    wrong = audit.plain.wrong
-    text = "plain PGD passes an adversarial example but does not end on one"
-    return audit.share(wrong.any(1) & ~wrong[:, -1], text)
-
-
-def zero_on_path(audit: Audit) -> Finding:
-    before = audit.plain.wrong.cumsum(1)[:, :-1] == 0  # the first adversarial example
-    share = ((audit.plain.zero[:, :-1] & before).sum(1) / before.sum(1).clamp_min(1)).mean().item()
-    return Finding(share, f"the gradient of the cross-entropy is zero at {100 * share:.0f} % of plain PGD's steps")
-
-
-def incomplete(audit: Audit) -> Finding:
-    best = _failed(audit).cummax(1).values
-    count = int((best[:, -1] - best[:, -1 - max(1, audit.steps // 4)] > 0.05).sum())
-    text = (
-        f"the margin still rises in the last quarter of plain PGD's steps on {count} of the {len(best)} of {audit.n} "
-        "samples that it misses"
-    )
-    return Finding(count / audit.n, text)
-
-
-def break_point(audit: Audit) -> Finding:
-    """The angle at the point of the curve that is farthest from its chord: near 1 if the loss rises in a straight line
-    to the end, near 0 if it soon reaches its maximum."""
-    loss = _failed(audit)
-    time = torch.linspace(0, 1, loss.shape[1], device=loss.device)
-    off = (loss - torch.lerp(loss[:, :1], loss[:, -1:], time)).abs()
-    knee = off[:, 1:-1].argmax(1, keepdim=True) + 1
-    before, after = (
-        torch.cat([time[knee] - time[end], loss.gather(1, knee) - loss[:, end, None]], 1) for end in (0, -1)
-    )
-    mean = torch.cosine_similarity(before, after).abs().mean().item()
-    return Finding(mean, f"the break-point angle of plain PGD's loss has a mean |cosine| of {mean:.2f}")
-
-
-def increasing_loss(audit: Audit) -> Finding:
-    cost = 1 - _failed(audit)  # what Pintor et al. minimise
-    rises = cost.diff(dim=1) > 0
-    height = ((cost[:, 1:] + cost[:, :-1]) / 2 * rises).sum(1) / rises.sum(1).clamp_min(1)
-    mean = height.mean().item()
-    return Finding(mean, f"the steps of plain PGD that lower the margin have a mean height of {mean:.2f}")
-
-
-def _failed(audit: Audit) -> Tensor:
-    """The margin along the paths that fail (m, steps + 1), scaled to [0, 1]. (Cross-entropy is exponential in it, and
-    always seems to rise at the end.)"""
-    margin = audit.plain.margin[~audit.plain.wrong.any(1)]
-    if len(margin) < _FEW:
-        raise NotMeasured(f"plain PGD misses {len(margin)} samples, too few for a statement about its paths")
-    low, high = margin.amin(1, keepdim=True), margin.amax(1, keepdim=True)
-    return (margin - low) / (high - low).clamp_min(torch.finfo(margin.dtype).tiny)
-
-
 # --- the paper's formula -----------------------------------------------------------------------------------
-
-
-def paper_step_length(audit: Audit) -> Finding:
-    length = _paper_length(audit.ce_gradient)
-    mean, under = length.mean().item(), int((length < 1).sum())
-    text = (
-        f"a step by the paper's formula (floor {_PAPER_FLOOR:g}, batch of {_PAPER_BATCH}) has {mean:.2f} of the "
-        f"requested length at the image; {under} of {audit.n} gradients are below the floor"
-    )
-    return Finding(mean, text, below=True)
 
 
 def paper_formula(audit: Audit) -> Finding:
