@@ -151,8 +151,8 @@ def train(kind: str, seed: int, x: Tensor, y: Tensor) -> nn.Module:
     """A network of a kind trained on images x (N, 1, 8, 8) of classes y (N,)."""
     torch.manual_seed(seed)
     model = _architecture(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    epochs = {"rl": 100, "pgd_at": 15, "trades": 15, "fgsm": 30, "winners": 12}.get(kind, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2 if kind == "rl" else 3e-3)
+    epochs = {"rl": 300, "pgd_at": 15, "trades": 15, "fgsm": 30, "winners": 12}.get(kind, 8)
     for _ in range(epochs):
         for rows in torch.randperm(len(y)).split(64):
             optimizer.zero_grad()
