@@ -1,11 +1,13 @@
 """Publish a model and fetch one: `python -m aerl.hub export RUN [--out DIR] [--push OWNER/NAME]`, `hf://OWNER/NAME`.
 
 An export is a folder that `checkpoint=` takes like a run folder, here or from the Hugging Face hub: the weights as
-safetensors, summary.json, config.yaml and a model card. Only files that cannot execute anything are fetched.
+safetensors, summary.json, config.yaml and a model card; and beside them the outcomes, the evidence, model_info.json in
+RobustBench's fields and samples.json. Only files that cannot execute anything are fetched.
 """
 
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +18,14 @@ import yaml
 import aerl
 from aerl.config.names import NOT_IDENTITY
 from aerl.errors import UserError, first_line
-from aerl.runtime.files import atomic_write, sha256, writing
+from aerl.runtime.files import atomic_write, load_arrays, sha256, write_json, writing
 from aerl.runtime.paths import FILES
 from aerl.runtime.terminal import Parser, command, eps_text
 from aerl.tracking.results import read_config, read_summary, write_summary
 
 # Overrides that say how a model is evaluated, not how it is trained.
 _EVALUATION = ("seed", "norm", "eps", "attack", "metric", "analysis", "evaluation")
+_RESULTS = ("outcomes.npz", "evidence.npz")
 # What summary.json says about the run folder alone.
 _OF_THE_FOLDER = ("folder", "wandb", "files", "inputs", "results", "trained", "evaluated", "wish")
 
@@ -35,7 +38,9 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         raise UserError(f"--push {repo}: no token; set HF_TOKEN or run `hf auth login`")
     try:
         address = HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[*FILES, "README.md"])
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=[*FILES, *_RESULTS, "*.json", "README.md"]
+        )
     except Exception as error:  # whatever a server can make the client raise
         raise UserError(f"--push {repo}: {first_line(error)}") from error
     return str(address)
@@ -77,8 +82,64 @@ def export(run: Path, out: Path | None = None, license: str | None = None) -> Pa
     training = read_summary(Path(origin["folder"])) if origin else None
     commands = [shlex.join(_portable(summary)) for summary in (training, summary) if summary]
     atomic_write(out / "README.md", _card(exported, config, commands, license))
+    for name in _RESULTS:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
+    write_json(out / "model_info.json", model_info(exported, config))
+    write_json(out / "samples.json", per_sample(run, summary, config))
     write_summary(out, exported)
     return out
+
+
+def model_info(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in the fields of RobustBench's model_info files; accuracies are text, in per cent."""
+    attacks, worst = summary["attacks"], summary["worst_case_accuracy"]
+    clean = summary["clean_accuracy"]
+    official = attacks.get("autoattack")
+    return {
+        "name": f"{summary['model']}, {(summary['origin'] or summary)['trainer']}",
+        "dataset": str(summary["dataset"]),
+        "architecture": str(summary["model"]),
+        "threat_model": config["norm"],
+        "eps": eps_text(config["eps"]),
+        "number_forward_passes": summary.get("passes") or 1,
+        "additional_data": False,
+        "clean_acc": f"{100 * clean['value']:.2f}",
+        "reported": worst and f"{100 * worst['value']:.2f}",
+        # Of the samples that withstood the attacks before it, as RobustBench counts adaptive attacks, too.
+        "autoattack_acc": official and f"{100 * official['robust_accuracy']['value']:.2f}",
+        "n": clean["n"],
+        "unreliable": not (summary.get("planted") or {}).get("trusted", True),
+        "weights_sha256": summary["weights"]["sha256"],
+    }
+
+
+def per_sample(run: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each sample: `index` in the test set, `label`, `predicted`; the `distance` of the nearest adversarial example
+    that an attack of the run found in its norm (null: none; 0: wrong when clean) and that `attack`; the `sha256` of the
+    float32 pixels of its image in evidence.npz. Queries are not counted."""
+    import hashlib
+
+    import numpy as np
+
+    outcomes, evidence = load_arrays(run / "outcomes.npz"), load_arrays(run / "evidence.npz")
+    label, wrong = outcomes["label"], outcomes["clean_pred"] != outcomes["label"]
+    distance, by = np.where(wrong, 0.0, np.inf), np.where(wrong, "clean", "").astype("<U100")
+    for name, info in summary["attacks"].items():
+        if info["counts"] and info["norm"] == config["norm"]:
+            size = outcomes[f"{name}_{config['norm'].lower()}"]
+            closer = (outcomes[f"{name}_pred"] != label) & (size < distance)
+            distance[closer], by[closer] = size[closer], name
+    images = zip(evidence.get("row", ()), evidence.get("images", ()), strict=True)
+    hashes = {int(row): hashlib.sha256(image.tobytes()).hexdigest() for row, image in images}
+    return [
+        {
+            "index": int(outcomes["index"][row]), "label": int(label[row]),
+            "predicted": int(outcomes["clean_pred"][row]), "distance": float(distance[row]),
+            "attack": str(by[row]) or None, "sha256": hashes.get(row),
+        }
+        for row in range(len(label))
+    ]  # fmt: skip
 
 
 def _portable(summary: Mapping[str, Any]) -> list[str]:

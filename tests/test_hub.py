@@ -70,6 +70,21 @@ def test_weights_and_outcomes_are_the_same_bits(trained, exported, launch, tmp_p
     assert "trainer=none checkpoint=model" in (copy / "README.md").read_text()
 
 
+def test_results_are_exported_for_other_tools(trained, exported):
+    summary, info = summary_of(trained), json.loads((exported / "model_info.json").read_text())
+    assert info["clean_acc"] == f"{100 * summary['clean_accuracy']['value']:.2f}" and info["eps"] == "8/255"
+    assert info["reported"] == f"{100 * summary['worst_case_accuracy']['value']:.2f}" and info["autoattack_acc"] is None
+    samples, outcomes = json.loads((exported / "samples.json").read_text()), load_arrays(trained / "outcomes.npz")
+    assert [sample["index"] for sample in samples] == outcomes["index"].tolist()
+    robust = sum(sample["distance"] is None for sample in samples) / len(samples)
+    assert robust == pytest.approx(summary["worst_case_accuracy"]["value"])
+    evidence = load_arrays(trained / "evidence.npz")
+    expected = dict(zip(evidence.get("row", ()), evidence.get("images", ()), strict=True))
+    for row, sample in enumerate(samples):
+        image = expected.get(row)
+        assert sample["sha256"] == (None if image is None else hashlib.sha256(image.tobytes()).hexdigest())
+
+
 def test_card_is_one_that_the_hub_reads(trained, exported):
     from huggingface_hub import ModelCard
 
@@ -238,7 +253,7 @@ def test_push_fetch_and_evaluate(exported, trained, hub, launch, tmp_path):
     )
     assert pushed.returncode == 0, pushed.stderr
     assert "checkpoint=hf://me/model" in pushed.stdout
-    assert set(server.files) == {*FILES, "README.md"}
+    assert set(server.files) == {*FILES, "README.md", "outcomes.npz", "model_info.json", "samples.json"}
     assert server.files["model.safetensors"] == (exported / "model.safetensors").read_bytes()
     (created,) = server.created
     assert created["name"] == "model" and (created.get("private") or created.get("visibility") == "private")
