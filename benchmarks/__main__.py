@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl.runtime import device
-from benchmarks import analyses, attacks, evaluation, memory, scaling, startup, training
+from benchmarks import analyses, attacks, evaluation, memory, referee, scaling, startup, training
 from benchmarks.victim import images_32, trained
 
 PARTS = (
-    "startup", "training", "attacks", "autoattack", "memory", "scaling", "analyses", "evaluation",
+    "startup", "training", "attacks", "autoattack", "referee", "memory", "scaling", "analyses", "evaluation",
 )  # fmt: skip
 Rows = list[tuple[str, str, str]]
 
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
         rows += startup.measure(rounds, scratch / "startup", smoke)
     if "training" in parts:
         rows += training.measure(tuple(args.net or training.NETS), machine, rounds, scratch / "training", smoke)
-    if {"attacks", "autoattack", "analyses"} & set(parts):
+    if {"attacks", "autoattack", "referee", "analyses"} & set(parts):
         data = images_32(args.cifar10, scratch)
         images = {"undefended": 64, "pgd_at": 64} if smoke else {"undefended": 8_000, "pgd_at": 4_000}
         models = {name: trained(data, machine, scratch, count, name) for name, count in images.items()}
@@ -65,6 +65,9 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
         many = {"undefended": 4, "pgd_at": 1} if smoke else {"undefended": 64, "pgd_at": 32}
         many = {"undefended": 1_000, "pgd_at": 250} if gpu and not smoke else many
         rows += attacks.measure_autoattack(models, data, machine, rounds, samples=many)
+    if "referee" in parts:
+        samples, steps = (8, 2) if smoke else (1_000, 100) if gpu else (64, 100)
+        rows += referee.measure(models, data, machine, rounds, samples=samples, steps=steps)
     if "memory" in parts:
         rows += memory.measure(machine, scratch, args.cifar10, args.imagenet100, smoke)
     if "scaling" in parts:

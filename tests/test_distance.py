@@ -71,6 +71,10 @@ def test_as_close_as_the_reference_implementation(digits):
     adv_lib = pytest.importorskip("adv_lib.attacks", reason="needs adversarial-library")
     net, x, y = digits
     for norm, order in (("L2", 2), ("Linf", float("inf"))):
-        theirs = sizes(adv_lib.fmn(net, x, y, norm=order, steps=100) - x, norm).median()
-        ours = sizes(fmn(net, x, y, generator=noise_for(x), norm=norm, steps=100) - x, norm).median()
-        assert ours <= 1.02 * theirs
+        theirs, ours = (
+            adv_lib.fmn(net, x, y, norm=order, steps=100),
+            fmn(net, x, y, generator=noise_for(x), norm=norm, steps=100),
+        )
+        found = wrong(net, theirs, y)  # in L2 its iterates often stop just before the boundary
+        assert found.any() and wrong(net, ours, y)[found].all()
+        assert sizes(ours - x, norm)[found].median() <= 1.02 * sizes(theirs - x, norm)[found].median()

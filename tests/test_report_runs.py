@@ -267,3 +267,13 @@ def test_page_loads_nothing_and_holds_every_figure(swept):
     addresses = re.findall(r'<a href="([^"]*)">', html)
     assert {"figures/any_name.pdf", "results.jsonl", "checkpoints/best.pt"} <= set(addresses)
     assert all((folder / unquote(address)).is_file() for address in addresses)
+
+
+def test_the_frontier_is_drawn_for_each_table(tmp_path):
+    for seed, right in enumerate((10, 20)):
+        make(tmp_path / f"sl{seed}", right, seed=seed)
+    make(tmp_path / "rl", 30, "rl", 0)
+    make(tmp_path / "other", 30, "rl", 0, config={"eps": 0.5})
+    assert main([str(tmp_path), "--out", str(tmp_path / "out"), "--frontier"]) == 0
+    for name in ("frontier", "frontier_2"):
+        assert (tmp_path / f"out/{name}.png").stat().st_size > 5_000 and (tmp_path / f"out/{name}.pdf").is_file()

@@ -15,10 +15,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="searched at any depth for run folders")
     where = "where tables and report.html go (default: the FOLDER, if it is one, else here)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=where)
+    parser.add_argument(
+        "--frontier", action="store_true", help="also draw clean against worst-case accuracy of all runs"
+    )
     given = parser.parse_args(words)
     out = given.out or (given.folders[0] if len(given.folders) == 1 else Path())
     folders = {run.resolve(): run for folder in given.folders for run in runs.run_folders(folder)}
-    runs.publish(runs.overview(folders.values()), out)
+    overview = runs.overview(folders.values())
+    runs.publish(overview, out)
+    if given.frontier:
+        from aerl.report import frontier  # and matplotlib
+
+        for path in frontier.draw(overview, out):
+            print(f"written: {path}")
     for folder in folders.values():  # after the page of the set, because one of them may be `out`
         try:
             page.write_run(folder)

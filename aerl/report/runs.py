@@ -39,7 +39,8 @@ class Table:
     differences: Grid | None  # of the worst case between settings, with at least two seeds each
     numbers: pd.DataFrame  # in per cent: <accuracy>_mean, _sd and _n, after what varied
     text: Grid
-    folders: Sequence[Path]  # of the runs that are counted
+    runs: pd.DataFrame  # those that are counted: trainer, clean, worst (in per cent) and seconds of training
+    folders: Sequence[Path]  # theirs
     notes: Sequence[str]
 
 
@@ -101,6 +102,7 @@ def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         "model": str(summary["model"]),
         "attack": "+".join(config["attack"]) or "none",
         "seed": seed,
+        "seconds": (summary.get("seconds") or {}).get("train"),
         "masking": (summary.get("masking") or {}).get("verdict", ""),
         "outside": [name for name, attack in attacks.items() if not attack["counts"]],
         "folder": folder,
@@ -181,7 +183,11 @@ def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -
     first = runs.iloc[0]
     heading = f"{first['dataset']}, {first['norm']} eps {eps_text(first['eps'])}, {first['samples']} test images"
     grid = Grid(header, texts, [*varied, "masking"])
-    return Table(heading, _differences(rewards), pd.DataFrame(rows), grid, list(runs.loc[~again, "folder"]), notes)
+    each = runs.loc[~again, ["trainer", "seconds"]].join(accuracy.rename(columns={"worst case": "worst"}))
+    each = each.reindex(columns=["trainer", "clean", "worst", "seconds"])
+    return Table(
+        heading, _differences(rewards), pd.DataFrame(rows), grid, each, list(runs.loc[~again, "folder"]), notes
+    )
 
 
 def _differences(rewards: Mapping[str, np.ndarray]) -> Grid | None:
