@@ -61,7 +61,7 @@ def test_tab_completion_completes_options(launch):
 WRONG = [
     ("dataset=nope", "no such option; known: cifar10, "),
     ("trainer=r", "did you mean rl?"),
-    ("attack=[pgd,xyz]", "attack=xyz: no such option; known: apgd_ce, "),
+    ("attack=[pgd,xyz]", "attack=xyz: no such option; known: adaptive, "),
     ("trainer.batchsize=3", "trainer.batchsize: no such key; did you mean batch_size?"),
     ("trainer.adversary.weight=2", "trainer.adversary.weight: no such key"),
     ("model.net.depth=1", "model.net.depth: no such key; known: _target_; use +model.net.depth=..."),

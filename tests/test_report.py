@@ -13,7 +13,7 @@ from PIL import Image
 from aerl.analyses import AnalysisContext
 from aerl.analyses.pictures import pictures
 from aerl.evaluation.statistics import proportion
-from aerl.report.table import show
+from aerl.report.table import headline, show
 from aerl.runtime.device import Hardware
 from aerl.tracking.results import ResultLog, write_summary
 from tests.runs import on_a_terminal
@@ -92,7 +92,7 @@ def test_what_the_table_leaves_out(rows):
 SHOW = """
 import sys
 from pathlib import Path
-from aerl.report.table import show
+from aerl.report.table import headline, show
 from aerl.tracking.results import read_summary
 show(read_summary(Path(sys.argv[1])))
 print({"torch", "numpy", "pandas", "wandb", "hydra"} & set(sys.modules), file=sys.stderr)
@@ -180,3 +180,27 @@ def test_nothing_to_draw_is_a_warning(tmp_path, nothing, caplog):
     assert pictures(context(tmp_path, **nothing)) == []
     assert "nothing to draw" in caplog.text
     assert not (tmp_path / "figures").exists()
+
+
+SUMMARY = {
+    "worst_case_accuracy": {"value": 0.1, "low": 0.07, "high": 0.14, "n": 300},
+    "attacks": {"pgd": {"of": "pgd", "norm": "L2", "eps": 0.5, "counts": True, "robust_accuracy": {"value": 0.1}}},
+}
+PLANTED = {"found": {"value": 0.97, "n": 100}, "trusted": True}
+MASKED = {"verdict": "masked", "mechanism": "saturated softmax: p_y is 1"}
+ADAPTIVE = {"of": "adaptive", "norm": "L2", "eps": 0.5, "counts": True, "robust_accuracy": {"value": 0.1}}
+PAPER = {"of": "pgd_paper", "norm": "L2", "eps": 0.5, "counts": False, "robust_accuracy": {"value": 0.3}}
+
+
+@pytest.mark.parametrize(("news", "attacks", "expected"), [
+    ({"planted": PLANTED, "masking": {"verdict": "no sign"}}, {}, ["10.0 %", "relied on: the attack found 97 of 100"]),
+    ({"planted": {"found": {"value": 0.4, "n": 100}, "trusted": False}}, {}, ["10.0 %", "not rely on.*40 of 100"]),
+    ({"masking": MASKED}, {}, ["10.0 %", "not rely on this number.*saturated softmax.*attack=suite"]),
+    ({"masking": MASKED, "planted": PLANTED}, {"adaptive": ADAPTIVE}, ["10.0 %", "softmax.*97 of 100.*relied on"]),
+    ({}, {"pgd_paper": PAPER}, ["paper's attack alone says 30.0 %", "10.0 %"]),
+    ({"worst_case_accuracy": None}, {}, []),
+])  # fmt: skip
+def test_the_headline_says_the_number_and_whether_to_rely_on_it(news, attacks, expected):
+    sentences = headline(SUMMARY | news | {"attacks": SUMMARY["attacks"] | attacks})
+    assert len(sentences) == len(expected)
+    assert all(re.search(pattern, sentence) for pattern, sentence in zip(expected, sentences, strict=True))

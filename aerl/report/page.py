@@ -40,7 +40,7 @@ def write_run(folder: Path) -> Path:
         title=table.title(summary),
         summary=summary,
         attacks=table.attack_grid(summary),
-        headline=table.headline(summary),
+        headline=" ".join(table.headline(summary)),
         notes=table.notes(summary),
         comparisons={run: table.comparison_grid(rows) for run, rows in (summary.get("comparisons") or {}).items()},
         figures=_figures(folder),

@@ -59,12 +59,12 @@ def _attack_row(name: str, attack: Mapping[str, Any]) -> list[str]:
     return [name, *threat, *cells, "" if seconds is None else duration(seconds)]
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """The robust accuracy, and whether it can be believed and why, in two or three sentences; "" if there is none."""
+def headline(summary: Mapping[str, Any]) -> list[str]:
+    """The robust accuracy, and whether it can be relied on and why, in up to three sentences; none without one."""
     attacks, worst = summary.get("attacks") or {}, summary.get("worst_case_accuracy")
     counted = [info for info in attacks.values() if info.get("counts", True)]
     if not worst or not counted or worst["value"] is None:
-        return ""
+        return []
     threat = f"{counted[0].get('norm')} perturbations up to {eps_text(max(info.get('eps') or 0 for info in counted))}"
     value, low, high = (100 * worst[key] for key in ("value", "low", "high"))
     sentences = [f"At most {value:.1f} % of the images withstand {threat} (95 % interval {low:.1f} to {high:.1f} %)."]
@@ -97,7 +97,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         sentences.append(f"This can be relied on: {found}" + (", and gradients do not mislead it." if masking else "."))
     elif masking:
         sentences.append(f"The masking audit says: {masking['verdict']}.")
-    return " ".join(sentences)
+    return sentences
 
 
 def comparison_grid(comparison: Mapping[str, Any]) -> Grid:
@@ -121,8 +121,8 @@ def show(summary: Mapping[str, Any]) -> None:
     if error := summary.get("error"):
         console.print(Text(str(error), style="red"))
     console.print("", attack_grid(summary).rich(), "", sep="\n")
-    if text := headline(summary):
-        Console(width=min(100, Console().width)).print(Text(f"{text}\n"))
+    if sentences := headline(summary):
+        console.print(Text("\n".join([*sentences, ""])))
     for run, comparison in (summary.get("comparisons") or {}).items():
         console.print(Text(f"compared with {run}"))
         console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test\n", style="dim"))
