@@ -182,7 +182,7 @@ def test_nothing_to_draw_is_a_warning(tmp_path, nothing, caplog):
     assert not (tmp_path / "figures").exists()
 
 
-SUMMARY = {
+JUDGED = {
     "worst_case_accuracy": {"value": 0.1, "low": 0.07, "high": 0.14, "n": 300},
     "attacks": {"pgd": {"of": "pgd", "norm": "L2", "eps": 0.5, "counts": True, "robust_accuracy": {"value": 0.1}}},
 }
@@ -201,6 +201,6 @@ PAPER = {"of": "pgd_paper", "norm": "L2", "eps": 0.5, "counts": False, "robust_a
     ({"worst_case_accuracy": None}, {}, []),
 ])  # fmt: skip
 def test_the_headline_says_the_number_and_whether_to_rely_on_it(news, attacks, expected):
-    sentences = headline(SUMMARY | news | {"attacks": SUMMARY["attacks"] | attacks})
+    sentences = headline(JUDGED | news | {"attacks": JUDGED["attacks"] | attacks})
     assert len(sentences) == len(expected)
     assert all(re.search(pattern, sentence) for pattern, sentence in zip(expected, sentences, strict=True))
