@@ -1,5 +1,7 @@
 """`attack=adaptive` on networks whose robust accuracy is known, because each is a change of one that hides nothing."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from aerl.attacks import Adaptive, AttackSpec, NoGradient, collect_warnings, noi
 from aerl.attacks.adaptive import diagnose
 from aerl.data import Split
 from aerl.evaluation.evaluate import predict, run_attack
+from aerl.evaluation.evidence import Evidence
 from tests.nets import Through, digits_net, noise_for, sizes, wrong
 
 EPS = 0.5
@@ -181,3 +184,60 @@ def test_a_model_that_needs_nothing_is_reported_unchanged(digits, hardware):
     found = run_attack(attack, net, split, before, hardware, name="adaptive", seed=0, batch_size=50)
     assert list(found) == ["adaptive"]
     assert np.array_equal(found["adaptive"].pred, before.pred)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_remedies_resume_to_the_same_outcomes_and_evidence(digits, hardware, tmp_path):
+    net, x, y, _ = digits
+    split = Split((x * 255).round().byte(), y)
+    before = predict(net, split, hardware, 25)
+
+    class Two:
+        def stages(self, model, x):
+            shared = {"norm": "L2", "eps": EPS}
+            return {
+                "short": lambda *args, generator: pgd(*args, generator=generator, steps=2, **shared),
+                "long": lambda *args, generator: pgd(*args, generator=generator, steps=20, **shared),
+            }
+
+        def __call__(self, model, x, y, *, generator):
+            raise AssertionError("its stages run instead")
+
+    def run(evidence, **options):
+        options |= {"name": "a", "seed": 0, "batch_size": 25, "keep": evidence.keep}
+        return run_attack(Two(), net, split, before, hardware, **options)
+
+    fresh = before.pred == y.numpy()
+    for folder in ("straight", "resumed"):
+        (tmp_path / folder).mkdir()
+    straight = Evidence(tmp_path / "straight", len(y), (1, 8, 8), fresh)
+    expected, state, starts = run(straight), None, 0
+    while True:
+        states = []
+
+        def stop_at_the_second(stage, states=states):
+            states.append(copy.deepcopy(stage))
+            if len(states) == 2:
+                raise Interrupted
+
+        left = fresh.copy()  # as a new process knows it
+        for part in state.parts.values() if state else ():
+            left &= part.pred == y.numpy()
+        resumed = Evidence(tmp_path / "resumed", len(y), (1, 8, 8), left)
+        try:
+            again = run(resumed, resume=state, save=stop_at_the_second)
+            break
+        except Interrupted:
+            state, starts = states[0], starts + 1
+    assert starts >= 4 and list(again) == list(expected) == ["a_short", "a_long"]
+    for part, attacked in expected.items():
+        for key, values in attacked.samples.items():
+            assert np.array_equal(values, again[part].samples[key]), (part, key)
+    fooled = np.logical_or(*(attacked.pred != y.numpy() for attacked in expected.values())) & fresh
+    assert fooled.sum() > 20
+    assert np.array_equal(straight.images[fooled], resumed.images[fooled])
+    shown = torch.from_numpy(np.array(straight.images[fooled]))
+    assert wrong(net, shown, y[torch.from_numpy(fooled)]).all()

@@ -20,7 +20,7 @@ class NoGradient(UserError):
     """The logits do not depend differentiably on the images: only a black-box attack can evaluate the model."""
 
     def __init__(self) -> None:
-        super().__init__("the model's logits do not depend differentiably on the image; use square or noise")
+        super().__init__("the model's logits do not depend differentiably on the image; use adaptive, square or noise")
 
 
 @contextmanager

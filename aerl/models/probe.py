@@ -73,7 +73,7 @@ def _doubts(model: nn.Module, x: Tensor) -> Iterator[str]:
             "result; give BatchNorm its running statistics"
         )
     if doubt := _gradient_doubt(model, x):
-        yield f"{doubt}: robust accuracy under gradient attacks proves nothing; use attacks without gradients (square)"
+        yield f"{doubt}: plain gradient attacks prove nothing; use attack=suite, which adapts to it"
 
 
 def _gradient_doubt(model: nn.Module, x: Tensor) -> str | None:
