@@ -221,35 +221,49 @@ def _share_right(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> Tensor:
 # --- Judging ---------------------------------------------------------------------------------------------
 
 
-def judge(kind: str, seed: int, folder: Path) -> dict[str, Any]:
-    """What aerl says of one network, by its real command line, beside the truth."""
-    words = [
+def run(kind: str, seed: int, folder: Path, name: str, *words: str) -> dict[str, Any]:
+    """Evaluate one network by the real command line; returns the summary of the run."""
+    words = (
         "trainer=none", "checkpoint=own", "dataset=digits", "model=foreign", "model.net._target_=benchmarks.truth.net",
         f"+model.net.kind={kind}", f"+model.net.file={folder}/{_trained(kind)}-{seed}.pt", f"model.name={kind}",
-        "model.mean=[0]", "model.std=[1]", "norm=L2", f"eps={EPS}", f"evaluation.samples={SAMPLES}",
-        "attack=[pgd,pgd_targeted,autoattack,adaptive]", "attack.autoattack.queries=1000",
-        "evaluation.survivors_only=true", "analysis=[masking,planted]", "logger=none", "hardware=cpu",
-        "hardware.threads=1", f"runs_dir={folder}/runs", f"name={kind}-{seed}", f"seed={seed}",
-    ]  # fmt: skip
+        "model.mean=[0]", "model.std=[1]", "norm=L2", f"eps={EPS}", f"evaluation.samples={SAMPLES}", "logger=none",
+        "hardware=cpu", "hardware.threads=1", f"runs_dir={folder}/runs", f"name={name}", f"seed={seed}", *words,
+    )  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "launch.py"), *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{kind}: {done.stderr.splitlines()[-1]}")
-    run = folder / "runs" / f"{kind}-{seed}"
-    summary = json.loads((run / "summary.json").read_text())
-    outcomes = dict(np.load(run / "outcomes.npz"))
+    summary: dict[str, Any] = json.loads((folder / "runs" / name / "summary.json").read_text())
+    return summary
+
+
+def planted(kind: str, seed: int, folder: Path) -> tuple[str, str]:
+    """The kind, and what the planted test says of plain PGD on its network."""
+    summary = run(kind, seed, folder, f"{kind}-{seed}-plain", "attack=pgd_ce", "analysis=planted")
+    found = summary.get("planted")
+    return kind, found["says"] if found else f"not measured: {summary['not_made']['planted']}"
+
+
+def judge(kind: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What aerl says of one network beside the truth."""
+    name = f"{kind}-{seed}"
+    summary = run(
+        kind, seed, folder, name, "attack=[pgd,pgd_targeted,autoattack,adaptive]", "attack.autoattack.queries=1000",
+        "evaluation.survivors_only=true", "analysis=[masking,planted]",
+    )  # fmt: skip
+    outcomes = dict(np.load(folder / "runs" / name / "outcomes.npz"))
     attacks, worst = summary["attacks"], summary["worst_case_accuracy"]["value"]
     x, y = _test_images(outcomes["index"])
     strongest, plain = truth(kind, folder / f"{_trained(kind)}-{seed}.pt", x, y)
-    masking, planted = summary["masking"], summary.get("planted")
+    masking, found = summary["masking"], summary.get("planted")
     return {
         "kind": kind, "honest": kind in HONEST, "seed": seed, "clean": summary["clean_accuracy"]["value"],
         "truth": min(strongest, worst), "plain": plain, "without": attacks["autoattack"]["robust_accuracy"]["value"],
         "with": worst, "remedies": [name.removeprefix("adaptive_") for name in attacks if name.startswith("adaptive_")],
         "verdict": masking["verdict"], "mechanism": masking["mechanism"].partition(":")[0],
         "flagged": [check["name"] for check in masking["checks"] if check["flag"]],
-        "planted": planted and planted["found"]["value"], "not_planted": (summary["not_made"] or {}).get("planted"),
+        "planted": found and found["found"]["value"], "not_planted": (summary["not_made"] or {}).get("planted"),
         "seconds": summary["seconds"]["total"],
     }  # fmt: skip
 
@@ -317,6 +331,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--held-out", action="store_true", help="judge the networks that were set aside (seed 1)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--planted", action="store_true", help="only the planted test of plain PGD (cross-entropy)")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -329,6 +344,10 @@ def main() -> None:
         if not file.is_file():
             torch.save(train(kind, seed, x, y).state_dict(), file)
     with ThreadPoolExecutor(given.jobs) as pool:
+        if given.planted:
+            for kind, text in pool.map(lambda kind: planted(kind, seed, folder), given.kinds):
+                print(f"| {kind} | {text} |", flush=True)
+            return
         rows = []
         for row in pool.map(lambda kind: judge(kind, seed, folder), given.kinds):
             rows.append(row)
