@@ -56,7 +56,8 @@ def planted(
     if context.eps == 0:
         raise NotMade("eps is 0")
     counted = {info["of"] for info in context.attacks.values() if info["counts"]} or set(context.specs)
-    split, device = _apart(context.right(samples), context.norm, context.eps), context.hardware.device
+    split, device = context.right(5 * samples), context.hardware.device
+    split = _apart(split, context.norm, context.eps, samples)
     x = to_unit(split.images.to(device), context.hardware.memory_format)
     with attacking(context.model), torch.no_grad(), collect_warnings():
         name, linear = _last_linear(context.model, x[:1], layer)
@@ -108,12 +109,16 @@ def _random_search(context: AnalysisContext, draws: int) -> Callable[..., Tensor
     return search
 
 
-def _apart(split: Split, norm: Norm, eps: float) -> Split:
-    """The images of a split that are more than 2 eps away from the ones before: their balls do not touch."""
+def _apart(split: Split, norm: Norm, eps: float, samples: int) -> Split:
+    """The first `samples` images of a split that are more than 2 eps away from those chosen before: their balls do not
+    touch."""
     flat = to_unit(split.images).flatten(1)
-    near = torch.cdist(flat, flat, p=2 if norm == "L2" else torch.inf) <= 2 * eps
-    kept = ~near.tril(-1).any(1)
-    return Split(split.images[kept], split.labels[kept])
+    near = (torch.cdist(flat, flat, p=2 if norm == "L2" else torch.inf) <= 2 * eps).numpy()
+    chosen: list[int] = []
+    for row in range(len(split)):
+        if len(chosen) < samples and not near[row, chosen].any():
+            chosen.append(row)
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def _last_linear(model: nn.Module, x: Tensor, name: str | None) -> tuple[str, nn.Module]:
