@@ -3,11 +3,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from aerl.analyses.distance import curve, half_width
+from aerl.analyses import AnalysisContext
+from aerl.analyses.distance import curve, distance, half_width
 from aerl.attacks import fmn, pgd
+from aerl.tracking.results import ResultLog
 from tests.nets import Linear, digits_net, images, noise_for, predictions, sizes, wrong
 
 
@@ -78,3 +81,31 @@ def test_as_close_as_the_reference_implementation(digits):
         found = wrong(net, theirs, y)  # in L2 its iterates often stop just before the boundary
         assert found.any() and wrong(net, ours, y)[found].all()
         assert sizes(ours - x, norm)[found].median() <= 1.02 * sizes(theirs - x, norm)[found].median()
+
+
+def test_the_analysis_takes_the_smallest_distance_that_any_attack_found(digits, hardware, tmp_path):
+    net, x, y = digits
+    labels, pred = y.numpy(), predictions(net, x).numpy()
+    right = pred == labels
+    close = np.flatnonzero(right)[0]  # where an attack of the run claims a tiny perturbation
+    size, fooled = np.full(len(y), 0.5, np.float32), labels.copy()
+    size[close], fooled[close] = 1e-3, (labels[close] + 1) % 10
+    found = {}
+    identity = dict.fromkeys(("run_id", "dataset", "model", "trainer"), "") | {"seed": 0}
+    context = AnalysisContext(
+        model=net, images=(x * 255).round().byte(), labels=y, class_names=tuple("0123456789"),
+        outcomes={"label": labels, "clean_pred": pred, "a_pred": fooled, "a_l2": size}, adversarial={},
+        attacks={"a": {"of": "a", "counts": True, "norm": "L2", "eps": 0.5, "robust_accuracy": {"value": 0.9}}},
+        figures=tmp_path / "figures", log=ResultLog(tmp_path, identity), norm="L2", eps=0.5, seed=0,
+        trainer="sl", hardware=hardware, batch_size=40, save=found.update,
+    )  # fmt: skip
+    distance(context, steps=50)
+    report = found["distance"]
+    assert report["n"] == len(y) and report["found"] == 1.0 and report["band"] == half_width(len(y))
+    accuracies = list(report["accuracy"].values())
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[0] < right.mean()
+    table = pd.read_csv(next(tmp_path.rglob("distance.csv")), keep_default_na=False).set_index("row")
+    assert (table.loc[~right, "distance"] == 0).all() and (table.loc[~right, "attack"] == "clean").all()
+    assert table.loc[close, "attack"] == "a" and table.loc[close, "distance"] == pytest.approx(1e-3)
+    assert report["median"] == pytest.approx(table["distance"].median())
+    assert next(tmp_path.rglob("distance.png")).stat().st_size > 5_000

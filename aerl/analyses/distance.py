@@ -88,12 +88,12 @@ def _draw(context: AnalysisContext, found: np.ndarray, band: float) -> Any:
     axes.fill_between(eps, np.clip(accuracy - band, 0, 1), np.clip(accuracy + band, 0, 1), step="post", alpha=0.2,
                       color=colour, linewidth=0)  # fmt: skip
     axes.step(eps, accuracy, where="post", color=colour, label="smallest perturbation found")
-    for name, info in context.attacks.items():
-        if info["counts"] and info["norm"] == context.norm:
-            value = info["robust_accuracy"]["value"]
-            axes.plot(info["eps"], value, ".", color="black", markersize=4)
-            axes.annotate(name, (info["eps"], value), fontsize=6, xytext=(3, 2), textcoords="offset points")
+    within = [info for info in context.attacks.values() if info["counts"] and info["norm"] == context.norm]
+    points = [(info["eps"], info["robust_accuracy"]["value"]) for info in within]
+    if points:
+        axes.plot(*zip(*points, strict=True), ".", color="black", markersize=4, label="attacks of the run")
     axes.axvline(context.eps, color="grey", linestyle=":", linewidth=1)
     axes.set(xlim=(0, top), ylim=(0, 1), xlabel=f"{context.norm} eps", ylabel="accuracy")
+    axes.legend(fontsize=8)
     axes.set_title(f"Accuracy at every eps, n = {len(found)}, with a 95 % band", fontsize=10)
     return figure
