@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from aerl.attacks import (
+    Adaptive,
     AutoAttack,
     BatchGenerator,
     NoGradient,
@@ -16,6 +17,7 @@ from aerl.attacks import (
     attacking,
     collect_warnings,
     evaluating,
+    fmn,
     frozen,
     losses,
     modes,
@@ -70,6 +72,8 @@ def name(value):
         (partial(pgd, loss="margin"), 0),
         (partial(pgd, loss="dlr"), 1),
         (partial(pgd, loss="margin", eot=2), 0),
+        (partial(pgd, gradient="straight_through"), 0),
+        (partial(pgd, jitter=0.5, eot=4), 0),
         (partial(AutoAttack, attacks=["apgd-ce"]), 0),
         (partial(AutoAttack, attacks=["apgd-t"]), 2),
         (partial(AutoAttack, attacks=["fab-t"]), 0),
@@ -121,6 +125,9 @@ def test_result_is_in_ball_and_box(norm, settings):
         partial(pgd, steps=8, restarts=2, drop_fooled=False),
         partial(pgd, steps=8, loss="rescaled_ce", eot=2),
         partial(pgd, steps=8, loss="dlr", keep="last"),
+        partial(pgd, steps=12, gradient="finite_differences", directions=60),
+        partial(pgd, steps=8, jitter=0.3, eot=2),
+        partial(fmn, steps=8),
         partial(PaperPGD, steps=8),
         partial(noise, draws=20),
     ],
@@ -363,6 +370,10 @@ def test_losses():
 # --- the world around an attack ---------------------------------------------------------------------
 
 ALL = [
+    partial(Adaptive, eps=0.3, steps=5),
+    partial(fmn, eps=0.3, steps=5),
+    partial(pgd, eps=0.3, steps=3, gradient="straight_through"),
+    partial(pgd, eps=0.3, steps=3, gradient="finite_differences", directions=3),
     partial(pgd, eps=0.3),
     partial(pgd, eps=0),
     partial(noise, eps=0.3),
