@@ -147,6 +147,8 @@ def build_recipe(config: Config) -> Recipe | None:
         objective=objective,
         schedule=trainer.schedule.kind,
         warmup=trainer.schedule.warmup,
+        floor=trainer.schedule.floor,
+        per=trainer.schedule.per,
         clip=trainer.clip,
         adversary=adversary,
         select=trainer.select,

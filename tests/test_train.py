@@ -172,6 +172,10 @@ def test_learning_rate_schedules():
     cosine = [learning_rate(step, 100, "cosine", 0.0) for step in range(100)]
     assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
     assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
+    # The paper's code: once an epoch, epoch/5 for epochs 0 to 4, then max(0.1, (100 - epoch)/95).
+    paper = recipe(epochs=100, schedule="linear", warmup=0.05, floor=0.1, per="epoch")
+    expected = [epoch / 5 if epoch < 5 else max(0.1, (100 - epoch) / 95) for epoch in range(100)]
+    assert [paper.learning_rate(epoch, 7, 10) for epoch in range(100)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Model(Section):
 class Schedule(Section):
     kind: Literal["constant", "linear", "cosine"]
     warmup: Probability
+    floor: Probability = 0.0
+    per: Literal["step", "epoch"] = "step"
 
 
 class Adversary(Section):

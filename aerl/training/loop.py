@@ -53,10 +53,17 @@ class Recipe:
     objective: Objective
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
+    floor: float = 0.0
+    per: Literal["step", "epoch"] = "step"
     clip: float | None = None
     adversary: Adversary | None = None
     select: str = "val_accuracy"
     augment: Callable[..., Tensor] = lambda images, generator: images
+
+    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
+        """The factor on the base rate at a `step` of an `epoch` of `steps`, all counted from 0."""
+        place = (epoch * steps + step, self.epochs * steps) if self.per == "step" else (epoch, self.epochs)
+        return learning_rate(*place, self.schedule, self.warmup, self.floor)
 
 
 def fit(
@@ -97,7 +104,7 @@ def fit(
             model.train()
             with _explained(epoch, recipe, train, checkpoints):
                 for images, y in train.epoch(stream(seed, "batches", number), begin):
-                    factor = learning_rate(number * len(train) + epoch.steps, total, recipe.schedule, recipe.warmup)
+                    factor = recipe.learning_rate(number, epoch.steps, len(train))
                     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                         group["lr"] = rate * factor
                     x = to_unit(recipe.augment(images, epoch.streams["augmentation"]), hardware.memory_format)
@@ -327,15 +334,16 @@ def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None
         optimizer.step()
 
 
-def learning_rate(step: int, steps: int, schedule: str, warmup: float) -> float:
-    """The factor on the base rate at `step` of `steps`: linear warm-up from 0, then constant or down to 0."""
+def learning_rate(step: int, steps: int, schedule: str, warmup: float, floor: float = 0.0) -> float:
+    """The factor on the base rate at `step` of `steps`: linear warm-up from 0, then constant or down to 0, but never
+    below `floor`."""
     warm = round(warmup * steps)
     if step < warm:
         return step / warm
     remaining = 1 - (step - warm) / max(1, steps - warm)
     if schedule == "linear":
-        return remaining
-    return 0.5 * (1 + math.cos(math.pi * (1 - remaining))) if schedule == "cosine" else 1.0
+        return max(floor, remaining)
+    return max(floor, 0.5 * (1 + math.cos(math.pi * (1 - remaining)))) if schedule == "cosine" else 1.0
 
 
 def validate(
