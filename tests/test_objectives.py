@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from aerl.attacks import BatchGenerator
 from aerl.runtime.device import stream
 from aerl.training.objectives import EpsilonGreedy, Labels, policy_loss
+from aerl.training.paper import rewarded_fgsm
 
 
 @pytest.fixture
@@ -78,9 +81,29 @@ def test_a_coin_per_sample_explores_within_a_batch_and_one_per_batch_does_not():
     assert shares <= {0.0, 0.7, 0.8} and len(shares) > 1
 
 
-def test_probability_floor_takes_the_gradient_of_a_hopeless_sample_away():
+def test_probability_floor_is_that_of_the_paper_s_code():
+    """policy_gradient_epsilon.py: softmax + 1e-6, normalised, and 1e-6 again in the logarithm."""
     logits, labels = torch.tensor([[0.0, 30.0], [0.0, 1.0]], requires_grad=True), torch.tensor([0, 0])
-    (floored,) = torch.autograd.grad(policy_loss(logits, labels, labels, 1e-6).sum(), logits)
+    loss = policy_loss(logits, labels, labels, 1e-6)
+    policy = logits.softmax(1) + 1e-6
+    policy = policy / policy.sum(1, keepdim=True)
+    torch.testing.assert_close(loss, -(policy[:, 0] + 1e-6).log())
+    (floored,) = torch.autograd.grad(loss.sum(), logits)
     (plain,) = torch.autograd.grad(policy_loss(logits, labels, labels).sum(), logits)
-    assert floored[0].abs().max() == 0 and plain[0].abs().max() > 0.99
-    torch.testing.assert_close(floored[1], plain[1])
+    assert floored[0].abs().max() < 1e-6 and plain[0].abs().max() > 0.99
+    torch.testing.assert_close(floored[1], plain[1], rtol=1e-4, atol=0)
+
+
+def test_the_paper_s_fgsm_moves_rewarded_images_only():
+    """On a linear network the gradient of a rewarded sample is known; the others have none."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.full((64, 1, 2, 2), 0.5), torch.arange(64) % 3
+    settings = {"eps": 0.1, "exploration": 0.5, "probability_floor": 0.0}
+    x_adv = rewarded_fgsm(net.train(), x, y, generator=BatchGenerator(stream(0), 64), **settings)
+    with torch.no_grad():
+        logits = net(x)
+        rewarded = EpsilonGreedy(0.5, "batch")(logits, y, stream(0)) == y
+        direction = (logits.softmax(1) - F.one_hot(y, 3)) @ net[1].weight
+    assert 0 < rewarded.sum() < 64 and net[1].weight.requires_grad and net.training
+    expected = torch.where(rewarded[:, None], 0.5 + 0.1 * direction.sign(), torch.tensor(0.5))
+    torch.testing.assert_close(x_adv.flatten(1), expected)

@@ -76,11 +76,13 @@ def policy_loss(logits: Tensor, labels: Tensor, actions: Tensor, probability_flo
 
     logits (B, K), labels int64 (B,). `actions` are int64 (B,), or their distribution b (B, K), detached: the
     all-action gradient (Sutton et al. 2000, theorem 1), in which b(label) takes the reward's place. Only the label is
-    ever rewarded, so it alone is scored. `probability_floor` clamps pi before the logarithm, as the paper's code does
-    at 1e-6: a sample with pi(label) below it has no gradient.
+    ever rewarded, so it alone is scored. `probability_floor` is added to pi twice, before and after a second
+    normalisation, as in the paper's code (rl_train/agent/policy_gradient_epsilon.py, 1e-6): a sample with pi(label) far
+    below it has hardly a gradient.
     """
     if probability_floor > 0:
-        log_policy = logits.softmax(dim=1).clamp(min=probability_floor).log()
+        policy = (logits.softmax(dim=1) + probability_floor) / (1 + logits.shape[1] * probability_floor)
+        log_policy = (policy + probability_floor).log()
         return reward(labels, actions) * F.nll_loss(log_policy, labels, reduction="none")
     return reward(labels, actions) * F.cross_entropy(logits, labels, reduction="none")
 
