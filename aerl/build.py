@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from aerl.attacks import AttackSpec, SampleGenerator
+from aerl.attacks.foreign import as_attack
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
@@ -26,6 +27,7 @@ from aerl.runtime.device import Hardware
 from aerl.runtime.paths import local
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
+from aerl.types import Norm
 
 log = logging.getLogger("aerl")
 
@@ -50,7 +52,7 @@ class Parts:
 def check(config: Config) -> Recipe | None:
     """Check what needs neither data nor model; returns the recipe. Raises UserError."""
     for name, spec in config.attack.items():
-        attack(spec, f"attack.{name}", _UNSET)
+        attack(spec, f"attack.{name}", config.norm, config.eps)
     for name, spec in config.analysis.items():
         bind(spec, f"analysis.{name}", given=_UNSET, later=["context"])
     build_metrics(config)
@@ -76,8 +78,9 @@ def build(config: Config) -> Parts:
     model = build_model(config, data, hardware, 0 if recipe is None else min(recipe.batch_size, len(data.train)))
     load = partial(load_models, config=config, data=data, hardware=hardware)
     given = {"load": load, "store": local(config.data_dir, "data_dir") / "crafted"}
-    attacks = {name: attack(spec, f"attack.{name}", given) for name, spec in config.attack.items()}
-    analyses = {name: _callable(spec, f"analysis.{name}", ["context"], given) for name, spec in config.analysis.items()}
+    threat = config.norm, config.eps
+    attacks = {name: attack(spec, f"attack.{name}", *threat, given) for name, spec in config.attack.items()}
+    analyses = {name: analysis(spec, f"analysis.{name}", given) for name, spec in config.analysis.items()}
     x = to_unit(data.test.images[:8].to(hardware.device), hardware.memory_format)
     y = data.test.labels[:0].to(hardware.device)
     for name, spec in attacks.items():
@@ -101,7 +104,7 @@ def _callable(
 
     Raises UserError if it cannot be called with these positional and keyword arguments.
     """
-    bound = bind(spec, key, given=given, later=[*positional, *keywords])
+    bound = bind(spec, key, given=given, later=[*positional, *keywords], positional=len(positional))
     with named(key), foreign_code(key, bound.func):
         function = bound() if inspect.isclass(bound.func) else bound
     try:
@@ -112,9 +115,20 @@ def _callable(
     return function
 
 
-def attack(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] = _UNSET) -> AttackSpec:
-    """`attack(model, x, y, *, generator)` with its settings."""
-    return AttackSpec.of(_callable(spec, key, ["model", "x", "y"], given, ["generator"]), key)
+def attack(spec: Mapping[str, Any], key: str, norm: Norm, eps: float, given: Mapping[str, Any] = _UNSET) -> AttackSpec:
+    """`attack(model, x, y, *, generator)` with its settings, in a run with this threat model."""
+    positional = ["model", "x", "y"]
+    bound = bind(spec, key, given=given, later=[*positional, "generator"], positional=3)
+    with named(key), foreign_code(key, bound.func):
+        found = as_attack(bound, norm, eps)
+        if found is bound:
+            found = _callable(spec, key, positional, given, ["generator"])
+    return AttackSpec.of(found, key)
+
+
+def analysis(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] = _UNSET) -> Callable[..., Any]:
+    """`analysis(context)` with its settings."""
+    return _callable(spec, key, ["context"], given)
 
 
 def build_metrics(config: Config) -> dict[str, Metric]:
@@ -129,7 +143,8 @@ def build_recipe(config: Config) -> Recipe | None:
         return None
     adversary = None
     if trainer.adversary is not None:
-        spec = attack(trainer.adversary.attack, "trainer.adversary.attack", {"in_training": True})
+        threat = config.norm, config.eps
+        spec = attack(trainer.adversary.attack, "trainer.adversary.attack", *threat, {"in_training": True})
         adversary = Adversary(spec.call, trainer.adversary.start_epoch)  # type: ignore[arg-type]
     never = adversary is None or adversary.start_epoch >= trainer.epochs
     if never and trainer.select == "val_adversarial_accuracy":

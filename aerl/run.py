@@ -76,6 +76,7 @@ def _run(config: Config) -> dict[str, Any]:
         opened = recorded(
             place, config, previous, overrides=overrides, environment=describe(parts.hardware), inputs=digests,
             choices={group: hydra.runtime.choices[group] for group in ("dataset", "model")}, request=overwrite_id(),
+            data=parts.data.facts,
         )  # fmt: skip
         with page.written(place), opened as record:
             record.save(doubts=list(parts.doubts))

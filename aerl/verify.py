@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from aerl.config.options import IN_MEMORY, check_targets
 from aerl.errors import UserError
 from aerl.report import page, table
 from aerl.runtime.files import load_arrays
@@ -29,7 +30,7 @@ class Check:
     faults: Sequence[str] = ()
 
 
-def verify(run: Path) -> Iterator[Check]:
+def verify(run: Path, *, trust: bool = False) -> Iterator[Check]:
     """Check a run folder, from its files and the test images alone: nothing is attacked.
 
     - No file was changed since the run finished; weights, data and code are those that the run used.
@@ -38,6 +39,8 @@ def verify(run: Path) -> Iterator[Check]:
       model misclassifies.
     - All accuracies and intervals follow from the outcomes, and report.html shows them.
 
+    A run of `aerl.evaluate` has neither its model nor its images: only its numbers are checked against each other.
+    `trust` allows that config.yaml names code that is not aerl's, which is run.
     Raises UserError if the run is not finished, or cannot be checked at all.
     """
     import torch
@@ -57,6 +60,12 @@ def verify(run: Path) -> Iterator[Check]:
     if not (run / "config.yaml").is_file():
         return
     config = Config.model_validate(read_config(run))
+    if config.model.net["_target_"] == IN_MEMORY:
+        yield Check("model", "not in the folder, nor are the images: the evidence is not checked")
+        yield from _numbers(run, config, summary, load_arrays(run / "outcomes.npz", sealed=False))
+        return
+    if not trust:
+        check_targets(config.model_dump(), summary.get("choices") or {}, str(run), "use --trust")
     hardware = set_up(**config.hardware.model_dump() | ({} if torch.cuda.is_available() else {"device": "cpu"}))
     data = build_data(config)
     path = judged_weights(config, run)
@@ -85,10 +94,17 @@ def verify(run: Path) -> Iterator[Check]:
             f"image {index[row]}: predicted {clean.pred[row]}, recorded {outcomes['clean_pred'][row]}" for row in real
         ]
         yield Check("clean", f"{len(index)} predictions", _few(faults))
-    counted = [name for name, info in summary["attacks"].items() if info["counts"]]
-    if counted:
+    if counted := _counted(summary):
         yield _evidence(run, config, model, hardware, split, outcomes, counted, size, passes)
-    yield _accuracies(summary, outcomes, counted, config.evaluation.policy)
+    yield from _numbers(run, config, summary, outcomes)
+
+
+def _counted(summary: Mapping[str, Any]) -> list[str]:
+    return [name for name, info in summary["attacks"].items() if info["counts"]]
+
+
+def _numbers(run: Path, config: Any, summary: Mapping[str, Any], outcomes: Mapping[str, Any]) -> Iterator[Check]:
+    yield _accuracies(summary, outcomes, _counted(summary), config.evaluation.policy)
     yield _results(run, summary)
     yield _report(run, summary)
 
@@ -237,10 +253,12 @@ def _few(faults: list[str]) -> list[str]:
 @command
 def main(words: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m aerl.verify", description="Check the numbers of finished runs without attacking.")
+    parser.add_argument("--trust", action="store_true", help="run code that config.yaml names and that is not aerl's")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a finished run")
     wrong = 0
-    for run in parser.parse_args(words).runs:
-        checks = list(verify(run))
+    given = parser.parse_args(words)
+    for run in given.runs:
+        checks = list(verify(run, trust=given.trust))
         faults = [(check.name, fault) for check in checks for fault in check.faults]
         wrong += bool(faults)
         print(f"{run}: {'NOT verified' if faults else 'verified'}")

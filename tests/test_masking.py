@@ -352,7 +352,7 @@ def test_the_options_that_it_recommends_compose():
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
                 config = read(compose("config", overrides=effect.option.split()))
             for name, spec in config.attack.items():
-                attack(spec, f"attack.{name}")
+                attack(spec, f"attack.{name}", "L2", 1.0)
 
 
 def test_its_file_states_its_defaults():

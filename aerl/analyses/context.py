@@ -32,7 +32,7 @@ class AnalysisContext:
     """The input of every analysis. The rows of `images`, `labels` and `outcomes` are the same samples.
 
     model: maps (B, C, H, W) float32 in [0, 1] to logits.
-    images, labels: uint8 (n, C, H, W) and int64 (n,).
+    images, labels: uint8 (n, C, H, W), or float32 in [0, 1], and int64 (n,); see `aerl.data.to_unit`.
     outcomes: the arrays of outcomes.npz: `index` in the test set, `label`, `clean_pred`, `clean_p` (of the label),
         `clean_confidence`, `clean_entropy` (bits) and, for each attack `a`, `a_pred`, `a_p`, `a_confidence`,
         `a_entropy`, `a_l2`, `a_linf`.

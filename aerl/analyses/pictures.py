@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aerl.analyses.context import AnalysisContext, class_name
+from aerl.data import to_unit
 from aerl.report.figures import RIGHT, WRONG
 from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
@@ -60,7 +61,7 @@ def _chosen(context: AnalysisContext, attack: str, samples: int) -> list[int]:
 
 def _draw_attack(axes: Any, context: AnalysisContext, attack: str, rows: list[int]) -> None:
     """Draw the samples `rows` into axes (3, columns)."""
-    originals = context.images[rows].float().cpu().numpy() / 255
+    originals = to_unit(context.images[rows]).cpu().numpy()
     adversarials = context.adversarial[attack][rows].float().cpu().numpy()
     delta = adversarials - originals
     scale = float(np.abs(delta).max()) or 1.0

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.losses import log_odds
 from aerl.attacks.modes import NoGradient, attacking, input_gradient, warn
 from aerl.attacks.pgd import pgd
 from aerl.attacks.projections import ascent_direction, random_extreme, random_in_ball
-from aerl.attacks.random import Noise, SampleGenerator
+from aerl.attacks.random import Noise, SampleGenerator, Seed
 from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.errors import first_line
 from aerl.runtime.device import is_out_of_memory
@@ -150,8 +151,9 @@ class Adaptive:
             }
         return {name: partial(self._pgd, **settings | changes) for name, changes in remedies.items()}
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None) -> Tensor:
         """Attack images x (B, C, H, W) of classes y (B,) with all remedies that they show to be needed."""
+        generator = noise_of(model, x, y, generator)
         found = x.clone()
         for attack in self.stages(model, x).values():
             with attacking(model), torch.no_grad():

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, warn
-from aerl.attacks.random import Noise
+from aerl.attacks.random import Seed
 from aerl.errors import UserError
 from aerl.types import Count, NonNegative, Norm
 
@@ -61,7 +62,7 @@ class AutoAttack:
             components = self._components(count_classes(model, x), x)
         return [replace(self, attacks=[component]) for component in components]
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None) -> Tensor:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,); `generator` gives only its seed.
 
         Raises UserError if no component can run (also for an empty batch); NoGradient if a component other than Square
@@ -69,7 +70,7 @@ class AutoAttack:
         """
         from pyautoattack import AutoAttack as Library  # type: ignore[import-untyped]
 
-        logits = partial(_logits, model, x, y)
+        generator, logits = noise_of(model, x, y, generator), partial(_logits, model, x, y)
         with attacking(model), _contained():
             classes = count_classes(logits, x)
             components = self._components(classes, x)

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.losses import margin
 from aerl.attacks.modes import NOT_FINITE, attacking, input_gradient, predictions, warn
 from aerl.attacks.projections import ascent_direction, norms
-from aerl.attacks.random import Noise
+from aerl.attacks.random import Seed
 from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.types import Count, NonNegative, Norm, Positive, Probability
 
@@ -22,7 +23,7 @@ def fmn(
     x: Tensor,
     y: Tensor,
     *,
-    generator: Noise,
+    generator: Seed = None,
     norm: Norm = "L2",
     eps: NonNegative | None = None,
     steps: Count = 50,
@@ -42,6 +43,7 @@ def fmn(
 
     Uses no random numbers. Raises NoGradient for logits that do not depend on the images.
     """
+    noise_of(model, x, y, generator)  # checks the images
     best, found = torch.full(y.shape, torch.inf, dtype=x.dtype, device=x.device), x.clone()
     if len(x) == 0:
         return found

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.losses import margin
 from aerl.attacks.modes import NOT_FINITE, attacking, predictions, warn
 from aerl.attacks.projections import clip, random_extreme, random_in_ball
-from aerl.attacks.random import Noise
+from aerl.attacks.random import Seed
 from aerl.types import Count, NonNegative, Norm
 
 
 def noise(
-    model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise, norm: Norm = "L2", eps: NonNegative, draws: Count = 100
-) -> Tensor:
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None, norm: Norm = "L2", eps: NonNegative,
+    draws: Count = 100,
+) -> Tensor:  # fmt: skip
     """The worst of `draws` random points around each image, or the image itself if none is worse.
 
     For images x (B, C, H, W) in [0, 1] of classes y (B,). The points alternate between the sphere (L2) or corners
@@ -20,6 +22,7 @@ def noise(
     it is fooled. Finding what a gradient-based attack does not is a sign of masked gradients (Athalye et al. 2018,
     section 3.1).
     """
+    generator = noise_of(model, x, y, generator)
     worst = x.clone()
     if eps == 0:
         return worst

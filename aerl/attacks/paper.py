@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NOT_FINITE, attacking, input_gradient, predictions, warn
 from aerl.attacks.projections import random_in_ball
-from aerl.attacks.random import Noise
+from aerl.attacks.random import Seed
 from aerl.types import Count, NonNegative, Norm
 
 
@@ -33,11 +34,12 @@ class PaperPGD:
     step_size: NonNegative | None = None
     batch_size: Count = 256
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None) -> Tensor:
         """Images within eps of x (B, C, H, W), from a start uniform in [-eps, eps] projected into the ball.
 
         Non-finite gradients are not followed, which is a warning. NoGradient for logits without one.
         """
+        generator = noise_of(model, x, y, generator)
         if len(x) == 0 or self.eps == 0:
             return x.clone()
         step_size = self.eps / 10 if self.step_size is None else self.step_size

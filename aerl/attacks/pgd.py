@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import reduce
-from typing import Literal
+from functools import partial, reduce
+from inspect import signature
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from aerl.attacks import losses
+from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
 from aerl.attacks.projections import ascent_direction, clip, random_extreme, random_in_ball
-from aerl.attacks.random import Noise
+from aerl.attacks.random import Noise, Seed
 from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.errors import UserError
 from aerl.types import Count, NonNegative, Norm
@@ -22,7 +24,7 @@ def pgd(
     x: Tensor,
     y: Tensor,
     *,
-    generator: Noise,
+    generator: Seed = None,
     norm: Norm = "L2",
     eps: NonNegative,
     steps: Count = 100,
@@ -47,6 +49,7 @@ def pgd(
     `model` maps images (B, C, H, W) in [0, 1] to logits (B, K); `y` (B,) holds the true classes. Returns images like
     `x`, each within `eps` of it in `norm` and within [0, 1]. Lengths are in units of the images' range.
 
+    generator: of the random starts: a seed (None is 0), which gives each image its own stream, or a torch.Generator.
     step_size: length of a step; None means eps / 10.
     restarts: runs from new starting points, each for the samples that are not fooled yet.
     random_start: start uniformly in the ball, not at x. One step from x is FGSM (Goodfellow et al. 2015, section 4).
@@ -74,6 +77,7 @@ def pgd(
     Raises UserError for settings that do not fit together or the number of classes (also for an empty batch) and for
     images outside [0, 1]; NoGradient for logits that do not depend on the images.
     """
+    generator = noise_of(model, x, y, generator)
     if restarts > 1 and not (random_start or targeted):
         raise UserError(f"restarts={restarts}: all would be equal; set random_start=true or targeted=true")
     if loss == "kl" and (targeted or not random_start):
@@ -194,3 +198,11 @@ def _mean_prediction(passes: list[Tensor]) -> Tensor:
     if len(passes) == 1:
         return passes[0]
     return torch.stack([logits.log_softmax(1) for logits in passes]).logsumexp(0)
+
+
+class PGD(partial[Tensor]):
+    """`pgd` with its settings, as an object: `PGD(eps=0.5)(model, x, y)`. TypeError for an unknown setting."""
+
+    def __new__(cls, **settings: Any) -> "PGD":
+        signature(pgd).bind_partial(**settings)
+        return super().__new__(cls, pgd, **settings)

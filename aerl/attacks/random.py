@@ -30,6 +30,9 @@ class Noise(ABC):
         """The streams, in their current state, of the samples that `index` (boolean (B,) or integer) selects."""
 
 
+Seed = Noise | torch.Generator | int | None  # what an attack takes as its `generator`
+
+
 class SampleGenerator(Noise):
     """An independent random stream for every image of a batch.
 

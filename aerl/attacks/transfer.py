@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NoGradient, warn
 from aerl.attacks.pgd import pgd
-from aerl.attacks.random import Noise, SampleGenerator
+from aerl.attacks.random import SampleGenerator, Seed
 from aerl.errors import UserError
 from aerl.runtime.files import load_arrays, save_arrays, writing
 from aerl.types import Count, Index, NonNegative, Norm
@@ -130,11 +131,12 @@ class Transfer:
     load: Callable[..., Mapping[str, nn.Module]]
     store: Path
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Noise) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None) -> dict[str, Tensor]:
         """Attack images x (B, C, H, W) in [0, 1] of classes y (B,).
 
         Raises UserError, also for an empty batch, if a source cannot be loaded, and as `pgd` does.
         """
+        generator = noise_of(model, x, y, generator)
         found = {}
         for name, crafted in self._crafted.items():
             found[name] = start = crafted(x, y)

@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -26,8 +25,7 @@ def read(cfg: DictConfig) -> Config:
         raise UserError(omegaconf_line(error)) from error
     except ValidationError as error:
         raise UserError(pydantic_line(error)) from error
-    if config.norm == "Linf" and config.eps > 1:
-        raise UserError(f"eps={config.eps:g}: pixels are in [0, 1]; did you mean {config.eps:g}/255?")
+    config.check_threat()
     return config
 
 
@@ -100,6 +98,8 @@ def _like_run(folder: Path, overrides: Collection[str]) -> DictConfig:
             raise ValueError(f"unexpected options: {words}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: config.yaml or summary.json is damaged ({first_line(error)})") from error
+    from hydra import compose
+
     cfg = compose("config", overrides=[*words, *overrides])
     for key, value in values.items():
         if key in chosen or value == OmegaConf.select(cfg, key, default=None):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from aerl.errors import UserError
 from aerl.types import Count, Index, NonNegative, Norm, Number, Positive, Probability, finite, quotient
 
 
@@ -133,6 +134,11 @@ class Config(Section):
     evaluation: Evaluation
     hardware: Hardware
     logger: Logger
+
+    def check_threat(self) -> None:
+        """UserError for an eps of pixels in 0..255."""
+        if self.norm == "Linf" and self.eps > 1:
+            raise UserError(f"eps={self.eps:g}: pixels are in [0, 1]; did you mean {self.eps:g}/255?")
 
     @property
     def trainer_name(self) -> str:

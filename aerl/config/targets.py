@@ -14,17 +14,20 @@ from aerl.types import finite
 
 
 def bind(
-    spec: Mapping[str, Any], key: str, *, given: Mapping[str, Any] | None = None, later: Collection[str] = ()
-) -> functools.partial[Any]:
+    spec: Mapping[str, Any], key: str, *, given: Mapping[str, Any] | None = None, later: Collection[str] = (),
+    positional: int = 0,
+) -> functools.partial[Any]:  # fmt: skip
     """The function or class `spec["_target_"]`, with the other keys bound to its parameters.
 
     `given`: values that aerl sets where the signature takes them (`num_classes` also where it takes any keyword).
-    `later`: parameters that the caller passes.
+    `later`: parameters that the caller passes; and the first `positional` ones of a function, whatever their names.
     Raises UserError for a target that cannot be imported, an unknown key, a wrong value and a missing parameter.
     """
     given, target = given or {}, _locate(spec.get("_target_"), key)
     parameters = inspect.signature(target).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not inspect.isclass(target):
+        later = [*later, *names[:positional]]
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters)
     try:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)

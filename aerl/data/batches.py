@@ -12,8 +12,9 @@ from aerl.runtime import ddp
 
 
 def to_unit(images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """uint8 (B, C, H, W) in 0..255 -> float32 in [0, 1], in one pass and in the given memory format."""
-    return images.to(torch.float32, memory_format=memory_format).div_(255)
+    """uint8 (B, C, H, W) in 0..255, or floats in [0, 1] -> a new float32 in [0, 1], in the given memory format."""
+    unit = images.to(torch.float32, memory_format=memory_format, copy=True)
+    return unit if images.is_floating_point() else unit.div_(255)
 
 
 class Batches:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ log = logging.getLogger("aerl")
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, C, H, W) and labels int64 (N,), in memory or backed by a memory map."""
+    """Images uint8 (N, C, H, W), or float32 in [0, 1], and labels int64 (N,), in memory or backed by a memory map."""
 
     images: Tensor
     labels: Tensor
@@ -41,6 +42,11 @@ class DataSplits:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def facts(self) -> dict[str, list[Any]]:
+        """What a network of these images is built for, for summary.json."""
+        return {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """What training and attacks see: images in [0, 1] in, logits out, the normalisation inside."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +45,40 @@ class Classifier(nn.Module):
         x = self.normalize(x)
         if self.contiguous:  # .contiguous() would keep the ambiguous strides of a single channel
             x = x.flatten(1).view(x.shape)
-        logits = self.net(x)
-        if not isinstance(logits, Tensor):
-            raise UserError(
-                f"model.net: returned a {type(logits).__name__}, expected logits (images, classes); for torchvision "
-                "networks with auxiliary outputs set +model.net.aux_logits=false"
-            )
-        if logits.ndim != 2 or logits.shape[0] != x.shape[0] or logits.is_complex():
-            raise UserError(
-                f"model.net: returned {logits.dtype} of shape {tuple(logits.shape)} for {len(x)} images, expected "
-                "logits (images, classes)"
-            )
-        return logits.to(device=x.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        remedy = "for torchvision networks with auxiliary outputs set +model.net.aux_logits=false"
+        return as_logits(self.net(x), x, "model.net", remedy)
+
+
+class Adapted(nn.Module):
+    """Any model as aerl sees one, see `adapt`."""
+
+    def __init__(self, net: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.net, self.call, self.training = net, forward, net.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.net(x) if self.call is None else self.call(self.net, x)
+        remedy = "pick them: aerl.adapt(model, lambda model, x: model(x)[...])"
+        return as_logits(output, x, "model", remedy)
+
+
+def adapt(model: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    """A model that takes images (B, C, H, W) in [0, 1] and returns logits (B, K), from any model.
+
+    `forward(model, x)` passes what else the model needs, and picks the logits from what it returns:
+    `aerl.adapt(model, lambda model, x: model(x, mode="test")["logits"])`.
+    """
+    return Adapted(model, forward)
+
+
+def as_logits(output: Any, x: Tensor, what: str, remedy: str) -> Tensor:
+    """The output (B, K) of a model for images x (B, ...) in at least float32; UserError for any other output."""
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise UserError(f"{what}: returned a {kind}, expected logits (images, classes); {remedy}")
+    if output.ndim != 2 or output.shape[0] != x.shape[0] or output.is_complex():
+        raise UserError(
+            f"{what}: returned {output.dtype} of shape {tuple(output.shape)} for {len(x)} images, expected logits "
+            "(images, classes)"
+        )
+    return output.to(device=x.device, dtype=torch.promote_types(output.dtype, torch.float32))

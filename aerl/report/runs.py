@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 from rich.text import Text
 
+from aerl.config.names import leaves
 from aerl.errors import UserError
 from aerl.evaluation.statistics import crossed_difference, crossed_interval, holm, reward
 from aerl.report import page
@@ -20,6 +22,8 @@ from aerl.report.table import Grid, shown, wide_console
 from aerl.runtime.files import atomic_write, load_arrays, writing
 from aerl.runtime.terminal import eps_text, one_line
 from aerl.tracking.results import changed_files, read_config, read_summary
+
+log = logging.getLogger("aerl")
 
 # Settings that do not change what a number means, or that the tables show in another way: the number of samples in the
 # heading, the sources of transferred examples in the attacks' names.
@@ -58,6 +62,46 @@ def run_folders(folder: Path) -> list[Path]:
     if runs := sorted(run for run in found if "wandb" not in run.relative_to(folder).parts):
         return runs
     raise UserError(f"{folder}: {'contains no run' if folder.is_dir() else 'no such folder'} (no summary.json)")
+
+
+def load_runs(folder: str | Path = "runs") -> pd.DataFrame:
+    """A row for each run in a folder, at any depth, finished or not.
+
+    Columns: `folder`, `status`, `dataset`, `model`, `trainer`, `seed` (of an evaluated model those of its training),
+    `norm`, `eps`, `n` images; in [0, 1] `clean`, a column for each attack, and `worst_case`, with the ends of their 95 %
+    intervals in `<name>_low` and `<name>_high`; `masking` (the verdict), `planted` (the share found), `seconds` of
+    training; and every setting by its dotted name. A run that cannot be read is left out, with a warning. Raises
+    UserError if there is none.
+    """
+    rows = []
+    for run in run_folders(Path(folder).expanduser()):
+        try:
+            rows.append(_row(run))
+        except (UserError, LookupError, TypeError, ValueError) as error:
+            log.warning("%s: left out (%s)", shown(run), error)
+    return pd.DataFrame(rows)
+
+
+def _row(run: Path) -> dict[str, Any]:
+    summary = read_summary(run) or {}
+    config = read_config(run, summary)
+    trained = summary.get("origin") or summary
+    found = {"clean": summary.get("clean_accuracy"), "worst_case": summary.get("worst_case_accuracy")}
+    found |= {name: info["robust_accuracy"] for name, info in (summary.get("attacks") or {}).items()}
+    accuracies = {}
+    for name, accuracy in found.items():
+        if accuracy:
+            ends = {f"{name}_{end}": accuracy[end] for end in ("low", "high")}
+            accuracies |= {name: accuracy["value"], **ends}
+    return {
+        "folder": str(run), "status": summary["status"], "dataset": summary["dataset"], "model": summary["model"],
+        "trainer": trained["trainer"], "seed": trained["seed"], "norm": config["norm"], "eps": config["eps"],
+        "n": (summary.get("clean_accuracy") or {}).get("n"), **accuracies,
+        "masking": (summary.get("masking") or {}).get("verdict"),
+        "planted": ((summary.get("planted") or {}).get("found") or {}).get("value"),
+        "seconds": (summary.get("seconds") or {}).get("train"),
+        **{key: value for key, value in leaves(config) if "." in key},
+    }  # fmt: skip
 
 
 def overview(folders: Iterable[Path], warnings: Iterable[str] = ()) -> Overview:

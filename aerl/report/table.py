@@ -83,6 +83,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         found += " adversarial examples that were planted to test it"
     if planted and not planted["trusted"]:
         sentences.append(f"Do not rely on this number: {found}, so the true accuracy may be far lower.")
+    elif planted and planted["found"]["low"] < 0.8:
+        sentences.append(f"Whether it can be relied on is open: {found}, which are too few to tell.")
     elif masked and not adapted:
         sentences.append(
             f"Do not rely on this number: gradients mislead attacks ({why}), and attack=suite adapts to that."
@@ -113,9 +115,10 @@ def comparison_grid(comparison: Mapping[str, Any]) -> Grid:
     return Grid(("attack", "this", "other", "difference", "95 % interval", "b", "c", "p"), rows, ("attack",))
 
 
-def show(summary: Mapping[str, Any]) -> None:
-    """Print what a run measured and where its files are."""
-    console = wide_console()
+def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what a run measured and where its files are; to a console that is given, without its files."""
+    rows = [*notes(summary), *(() if console else places(summary))]
+    console = console or wide_console()
     status = summary["status"]
     console.print(Text.assemble("\n", title(summary), ": ", (status, _STATUS.get(status, "yellow"))))
     if error := summary.get("error"):
@@ -127,7 +130,7 @@ def show(summary: Mapping[str, Any]) -> None:
         console.print(Text(f"compared with {run}"))
         console.print(Text("b: samples right here only, c: there only; p: McNemar's exact test\n", style="dim"))
         console.print(comparison_grid(comparison).rich(), "", sep="\n")
-    for label, text in [*notes(summary), *places(summary)]:
+    for label, text in rows:
         console.print(Text.assemble((f"{label:<11}", "dim"), text))
 
 

@@ -70,13 +70,14 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml of a run folder; UserError if it is damaged, or is not the one that summary.json records."""
+def read_config(folder: Path, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """config.yaml of a run folder; UserError if it is damaged, or is not the one that summary.json records, which is
+    read unless it is given."""
     path = Path(folder) / "config.yaml"
     config = read_yaml(inside(Path(folder), path))
     if not isinstance(config, dict):
         raise UserError(f"cannot read {path}: is not a configuration")
-    if changed_files(folder, read_summary(folder) or {}, ["config.yaml"]):
+    if changed_files(folder, read_summary(folder) or {} if summary is None else summary, ["config.yaml"]):
         raise UserError(f"{path}: {CHANGED}")
     return config
 

@@ -147,7 +147,7 @@ def recorded(
     """Open the run folder and W&B; on the way out, record how the run ended.
 
     `previous` and `request` are as in `load_previous`. `facts` are entries of summary.json: `overrides`, `environment`,
-    `inputs`, and `choices` (of dataset and model, for runs that evaluate this one's model).
+    `inputs`, `choices` (of dataset and model, for runs that evaluate this one's model), and `data`, its `facts`.
     """
     summary = _start(folder, config, previous, request, facts)
     tracker = _track(folder, config, summary) if is_main() else None
