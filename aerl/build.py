@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from aerl.attacks import AttackSpec, SampleGenerator
 from aerl.attacks.foreign import as_attack
@@ -41,7 +42,7 @@ class Parts:
 
     hardware: Hardware
     data: DataSplits
-    model: Classifier
+    model: nn.Module
     recipe: Recipe | None
     attacks: Mapping[str, AttackSpec]
     metrics: Mapping[str, Metric]

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,9 +79,9 @@ def evaluate(
     images, labels: float images (N, C, H, W) in [0, 1] and labels (N,); or a Dataset of (image, label) or a DataLoader
         that does not shuffle, without labels. They are kept in memory.
     norm, eps: the threat model, "L2" or "Linf", for pixels in [0, 1].
-    attacks: an option of conf/attack ("suite", "pgd", ...), an attack of aerl, a function of (model, x, y), an attack of
-        torchattacks, foolbox or adversarial-library, or a list of these. After "suite" alone each attack gets the
-        images that withstood the ones before.
+    attacks: an option of conf/attack ("suite", "pgd", ...), an attack of aerl, a function of (model, x, y), an attack
+        of torchattacks, foolbox or adversarial-library, or a list of these. With "suite" each attack gets the images
+        that withstood the ones before.
     analyses: options of conf/analysis; "standard" makes all figures, () none.
     batch_size: images at a time; None: 128 on the CPU, 512 on a GPU.
     class_names, name: for the tables and figures.
@@ -100,7 +101,7 @@ def evaluate(
     net = model if isinstance(model, Adapted) else Adapted(model, None)
     classes = _count_classes(net, x, y, device)
     specs, survivors_only, plain = _attacks(attacks, norm, eps)
-    sections = {}
+    sections: dict[str, Any] = {}
     for option in [analyses] if isinstance(analyses, str) else analyses:
         sections |= read_option("analysis", option)[0]
     name = name or type(model.net if isinstance(model, Adapted | Classifier) else model).__name__
@@ -116,7 +117,7 @@ def evaluate(
     data = DataSplits(empty, empty, Split(x, y), names, (), (), checkpoint.digest({"images": x, "labels": y}))
     hardware = Hardware(device, channels_last=False)
     doubts = probe(net, x[:8].to(device))
-    given = {"load": lambda runs, key: {}, "store": None}  # there are no other runs
+    given: dict[str, Any] = {"load": lambda runs, key: {}, "store": None}  # there are no other runs
     made = {key: analysis(spec, f"analysis.{key}", given) for key, spec in sections.items()}
     parts = Parts(hardware, data, net, None, specs, {}, made, tuple(doubts))
     digests = {"dataset=images": data.digest, "weights": checkpoint.digest(model.state_dict())}
@@ -288,33 +289,33 @@ def _count_classes(net: nn.Module, x: Tensor, y: Tensor, device: torch.device) -
     if (predictions(logits) < 0).any():
         raise UserError("model: its logits are NaN or infinite; check its weights, and that it takes images in [0, 1]")
     check_labels(y, logits.shape[1])
-    return logits.shape[1]
+    return int(logits.shape[1])
 
 
 def _attacks(attacks: Any, norm: Norm, eps: float) -> tuple[dict[str, AttackSpec], bool, dict[str, dict[str, Any]]]:
     """The attacks by name, whether each gets only the survivors, and what config.yaml says of them."""
     several = isinstance(attacks, Sequence) and not isinstance(attacks, str)
     specs: dict[str, AttackSpec] = {}
-    survivors_only, plain = False, {}
+    plain: dict[str, dict[str, Any]] = {}
+    survivors_only = False
+
+    def add(name: str, spec: AttackSpec, stated: dict[str, Any]) -> None:
+        key = next(key for n in count(1) if (key := name if n == 1 else f"{name}_{n}") not in specs)
+        specs[key], plain[key] = spec, stated
+
     for each in attacks if several else [attacks]:
         if isinstance(each, str):
             sections, rest = read_option("attack", each, norm=norm, eps=eps)
             survivors_only |= bool(rest.get("evaluation", {}).get("survivors_only"))
-            for key, section in sections.items():
-                specs[key] = attack(section, f"attack.{key}", norm, eps)
-            plain |= sections
+            for name, section in sections.items():
+                add(name, attack(section, f"attack.{name}", norm, eps), section)
             continue
         if not callable(each) and not isinstance(each, AttackSpec):
             raise UserError(f"attacks: a {type(each).__name__}; expected the name of an option, or an attack")
         call = each.call if isinstance(each, AttackSpec) else each
-        key = base = name_of(call) or "attack"
-        number = 2
-        while key in specs:
-            key, number = f"{base}_{number}", number + 1
-        specs[key] = (
-            each if isinstance(each, AttackSpec) else AttackSpec.of(as_attack(call, norm, eps), f"attacks.{key}")
-        )
-        plain[key] = {"_target_": f"{getattr(call, '__module__', '')}.{base}"}
+        name = name_of(call) or "attack"
+        spec = AttackSpec.of(each if isinstance(each, AttackSpec) else as_attack(call, norm, eps), f"attacks.{name}")
+        add(name, spec, {"_target_": f"{getattr(call, '__module__', '')}.{name}"})
     return specs, survivors_only, plain
 
 
@@ -329,7 +330,14 @@ def _config(*, name: str, norm: Norm, eps: float, seed: int, evaluation: Mapping
                "source": {"_target_": IN_MEMORY}, **unset}  # fmt: skip
     rest = {"samples": None, "policy": "argmax", "evidence": None}
     hardware = dict.fromkeys(("tf32", "channels_last", "compile", "fused", "deterministic", "distributed"), False)
-    logger = {"mode": "disabled", "project": "aerl", "entity": None, "group": None, "tags": [], "artifacts": False}
+    logger: dict[str, Any] = {
+        "mode": "disabled",
+        "project": "aerl",
+        "entity": None,
+        "group": None,
+        "tags": [],
+        "artifacts": False,
+    }
     try:
         return Config.model_validate({
             "seed": seed, "norm": norm, "eps": eps, "checkpoint": "own", "runs_dir": "runs", "data_dir": "~",

@@ -161,8 +161,8 @@ def test_lazy_layers_get_their_shapes(data_dir):
     assert first["net.1.num_batches_tracked"] == 0
 
 
-def takes_no_generator(model, x, y):
-    return x
+def takes_no_images(model, *, generator):
+    return model
 
 
 def takes_anything(model, x, y, *, generator, norm="L2", eps=1.0):
@@ -180,7 +180,7 @@ class Fails:
 @pytest.mark.parametrize(
     ("attack", "named"),
     [
-        ({"_target_": "takes_no_generator"}, "attack.theirs._target_=.*generator"),
+        ({"_target_": "takes_no_images"}, "attack.theirs._target_=.*cannot be called"),
         ({"_target_": "Fails"}, "attack.theirs: NotImplementedError"),
         ({"_target_": "takes_anything", "norm": "l2"}, "attack.theirs.norm=l2: .*'L2'"),
         ({"_target_": "takes_anything", "eps": "much"}, "attack.theirs.eps=much: "),
@@ -189,7 +189,7 @@ class Fails:
 )
 def test_an_attack_that_cannot_be_called(attack, named):
     spec = attack | {"_target_": f"tests.test_foreign.{attack['_target_']}"}
-    assert re.match(named, refusal(build_attack, spec, "attack.theirs"))
+    assert re.match(named, refusal(build_attack, spec, "attack.theirs", "L2", 1.0))
 
 
 # --------------------------------------------------------------------------------------- files of weights

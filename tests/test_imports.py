@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "attacks", "data", "models", "tracking"},
     {"training", "evaluation", "build", "hub"},
     {"analyses", "report"},
-    {"run", "verify"},
+    {"run", "verify", "python"},
     {"launch"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

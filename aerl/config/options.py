@@ -28,7 +28,7 @@ def read_option(group: str, name: str, **values: Any) -> tuple[dict[str, dict[st
     content = dict(read_yaml(folder / f"{name}.yaml"))
     if "defaults" not in content:
         return ({name: _replaced(content, values)} if content else {}), {}
-    sections = {}
+    sections: dict[str, dict[str, Any]] = {}
     for other in content.pop("defaults"):
         sections |= read_option(group, other, **values)[0]
     return sections, content

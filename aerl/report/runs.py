@@ -68,9 +68,9 @@ def load_runs(folder: str | Path = "runs") -> pd.DataFrame:
     """A row for each run in a folder, at any depth, finished or not.
 
     Columns: `folder`, `status`, `dataset`, `model`, `trainer`, `seed` (of an evaluated model those of its training),
-    `norm`, `eps`, `n` images; in [0, 1] `clean`, a column for each attack, and `worst_case`, with the ends of their 95 %
-    intervals in `<name>_low` and `<name>_high`; `masking` (the verdict), `planted` (the share found), `seconds` of
-    training; and every setting by its dotted name. A run that cannot be read is left out, with a warning. Raises
+    `norm`, `eps`, `n` images; in [0, 1] `clean`, a column for each attack, and `worst_case`, with the ends of their
+    95 % intervals in `<name>_low` and `<name>_high`; `masking` (the verdict), `planted` (the share found), `seconds`
+    of training; and every setting by its dotted name. A run that cannot be read is left out, with a warning. Raises
     UserError if there is none.
     """
     rows = []
@@ -88,7 +88,7 @@ def _row(run: Path) -> dict[str, Any]:
     trained = summary.get("origin") or summary
     found = {"clean": summary.get("clean_accuracy"), "worst_case": summary.get("worst_case_accuracy")}
     found |= {name: info["robust_accuracy"] for name, info in (summary.get("attacks") or {}).items()}
-    accuracies = {}
+    accuracies: dict[str, float] = {}
     for name, accuracy in found.items():
         if accuracy:
             ends = {f"{name}_{end}": accuracy[end] for end in ("low", "high")}
