@@ -17,7 +17,7 @@ from aerl.attacks.foreign import as_attack
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind
-from aerl.data import DataSplits, augment, limit_training, prepare, to_unit
+from aerl.data import DataSplits, augment, limit_training, prepare, rows, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import Metric
 from aerl.models import Classifier
@@ -32,8 +32,8 @@ from aerl.types import Norm
 
 log = logging.getLogger("aerl")
 
-# Parameters by which attacks and analyses get the models of other runs and a folder for their examples.
-_UNSET = {"load": None, "store": None}
+# Parameters by which attacks and analyses get the models of other runs, a folder for their examples, and the samples.
+_UNSET = {"load": None, "store": None, "tested": None}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def build(config: Config) -> Parts:
         raise UserError(f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images")
     model = build_model(config, data, hardware, 0 if recipe is None else min(recipe.batch_size, len(data.train)))
     load = partial(load_models, config=config, data=data, hardware=hardware)
-    given = {"load": load, "store": local(config.data_dir, "data_dir") / "crafted"}
+    index = rows(len(data.test), config.evaluation.samples)
+    tested = config.dataset.name, {"label": data.test.labels[index].numpy(), "index": index.numpy()}
+    given = {"load": load, "store": local(config.data_dir, "data_dir") / "crafted", "tested": tested}
     threat = config.norm, config.eps
     attacks = {name: attack(spec, f"attack.{name}", *threat, given) for name, spec in config.attack.items()}
     analyses = {name: analysis(spec, f"analysis.{name}", given) for name, spec in config.analysis.items()}

@@ -17,6 +17,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def short(value: Any) -> str:
+    """A value as it is shown in an error."""
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def is_foreign(target: Any) -> bool:
     """Whether a function, class or object is defined outside aerl."""
     while isinstance(target, functools.partial):

@@ -117,7 +117,7 @@ def evaluate(
     data = DataSplits(empty, empty, Split(x, y), names, (), (), checkpoint.digest({"images": x, "labels": y}))
     hardware = Hardware(device, channels_last=False)
     doubts = probe(net, x[:8].to(device))
-    given: dict[str, Any] = {"load": lambda runs, key: {}, "store": None}  # there are no other runs
+    given: dict[str, Any] = {"load": lambda runs, key: {}, "store": None, "tested": None}  # there are no other runs
     made = {key: analysis(spec, f"analysis.{key}", given) for key, spec in sections.items()}
     parts = Parts(hardware, data, net, None, specs, {}, made, tuple(doubts))
     digests = {"dataset=images": data.digest, "weights": checkpoint.digest(model.state_dict())}

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from aerl.config import compose
-from aerl.config.names import run_name
+from aerl.config.names import run_folder
 from aerl.config.schema import Config
 from aerl.errors import UserError
 from aerl.report import page, table
@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> float | None:
 def _run(config: Config) -> dict[str, Any]:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
-    folder = local(config.runs_dir, "runs_dir") / run_name(config, overrides)
+    folder = run_folder(local(config.runs_dir, "runs_dir"), config, overrides)
     if hydra.mode is RunMode.MULTIRUN:
         note_job(hydra.job.num, folder=str(folder.absolute()))
     previous = ddp.broadcast_from_main(lambda: _previous(folder, config))

@@ -120,8 +120,8 @@ def against(tmp_path, hardware, monkeypatch):
             log=ResultLog(folder, dict.fromkeys(("run_id", "dataset", "model", "trainer"), "x") | {"seed": 0}),
             save=lambda **news: saved.update(news),
         )  # fmt: skip
-        spec = {"_target_": "aerl.analyses.compare.compare", "runs": list(others)}
-        results = bind(spec, "analysis.compare", later=["context"])(context)
+        spec = {"_target_": "aerl.analyses.compare.Compare", "runs": list(others)}
+        results = bind(spec, "analysis.compare")()(context)
         return saved.get("comparisons"), results
 
     return run
@@ -221,7 +221,7 @@ def test_runs_that_cannot_be_compared_are_refused_before_anything_else(tmp_path,
     (tmp_path / "bare/outcomes.npz").unlink()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as error:
-        bind({"_target_": "aerl.analyses.compare.compare", "runs": [run]}, "analysis.compare", later=["context"])
+        bind({"_target_": "aerl.analyses.compare.Compare", "runs": [run]}, "analysis.compare")
     assert str(error.value).startswith(f"analysis.compare.runs.0={run}: {reason}")
 
 

@@ -45,26 +45,35 @@ def test_settings_are_converted_and_bound():
     assert bind({"_target_": "aerl.training.objectives.Labels"}, "trainer.act", given={"x": 1}).keywords == {}
 
 
-def test_run_names_distinguish_runs():
+def test_run_names_distinguish_runs(tmp_path):
     from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from aerl.config.compose import read
-    from aerl.config.names import config_hash, run_name
+    from aerl.config.names import config_hash, run_folder
     from tests.conftest import ROOT
 
     def name_and_hash(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = read(compose("config", overrides=list(overrides)))
-        return run_name(config, overrides), config_hash(config)
+        return str(run_folder(tmp_path, config, overrides).relative_to(tmp_path)), config_hash(config)
 
     plain = name_and_hash()
     assert plain[0] == "digits/alicnn/sl/default/seed0"
     assert name_and_hash("logger=none", "runs_dir=x", "data_dir=y", "overwrite=true", "seed=0") == plain
     words = ["trainer=rl", "trainer.epochs=3", "eps=8/255", "attack=[pgd,fgsm]", "seed=4"]
     named = name_and_hash(*words)
-    assert named[0] == "digits/alicnn/rl/attack=_pgd,fgsm_,eps=8_255,trainer.epochs=3/seed4"
+    assert named[0] == "digits/alicnn/rl/attack-pgd_fgsm+eps-8_255+trainer.epochs-3/seed4"
     assert name_and_hash(*reversed(words)) == named
     others = [name_and_hash(word)[1] for word in ("seed=1", "hardware=cpu", "evaluation.batch_size=3")]
     assert len({plain[1], named[1], *others}) == 5
+    # It can be pasted into any override, and a folder of an early version is found.
+    parsed = OverridesParser.create().parse_overrides([f"a=[{named[0]},{named[0]}]", f"b={named[0]}"])
+    assert [override.value() for override in parsed] == [[named[0]] * 2, named[0]]
+    early = "digits/alicnn/rl/attack=_pgd,fgsm_,eps=8_255,trainer.epochs=3/seed4"
+    (tmp_path / early).mkdir(parents=True)
+    assert name_and_hash(*words)[0] == early
+    (tmp_path / named[0]).mkdir(parents=True)
+    assert name_and_hash(*words) == named
     long = name_and_hash(*[f"+attack.pgd.key{i}=1" for i in range(40)])[0]
     assert len(long.split("/")[3]) <= 120

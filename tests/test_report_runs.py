@@ -31,7 +31,7 @@ def swept(tmp_path_factory, data_dir):
     words = ["attack=[fgsm,pgd]", "attack.pgd.steps=3", "evaluation.samples=30", "dataset.train_samples=200",
              "analysis=none", "logger=none", "runs_dir=out"]  # fmt: skip
     last = ["trainer.epochs=2", "seed=1", *words]
-    in_the_way = home / "out" / names.run_name(config_of(*last), last)
+    in_the_way = names.run_folder(home / "out", config_of(*last), last)
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
     command = [sys.executable, str(ROOT / "launch.py"), "-m", "trainer.epochs=1,2", "seed=0,1", *words]

@@ -290,7 +290,7 @@ def test_overwrite_counts_once(run):
 def test_a_multirun_overwrites_each_of_its_runs_once(launch, tmp_path):
     """Its second job fails. The same command repeats it alone; the next one starts all again."""
     words = ("-m", "seed=0,1", "trainer.epochs=1", "attack=none", "analysis=none", "logger=none", "overwrite=true")
-    blocked = tmp_path / "runs" / names.run_name(config_of(*words[2:-1], "seed=1"), words[2:-1])
+    blocked = names.run_folder(tmp_path / "runs", config_of(*words[2:-1], "seed=1"), words[2:-1])
     blocked.parent.mkdir(parents=True)
     blocked.write_text("in the way")
     ids = []

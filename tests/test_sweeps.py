@@ -11,6 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from aerl.report.status import main
+from aerl.tracking.results import write_summary
 from tests.conftest import ROOT, environment
 from tests.runs import wait_for
 
@@ -80,8 +81,8 @@ def test_killed_multirun_and_another_one(launch, tmp_path, data_dir, status):
     assert code == 1 and "1 jobs: 1 done, 0 failed, 0 left" in text and "2 left" in text
 
 
-def test_no_multirun_is_one_line(tmp_path, capsys):
-    for folder, reason in ((tmp_path, "holds no multirun"), (tmp_path / "nowhere", "no such folder")):
+def test_no_run_is_one_line(tmp_path, capsys):
+    for folder, reason in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "no such folder")):
         assert main([str(folder)]) == 1
         output = capsys.readouterr()
         assert output.out == "" and output.err.startswith(f"error: {folder}: {reason}")
@@ -102,3 +103,15 @@ def test_the_transfer_grid_ends_with_the_matrix_of_its_runs(launch, tmp_path):
     before = (matrix / "summary.json").stat().st_mtime_ns
     assert launch(*words).returncode == 0
     assert (matrix / "summary.json").stat().st_mtime_ns == before
+
+
+def test_single_runs_are_counted(tmp_path, capsys):
+    for name, status, error in (("a", "finished", None), ("b", "failed", "lr=9: too large"), ("c", "running", None)):
+        (tmp_path / name).mkdir()
+        write_summary(tmp_path / name, {"status": status, "error": error})
+    assert main([str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert "single runs: 3 runs: 1 done, 1 failed, 1 unfinished" in output and "b: lr=9: too large" in output
+    (tmp_path / "b/summary.json").unlink()
+    (tmp_path / "c/summary.json").unlink()
+    assert main([str(tmp_path)]) == 0

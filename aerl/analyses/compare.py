@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +35,12 @@ def _finished(run: str) -> str:
     return run
 
 
+Samples = tuple[str, Mapping[str, np.ndarray]]  # the dataset, and `label` and `index` of the samples
 FinishedRun = Annotated[str, AfterValidator(_finished)]
 
 
-def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Compare:
     """Compare with each of `runs`: on clean images, under every attack that both runs share, and their worst case.
 
     Of each: `difference` in accuracy (this run's minus the other's) with its 95 % interval `low` to `high`
@@ -45,25 +48,42 @@ def compare(context: AnalysisContext, *, runs: list[FinishedRun]) -> list[Result
     McNemar's exact two-sided `p`, not corrected for the number of rows. An attack is shared if norm and eps are
     the same and, if it got only the survivors of earlier attacks, so are those; if its other settings differ, it is
     compared with a warning. The worst case is that of the shared attacks that count in both runs. Writes `comparisons`
-    in summary.json, tables/compare.csv and Results. Raises UserError if the dataset or the samples differ.
+    in summary.json, tables/compare.csv and Results. Raises UserError if the dataset or the samples differ, of this
+    run's `tested` ones already when it is made.
     """
-    comparisons = {run: _comparison(context, run) for run in runs}
-    context.save(comparisons=comparisons)
-    table = [
-        {"run": run, "attack": name, **row}
-        for run, comparison in comparisons.items()
-        for name, row in comparison["rows"].items()
-    ]
-    if table:
-        context.table("compare", list(table[0]), [list(row.values()) for row in table])
-    return [result for row in table for result in _log(context, row)]
+
+    runs: list[FinishedRun]
+    tested: Samples | None = None
+
+    def __post_init__(self) -> None:
+        for run in self.runs:
+            if self.tested:
+                _check_same_samples(run, self.tested, _samples(Path(run).expanduser()))
+
+    def __call__(self, context: AnalysisContext) -> list[Result]:
+        comparisons = {run: _comparison(context, run) for run in self.runs}
+        context.save(comparisons=comparisons)
+        table = [
+            {"run": run, "attack": name, **row}
+            for run, comparison in comparisons.items()
+            for name, row in comparison["rows"].items()
+        ]
+        if table:
+            context.table("compare", list(table[0]), [list(row.values()) for row in table])
+        return [result for row in table for result in _log(context, row)]
+
+
+def _samples(folder: Path) -> "Samples":
+    outcomes = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
+    return str((read_summary(folder) or {}).get("dataset")), outcomes
 
 
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
     summary, ours = read_summary(folder) or {}, context.outcomes
-    theirs = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
-    _check_same_samples(run, (read_summary(here) or {}, ours), (summary, theirs))
+    there = _samples(folder)
+    theirs = there[1]
+    _check_same_samples(run, (str((read_summary(here) or {}).get("dataset")), ours), there)
     attacks, other_attacks = context.attacks, summary.get("attacks", {})
     config, other_config = _config(here), _config(folder)
     shared, warnings = [], []
@@ -89,12 +109,12 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     return {"rows": rows, "warnings": warnings}
 
 
-def _check_same_samples(run: str, here: tuple[Any, Any], there: tuple[Any, Any]) -> None:
-    """`here` and `there` are (summary, outcomes). Older runs have no `index` (place in the test set)."""
+def _check_same_samples(run: str, here: "Samples", there: "Samples") -> None:
+    """Older runs have no `index` (place in the test set)."""
     key = f"analysis.compare.runs={run}"
-    (summary, ours), (other_summary, theirs) = here, there
-    if summary.get("dataset") != other_summary.get("dataset"):
-        raise UserError(f"{key}: is of dataset {other_summary.get('dataset')}, this run of {summary.get('dataset')}")
+    (dataset, ours), (other_dataset, theirs) = here, there
+    if dataset != other_dataset:
+        raise UserError(f"{key}: is of dataset {other_dataset}, this run of {dataset}")
     if len(ours["label"]) != len(theirs["label"]):
         n, others = len(ours["label"]), len(theirs["label"])
         raise UserError(f"{key}: has {others} samples, this run {n}; use the same evaluation.samples")
@@ -109,10 +129,10 @@ def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
     if any(str(warning).startswith("not run") for warning in info.get("warnings", ())):
         return "not run"
     words = f"{info['norm']} eps {eps_text(info['eps'])}"
-    if info.get("alone", True):
-        return words
     earlier = [other for other in takewhile(lambda other: other != name, attacks) if attacks[other].get("counts")]
-    return " ".join([words, "on the survivors of", *(earlier or ["none"])])
+    if info.get("alone", True) or not earlier:  # it saw every right image
+        return words
+    return " ".join([words, "on the survivors of", *earlier])
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from aerl.config.errors import LISTS, explain, print_exception
 from aerl.errors import UserError
 from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.terminal import Parser, protect_streams
 
-_LISTS = ("attack", "metric", "analysis")  # groups that take several options
 # What may be set of Hydra's own configuration; aerl has its own run folders and log.
 _HYDRA_KEYS = ("launcher", "sweeper", "callbacks", "mode", "searchpath", "sweep.dir", "job.env_set", "job.env_copy")
 
@@ -48,8 +48,6 @@ def run_command(main: Callable[[], object]) -> int:
         print("interrupted; the same command resumes", file=sys.stderr)
         return 130
     except Exception as error:
-        from aerl.config.errors import print_exception
-
         print_exception(error)
         return signals.REQUEUE if signals.received() else 1
     return 0
@@ -71,7 +69,7 @@ def _check(word: str) -> None:
     if re.match(r"hydra[./]", key) and not key[6:].startswith(_HYDRA_KEYS):
         raise UserError(f"{word}: not supported; supported Hydra keys: {', '.join(_HYDRA_KEYS)}")
     options = {path.stem for path in Path(os.environ["AERL_ROOT"], "conf", key).glob("*.yaml")}
-    several = value.startswith("[") and key not in _LISTS
+    several = value.startswith("[") and key not in LISTS
     if options and (word.startswith("~") or value in ("", "null") or several):
         raise UserError(f"{word}: expected one option of {key}; -m {key}=A,B runs one job per option")
     if key == "recipe" and not options.issuperset(value.split(",")):  # optional in conf/config.yaml
@@ -83,8 +81,6 @@ def run_job(run: Callable[[DictConfig], float | None], cfg: DictConfig) -> float
 
     What is raised for Hydra has no traceback into the job: its model and optimizer are freed before the next one.
     """
-    from aerl.config.errors import explain, print_exception
-
     register_resolvers()  # in a worker of a multirun
     gc.collect()
     try:

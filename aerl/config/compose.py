@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from aerl.config.errors import omegaconf_line, pydantic_line, short
+from aerl.config.errors import omegaconf_line, pydantic_line
 from aerl.config.names import leaves
 from aerl.config.schema import Config
-from aerl.errors import UserError, first_line
+from aerl.errors import UserError, first_line, short
 from aerl.runtime.paths import local
 from aerl.tracking.results import read_config, read_summary
 

@@ -3,20 +3,24 @@
 import difflib
 import os
 import re
+import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from aerl.errors import UserError
+from aerl.config.names import leaves
+from aerl.errors import UserError, short
 from aerl.runtime.ddp import prints_errors
 from aerl.runtime.terminal import full_error, memory_line, override_word, print_error
 
 if TYPE_CHECKING:
     from pydantic import ValidationError  # --help does without it
 
+LISTS = ("attack", "metric", "analysis")  # groups that take several options
 _EXTRAS = {"joblib": ("gpus", "joblib"), "submitit_slurm": ("slurm", "slurm")}  # what conf/hydra/launcher builds on
 
 
@@ -44,6 +48,8 @@ def explain(error: BaseException) -> str | None:
         return _unparsed(str(error.override))
     if isinstance(error, MissingConfigException):
         return _missing_option(str(error.missing_cfg_file))
+    if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)' 1\.", text):
+        return _several(*match.groups())
     if isinstance(error, HydraException):
         return _unknown_key(error.__cause__) or text
     if type(error).__module__.startswith(("submitit.", "joblib.")):  # a job did not start, or its process died
@@ -69,13 +75,27 @@ def _missing_option(name: str) -> str:
     return f"{group}={option}: no such option; {suggest(option, options)}"
 
 
+def _several(key: str, values: str) -> str:
+    """Several values without -m."""
+    line = f"{key}={values}: several values; -m {key}={values} runs one job for each"
+    return line + f", '{key}=[{values}]' takes them together" * (key in LISTS)
+
+
 def _unknown_key(error: BaseException | None) -> str | None:
     if not isinstance(error, ConfigKeyError | ConfigAttributeError):
         return None
     section: Any = error.parent_node or {}  # None: trainer.adversary.weight without an adversary
-    added = f"; use +{error.full_key}=... to pass it to the _target_" if "_target_" in section else ""
-    known = [str(key) for key in section if key != "hydra"]
-    return f"{error.full_key}: no such key; {suggest(str(error.key), known)}{added}"
+    name, line = str(error.key), f"{error.full_key}: no such key; "
+    value = next((word.partition("=")[2] for word in sys.argv[1:] if word.startswith(f"{error.full_key}=")), "...")
+    if "_target_" in section:
+        line += f"+{error.full_key}={value} passes it to the _target_; "
+    content = OmegaConf.to_container(section) if section else {}
+    inside = [key for key, _ in leaves(content) if key.rpartition(".")[2] == name]
+    if inside:
+        prefix = str(error.full_key).removesuffix(name)
+        ends = sorted((f"{prefix}{key}={value}" for key in inside), key=lambda key: not key.startswith("trainer."))
+        return f"{line}did you mean {' or '.join(ends[:3])}?"
+    return line + suggest(name, [str(key) for key in section if key != "hydra"])
 
 
 def omegaconf_line(error: OmegaConfBaseException) -> str:
@@ -93,14 +113,12 @@ def pydantic_line(error: "ValidationError", prefix: str = "") -> str:
     if first["type"] == "missing":
         return f"{key}: cannot be deleted; set it (for trainer, attack, metric and analysis: to none)"
     message = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
-    return f"{key}={short(first['input'])}: {message.removeprefix('Value error, ').removeprefix('Input ')}"
+    line = f"{key}={short(first['input'])}: {message.removeprefix('Value error, ').removeprefix('Input ')}"
+    if isinstance(first["input"], list) and first["type"] in ("int_type", "float_type", "bool_type", "string_type"):
+        line += f"; -m {key}={','.join(map(str, first['input']))} runs one job for each"
+    return line
 
 
 def suggest(word: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(sorted(known)) or 'none'}"
-
-
-def short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aerl.config.errors import short
+from aerl.errors import short
 from aerl.runtime.terminal import shortened
 from aerl.tracking.results import read_config
 
@@ -50,19 +50,22 @@ def leaves(node: Any, key: str = "", *, lists: bool = False) -> Iterator[tuple[s
         yield key, node
 
 
-def run_name(config: "Config", overrides: Collection[str]) -> str:
-    """The run folder below `runs_dir`: dataset/model/trainer/other overrides/seed, or its `name`."""
-    return config.name or f"{_path(config, overrides)}/seed{config.seed}"
+def run_folder(root: Path, config: "Config", overrides: Collection[str]) -> Path:
+    """The folder of a run: `root`/dataset/model/trainer/other overrides/seed, or its `name`."""
+    if config.name:
+        return root / config.name
+    words, last = distinguishing_overrides(overrides), f"seed{config.seed}"
+    return _existing(*(root / _place(config) / name(words) / last for name in (_file_name, _early_name)))
 
 
 def group_name(config: "Config", overrides: Collection[str]) -> str:
     """What a run has in common with its repetitions: its path without its seed and those of the runs it names."""
-    return _path(config, [re.sub(r"\bseed\d+\b", "seed", word) for word in overrides])
+    words = distinguishing_overrides([re.sub(r"\bseed\d+\b", "seed", word) for word in overrides])
+    return f"{_place(config)}/{_file_name(words)}"
 
 
-def _path(config: "Config", overrides: Collection[str]) -> str:
-    name = _file_name(distinguishing_overrides(overrides))
-    return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}/{name}"
+def _place(config: "Config") -> str:
+    return f"{config.dataset.name}/{config.model.name}/{config.trainer_name}"
 
 
 def distinguishing_overrides(overrides: Collection[str]) -> list[str]:
@@ -71,9 +74,15 @@ def distinguishing_overrides(overrides: Collection[str]) -> list[str]:
     return [word for word in words if word.partition("=")[0] not in _IN_THE_PATH and _is_identity(word)]
 
 
-def sweep_name(overrides: Collection[str]) -> str:
-    """The folder of a multirun below `runs_dir`."""
-    return f"multirun/{_file_name(filter(_is_identity, sorted(overrides)))}"
+def sweep_folder(root: Path, overrides: Collection[str]) -> Path:
+    """The folder of a multirun."""
+    words = list(filter(_is_identity, sorted(overrides)))
+    return _existing(*(root / "multirun" / name(words) for name in (_file_name, _early_name)))
+
+
+def _existing(folder: Path, early: Path) -> Path:
+    """The folder, or the one of an early version."""
+    return early if early.is_dir() and not folder.is_dir() else folder
 
 
 def _is_identity(override: str) -> bool:
@@ -81,5 +90,13 @@ def _is_identity(override: str) -> bool:
 
 
 def _file_name(words: Iterable[str]) -> str:
+    """key-value+key-value: a path that Hydra reads as it is, in any override."""
+    parts = (re.sub(r"[\[\]{}'\"]", "", word.replace("=", "-", 1)) for word in words)
+    parts = (re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+    return shortened("+".join(parts), 120) or "default"  # file systems end at 255
+
+
+def _early_name(words: Iterable[str]) -> str:
+    """As up to November 2026: with commas and equals signs."""
     name = re.sub(r"[^\w.=,+-]+", "_", ",".join(words)).strip("_,")
     return shortened(name, 120) or "default"  # file systems end at 255

@@ -8,8 +8,8 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from aerl.config.errors import pydantic_line, short, suggest
-from aerl.errors import UserError, first_line
+from aerl.config.errors import pydantic_line, suggest
+from aerl.errors import UserError, first_line, short
 from aerl.types import finite
 
 

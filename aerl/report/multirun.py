@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aerl.config.errors import print_exception
-from aerl.config.names import sweep_name
+from aerl.config.names import sweep_folder
 from aerl.errors import UserError
 from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
 from aerl.runtime import signals
@@ -68,7 +68,7 @@ class Manifest:
             return
         self.on_run_start(config)
         with _exit_on_error():
-            self.folder = Path(config.runs_dir).expanduser().absolute() / sweep_name(config.hydra.overrides.task)
+            self.folder = sweep_folder(Path(config.runs_dir).expanduser().absolute(), config.hydra.overrides.task)
             self._plan(config, self.folder)
         os.environ[_FOLDER] = str(self.folder)
         if config.hydra.launcher.get("n_jobs", 1) != 1:  # joblib's; one at a time runs in this process

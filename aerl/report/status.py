@@ -1,4 +1,4 @@
-"""`python -m aerl.report.status [FOLDER]`: how far the multiruns are, what failed and why, and what remains.
+"""`python -m aerl.report.status [FOLDER]`: how far all runs are, what failed and why, and what remains.
 
 From files alone, also while a multirun is running, and from another machine that sees the folder.
 """
@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ _STATES = {"started": "unfinished", "finished": "done"}  # as reported by the ca
 
 
 class Job(NamedTuple):
-    """A job of a multirun."""
+    """A job of a multirun, or a run by itself."""
 
     state: str  # done, failed, unfinished or left
     folder: Path | None
@@ -76,31 +76,56 @@ def select(jobs: Sequence[Job], *states: str) -> list[Job]:
     return [job for state in states for job in jobs if job.state == state]
 
 
-def count_text(jobs: Sequence[Job]) -> str:
+def count_text(jobs: Sequence[Job], unit: str = "jobs") -> str:
     """One line, such as `12 jobs: 9 done, 3 failed, 0 left`."""
     states = Counter(job.state for job in jobs)
-    unfinished = f"{states['unfinished']} unfinished, " if states["unfinished"] else ""
-    return f"{len(jobs)} jobs: {states['done']} done, {states['failed']} failed, {unfinished}{states['left']} left"
+    unfinished = f", {states['unfinished']} unfinished" if states["unfinished"] else ""
+    left = f", {states['left']} left" if unit == "jobs" else ""
+    return f"{len(jobs)} {unit}: {states['done']} done, {states['failed']} failed{unfinished}{left}"
+
+
+def single_runs(folder: Path, known: Collection[Path]) -> list[Job]:
+    """The run folders in a folder, at any depth, that are not `known` as those of jobs."""
+    jobs = []
+    for path in sorted(folder.rglob("summary.json")):
+        run = path.parent
+        if run.absolute() in known or "wandb" in run.relative_to(folder).parts:
+            continue
+        try:
+            summary = read_summary(run) or {}
+            status, error = str(summary.get("status")), summary.get("error")
+        except UserError as damaged:
+            status, error = "failed", str(damaged)
+        state = {"finished": "done", "failed": "failed"}.get(status, "unfinished")
+        reason = _progress(run) if state == "unfinished" else error
+        jobs.append(Job(state, run, one_line(f"{state}: {shown(run)}{': ' if reason else ''}{reason or ''}")))
+    return jobs
 
 
 @command
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit code 0 if every job of every multirun is done, else 1."""
-    parser = Parser(prog="python -m aerl.report.status", description="How far the multiruns are, and what remains.")
-    where = "a multirun's folder, or one that contains multiruns, such as runs_dir (default: runs)"
+    """Exit code 0 if every job of every multirun, and every other run, is done, else 1."""
+    parser = Parser(prog="python -m aerl.report.status", description="How far all runs are, and what remains.")
+    where = "a folder that contains runs or multiruns at any depth, such as runs_dir (default: runs)"
     parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help=where)
     folder = parser.parse_args(words).folder
     multiruns = sorted(path.parent for path in folder.rglob("jobs") if any(path.glob("*.json*")))
-    if not multiruns:
-        raise UserError(f"{folder}: {'holds no multirun' if folder.is_dir() else 'no such folder'}")
-    code = 0
+    code, known = 0, set()
     for multirun in multiruns:
         jobs = read_jobs(multirun)
+        known |= {job.folder.absolute() for job in jobs if job.folder is not None}
         print(f"{shown(multirun)}: {count_text(jobs)}")
         if rest := select(jobs, "failed", "unfinished", "left"):
             code = 1
             print(*(f"  {job.text}" for job in rest), sep="\n")
             print(f"  the rest: {shlex.join(['python', *read_plan(multirun).get('command', [])])}")
+    if single := single_runs(folder, known):
+        print(f"{shown(folder)}, single runs: {count_text(single, 'runs')}")
+        if rest := select(single, "failed", "unfinished"):
+            code = 1
+            print(*(f"  {run.text}" for run in rest), sep="\n")
+    if not multiruns and not single:
+        raise UserError(f"{folder}: {'holds no run' if folder.is_dir() else 'no such folder'}")
     return code
 
 
