@@ -16,6 +16,7 @@ from aerl.analyses.gradients import Dynamics, Gradients, gradient_dynamics
 from aerl.analyses.landscape import Landscape, evaluate_grid, filter_normalised, plane, weight_landscape
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
+from aerl.analyses.training import training
 from aerl.attacks import SampleGenerator
 from aerl.attacks.projections import clip, random_in_ball
 from aerl.data import Split, subset, to_unit
@@ -301,3 +302,19 @@ def test_norms_of_an_attack_on_survivors_are_of_those_it_fooled_itself(context):
     assert [(row["attack"], row["n"]) for row in rows_of(folder, "norms")] == [
         ("pgd", "2"), ("pgd", "2"), ("square", "1"), ("square", "1"),
     ]  # fmt: skip
+
+
+def test_the_curves_of_a_training(context):
+    made, _, folder = context
+    with pytest.raises(NotMade, match="did not train"):
+        made.log.log({"clean_accuracy": 0.5}, n=4, split="test")
+        training(made)
+    for epoch in (1, 2, 3):
+        made.log.log({"loss": 1 / epoch, "accuracy": 0.2 * epoch, "grad_norm": 2.0}, n=9, split="train", step=epoch)
+        adversarial = {"adversarial_accuracy": 0.1} if epoch == 3 else {}
+        made.log.log({"accuracy": 0.1 * epoch, "loss": 2.0} | adversarial, n=4, split="val", step=epoch)
+    training(made)
+    rows = list(csv.DictReader((folder / "tables/training.csv").open()))
+    assert [float(row["train_accuracy"]) for row in rows] == pytest.approx([0.2, 0.4, 0.6])
+    assert [row["val_adversarial_accuracy"] for row in rows] == ["", "", "0.1"] and rows[2]["epoch"] == "3"
+    assert (folder / "figures/training.png").is_file()

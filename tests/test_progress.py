@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from tqdm import tqdm
@@ -48,6 +49,15 @@ def test_a_resumed_run_shows_what_is_done_but_does_not_time_it(clock, lines):
         clock[0] += 10.0
         bar.update(100)
     assert lines() == ["train: 100 %  10 images/s", "train: 1,000 images in 10.0 s  10 images/s"]
+
+
+def test_work_without_news_is_reported(lines, monkeypatch):
+    """Such as one long batch of a black-box attack."""
+    monkeypatch.setattr("aerl.runtime.progress._SILENCE", 0.3)
+    with progress("square", 250, "samples") as bar:
+        bar.update(10)
+        time.sleep(0.8)
+    assert len(lines()) >= 2 and re.match(r"square: 4 %  .*\d s so far$", lines()[0])
 
 
 def test_interrupted_work_reports_how_far_it_came(lines):

@@ -186,7 +186,7 @@ JUDGED = {
     "worst_case_accuracy": {"value": 0.1, "low": 0.07, "high": 0.14, "n": 300},
     "attacks": {"pgd": {"of": "pgd", "norm": "L2", "eps": 0.5, "counts": True, "robust_accuracy": {"value": 0.1}}},
 }
-PLANTED = {"found": {"value": 0.97, "n": 100}, "trusted": True}
+PLANTED = {"found": {"value": 0.97, "low": 0.91, "n": 100}, "trusted": True}
 MASKED = {"verdict": "masked", "mechanism": "saturated softmax: p_y is 1"}
 ADAPTIVE = {"of": "adaptive", "norm": "L2", "eps": 0.5, "counts": True, "robust_accuracy": {"value": 0.1}}
 PAPER = {"of": "pgd_paper", "norm": "L2", "eps": 0.5, "counts": False, "robust_accuracy": {"value": 0.3}}
@@ -194,7 +194,8 @@ PAPER = {"of": "pgd_paper", "norm": "L2", "eps": 0.5, "counts": False, "robust_a
 
 @pytest.mark.parametrize(("news", "attacks", "expected"), [
     ({"planted": PLANTED, "masking": {"verdict": "no sign"}}, {}, ["10.0 %", "relied on: the attack found 97 of 100"]),
-    ({"planted": {"found": {"value": 0.4, "n": 100}, "trusted": False}}, {}, ["10.0 %", "not rely on.*40 of 100"]),
+    ({"planted": {"found": {"value": 1.0, "low": 0.2, "n": 1}, "trusted": True}}, {}, ["10.0 %", "is open: .*1 of 1"]),
+    ({"planted": {"found": {"value": 0.4, "low": 0.3, "n": 100}, "trusted": False}}, {}, ["10.0 %", "not rely on.*40 of 100"]),
     ({"masking": MASKED}, {}, ["10.0 %", "not rely on this number.*saturated softmax.*attack=suite"]),
     ({"masking": MASKED, "planted": PLANTED}, {"adaptive": ADAPTIVE}, ["10.0 %", "softmax.*97 of 100.*relied on"]),
     ({}, {"pgd_paper": PAPER}, ["paper's attack alone says 30.0 %", "10.0 %"]),

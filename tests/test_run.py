@@ -42,7 +42,7 @@ def test_files_of_the_run_folder(finished):
     folder, _ = finished
     assert folder.parts[-5:-2] == ("digits", "alicnn", "sl") and folder.name == "seed0"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    measured = ("distance", "curve", "entropy", "confusion", "norms", "gradients", "curvature")
+    measured = ("training", "distance", "curve", "entropy", "confusion", "norms", "gradients", "curvature")
     assert {name for name in files if not name.startswith("wandb/")} == {
         "config.yaml", "results.jsonl", "summary.json", "outcomes.npz", "examples.npz", "evidence.npz",
         "run.log", "report.html", ".lock", "checkpoints/last.pt", "checkpoints/best.pt", "figures/landscape.npz",

@@ -188,12 +188,13 @@ def _draw(subjects: list[Subject], curves: list[dict[str, np.ndarray]], zero: li
     for axis, (name, label) in zip(figure.subplots(2, 2).flat, _PANELS.items(), strict=True):
         for number, (subject, curve) in enumerate(zip(subjects, curves, strict=True)):
             colour, (mean, low, high) = trainer_colour(subject.trainer), curve[name]
+            none = f", {zero[number]:.1%} of the gradients are zero" if zero[number] else ""
             line = ("-", "--", ":", "-.")[number % 4]
             axis.fill_between(range(len(mean)), low, high, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(mean, line, color=colour, label=f"{subject.name}, {zero[number]:.1%} zero")
+            axis.plot(mean, line, color=colour, label=subject.name + none)
         axis.set(xlabel="step of PGD", ylabel=label)
         axis.grid(alpha=0.3)
         if name == "norm":
             axis.set_yscale("log")
-            axis.legend(frameon=False, title="95 % intervals; gradients that are zero", fontsize=9)
+            axis.legend(frameon=False, title="mean, 95 % interval", fontsize=9)
     return figure

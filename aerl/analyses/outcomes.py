@@ -16,6 +16,7 @@ from aerl.tracking.results import Result
 log = logging.getLogger("aerl")
 
 _ATTACK_COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+_FEWEST = 10  # samples of a curve
 _READABLE = 20  # a confusion matrix with more classes has no labels
 
 Groups = dict[tuple[str, str], dict[str, np.ndarray]]
@@ -51,7 +52,11 @@ def entropy(context: AnalysisContext) -> list[Result]:
 
 
 def _draw_entropy(groups: Groups) -> Any:
-    images = list(dict.fromkeys(name for name, _ in groups))
+    """A row for each attack, but for those that changed nothing: an attack may get the survivors of others only."""
+    images: list[str] = []
+    for name in dict.fromkeys(name for name, _ in groups):
+        if not images or not all(_equal(groups[name, key], groups[images[-1], key]) for key in ("right", "wrong")):
+            images.append(name)
     figure, axes = figures.subplots(len(images), 2, figsize=(9, 1.2 + 1.5 * len(images)))
     highest = max(values["entropy"].max(initial=0) for values in groups.values()) or 1.0
     for row, name in enumerate(images):
@@ -69,6 +74,10 @@ def _draw_entropy(groups: Groups) -> Any:
     axes[-1, 0].set_xlabel("entropy of the prediction, bits")
     axes[-1, 1].set_xlabel("confidence, the largest probability")
     return figure
+
+
+def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(values, other[key]) for key, values in one.items())
 
 
 def confusion(context: AnalysisContext) -> list[Result]:
@@ -119,7 +128,8 @@ def norms(context: AnalysisContext) -> list[Result]:
     """How far the adversarial examples are from their images, in L2 and in Linf, by attack.
 
     Of the samples that were right and that the attack fooled; an attack on the survivors of others has only those that
-    it fooled itself. Writes figures/norms.png (the share of them within a distance), tables/norms.csv with the median
+    it fooled itself. Writes figures/norms.png (the share of them within a distance, for
+    attacks that fooled 10 samples or more), tables/norms.csv with the median
     and the quartiles, and a Result of each median. NotMade if no attack fooled a sample.
     """
     sizes = {}
@@ -136,7 +146,11 @@ def norms(context: AnalysisContext) -> list[Result]:
         for key, values in both.items():
             rows.append([name, key, len(values), *np.quantile(values, (0.25, 0.5, 0.75)).tolist()])
     context.table("norms", ("attack", "norm", "n", "quartile_1", "median", "quartile_3"), rows)
-    context.draw("norms", _draw_norms(sizes, context.norm, context.eps), "sizes of the adversarial perturbations")
+    drawn = {name: both for name, both in sizes.items() if len(both["l2"]) >= _FEWEST}
+    if drawn:
+        left_out = ", ".join(f"{name} ({len(sizes[name]['l2'])})" for name in sizes.keys() - drawn.keys())
+        caption = "sizes of the adversarial perturbations" + (f"; too few to draw: {left_out}" if left_out else "")
+        context.draw("norms", _draw_norms(drawn, context.norm, context.eps), caption)
     return results
 
 

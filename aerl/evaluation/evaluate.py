@@ -156,13 +156,14 @@ def _attack(
             for attacked in resume.parts.values() if resume else ():
                 fresh &= attacked.pred == outcomes["label"]
             keep = Evidence(folder, n, shape, fresh).keep if ddp.is_main() else _keep_nothing
+        # Every stage is a share of each sample.
         start = 0 if resume is None else total * (resume.number + 1) - int((resume.todo & ~resume.done).sum())
-        with progress(name, total=total * count, unit="samples", start=start) as bar:
+        with progress(name, total=total, unit="samples", start=start / max(count, 1)) as bar:
             found = run_attack(
                 attack, parts.model, split, before, parts.hardware, name=name, seed=config.seed,
                 batch_size=batch_size(parts, config), policy=policy, metrics={**BUILT_IN, **parts.metrics},
-                passes=passes, keep=keep, progress=lambda advanced, robust: bar.update(advanced, acc=robust / n),
-                resume=resume, save=Saver(folder, name, warnings),
+                passes=passes, keep=keep, resume=resume, save=Saver(folder, name, warnings),
+                progress=lambda advanced, robust: bar.update(advanced / count, acc=robust / n),
             )  # fmt: skip
         warnings = list(dict.fromkeys(chain.from_iterable(ddp.gather(warnings))))
     news = {}

@@ -85,11 +85,17 @@ def _render(**context: Any) -> str:
     return environment.get_template("report.html.j2").render(context)
 
 
+def _interest(path: Path) -> tuple[int, str]:
+    """The order of figures on the page."""
+    first = ("pictures", "training", "distance", "curve")
+    return first.index(path.stem) if path.stem in first else len(first), path.stem
+
+
 def _figures(folder: Path) -> Iterator[tuple[str, str]]:
     """Caption and data: address of each figure; one that is damaged or a link out of the folder is skipped."""
     from PIL import Image
 
-    for path in sorted((folder / "figures").glob("*.png")):
+    for path in sorted((folder / "figures").glob("*.png"), key=_interest):
         name = path.stem.replace("_", " ")
         try:
             with Image.open(inside(folder, path)) as image:

@@ -1,10 +1,12 @@
-"""Progress of long work: a live bar on a terminal, elsewhere a log line every ten seconds."""
+"""Progress of long work: a live bar on a terminal, elsewhere a log line every ten seconds, or thirty without news."""
 
 import io
 import logging
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,15 +19,18 @@ from aerl.runtime.signals import is_worker
 
 log = logging.getLogger("aerl")
 
+_SILENCE = 30.0  # seconds
+
 
 class Bar(tqdm):  # type: ignore[misc]
     """tqdm whose postfix is read only when it is shown, so that a step does not wait for the GPU."""
 
     monitor_interval = 0  # no thread of tqdm's
 
-    def __init__(self, description: str, total: int, unit: str, start: int) -> None:
+    def __init__(self, description: str, total: int, unit: str, start: float) -> None:
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not is_worker()
         self._postfix: dict[str, Any] = {}
+        self._logged_at = time.monotonic()
         shown = "{desc}: {percentage:.0f} % " + ("|{bar:16}| {remaining}  " if self.live else " ") + "{details}"
         super().__init__(
             desc=description, total=total, initial=start, unit=f" {unit}", bar_format=shown, leave=False,
@@ -34,7 +39,7 @@ class Bar(tqdm):  # type: ignore[misc]
             disable=not is_main(),
         )  # fmt: skip
 
-    def update(self, advance: int = 0, **postfix: Any) -> None:
+    def update(self, advance: float = 0, **postfix: Any) -> None:
         """Count `advance` more units. Each value of `postfix` (acc=0.97, epoch="3/40") is shown until it is replaced.
 
         A value is a number, a tensor () or text; names that begin with "acc" are shown in percent.
@@ -46,7 +51,15 @@ class Bar(tqdm):  # type: ignore[misc]
         if self.live:
             super().display(msg, pos)
         elif msg is None and self.n > self.initial:
+            self._logged_at = time.monotonic()
             log.info(str(self))
+
+    def log_if_silent(self, ended: threading.Event) -> None:
+        """Log a line whenever there was none for 30 seconds, such as within a long batch, until `ended`."""
+        while not ended.wait(_SILENCE / 30):
+            if time.monotonic() - self._logged_at > _SILENCE:
+                self._logged_at = time.monotonic()
+                log.info(f"{self}  {self.format_dict['elapsed']:.0f} s so far")
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -57,16 +70,20 @@ class Bar(tqdm):  # type: ignore[misc]
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str = "images", *, start: int = 0) -> Iterator[Bar]:
+def progress(description: str, total: int, unit: str = "images", *, start: float = 0) -> Iterator[Bar]:
     """Show the progress of `total` units, `start` of which an earlier process did; log one line at the end."""
-    bar = Bar(description, total, unit, start)
+    bar, ended = Bar(description, total, unit, start), threading.Event()
+    if not (bar.live or bar.disable):
+        threading.Thread(target=bar.log_if_silent, args=(ended,), daemon=True).start()
     try:
         loggers = [logger for logger in (logging.getLogger(), log) if logger.handlers and bar.live]
         with logging_redirect_tqdm(loggers):  # prints above the bar
             yield bar
     finally:
+        ended.set()
         if not bar.disable:
-            count = f"{bar.n:,}" if bar.n == total else f"stopped at {bar.n:,} of {total:,}"
+            done = round(bar.n)  # several stages add shares of a sample
+            count = f"{done:,}" if done == total else f"stopped at {done:,} of {total:,}"
             bar.bar_format, bar.ncols = f"{description}: {count}{bar.unit} in {{elapsed_s:.1f}} s  {{details}}", None
             line = str(bar)
             bar.close()

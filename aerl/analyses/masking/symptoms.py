@@ -93,7 +93,7 @@ def paper_formula(audit: Audit) -> Finding:
     p = mcnemar(count, 0, one_sided=True)
     text = (
         f"PGD by the paper's formula, whose steps shrink with the gradient, misses {count} of the {int(found.sum())} "
-        f"of {audit.n} samples that plain PGD fools (p = {p:.1g})"
+        f"samples that plain PGD fools (of {audit.n}, p = {p:.1g})"
     )
     return Finding(count / audit.n, text, p)
 
