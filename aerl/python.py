@@ -200,7 +200,8 @@ class Report:
         from rich.console import Console
 
         stream = io.StringIO()
-        table.show(self.summary, Console(file=stream, width=10_000))
+        console = Console(file=stream, width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
+        table.show(self.summary, console)
         return stream.getvalue().strip("\n")
 
     def _repr_html_(self) -> str:

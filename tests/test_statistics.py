@@ -56,3 +56,9 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def test_no_success_in_any_seed_is_no_certainty():
+    low, high = crossed_interval(np.zeros((3, 360)))
+    assert (low, high) == wilson(0, 360) and high > 0.01
+    assert crossed_interval(np.ones((3, 360)))[0] == wilson(360, 360)[0]

@@ -99,7 +99,9 @@ def crossed_interval(rewards: np.ndarray) -> tuple[float, float]:
 
     Both are random and crossed: every seed saw the same samples. The variance of the mean comes from the mean squares
     of the two-way analysis of variance, its degrees of freedom from Satterthwaite (1946); see Searle, Casella and
-    McCulloch, Variance Components (1992), section 4.3. With one seed only the samples are random (Wilson).
+    McCulloch, Variance Components (1992), section 4.3. With one seed only the samples are random (Wilson). Where the
+    mean is that of fewer than five samples, right or wrong, their variance says little: the interval is then at least
+    Wilson's of n samples.
     """
     seeds, n = rewards.shape
     if seeds == 1 or n == 1:
@@ -110,7 +112,11 @@ def crossed_interval(rewards: np.ndarray) -> tuple[float, float]:
     between = max(n * by_seed.var(ddof=1), within), max(seeds * by_sample.var(ddof=1), within)
     parts = ((between[0], seeds - 1), (between[1], n - 1), (-within, (seeds - 1) * (n - 1)))
     half = _half_width([(value / rewards.size, degrees) for value, degrees in parts])
-    return max(0.0, float(mean) - half), min(1.0, float(mean) + half)
+    low, high = max(0.0, float(mean) - half), min(1.0, float(mean) + half)
+    if n * min(mean, 1 - mean) < 5:
+        rare = wilson(float(mean) * n, n)
+        low, high = min(low, rare[0]), max(high, rare[1])
+    return low, high
 
 
 def crossed_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float, float]:
