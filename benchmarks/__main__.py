@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl.runtime import device
-from benchmarks import analyses, attacks, evaluation, memory, referee, scaling, startup, training
+from benchmarks import analyses, attacks, evaluation, memory, python, referee, scaling, startup, training
 from benchmarks.victim import images_32, trained
 
 PARTS = (
-    "startup", "training", "attacks", "autoattack", "referee", "memory", "scaling", "analyses", "evaluation",
+    "startup", "python", "training", "attacks", "autoattack", "referee", "memory", "scaling", "analyses", "evaluation",
 )  # fmt: skip
 Rows = list[tuple[str, str, str]]
 
@@ -51,6 +51,8 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
     rows: Rows = []
     if "startup" in parts:
         rows += startup.measure(rounds, scratch / "startup", smoke)
+    if "python" in parts:
+        rows += python.measure(rounds, scratch / "python", smoke)
     if "training" in parts:
         rows += training.measure(tuple(args.net or training.NETS), machine, rounds, scratch / "training", smoke)
     if {"attacks", "autoattack", "referee", "analyses"} & set(parts):

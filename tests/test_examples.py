@@ -101,7 +101,9 @@ def test_command_lines(home, data_dir):
         words = shlex.split(line, comments=True)
         lines.append([re.sub(r"\bRUN(_[A-Z])?\b|\bRUN_FOLDER\b|runs/(sl|rl|a|b)\b", "runs/r", word) for word in words])
     lines = [
-        words for words in lines if not any(re.search(r"[A-Z]{4,}|my_|mine|uniform|robustbench|timm|\.pth", word) for word in words)
+        words
+        for words in lines
+        if not any(re.search(r"[A-Z]{4,}|my_|mine|uniform|robustbench|timm|\.pth", word) for word in words)
     ]
     assert len(lines) > 15
     env = environment(data_dir, home, PYTHONPATH=str(ROOT), AERL_ROOT=str(ROOT))
