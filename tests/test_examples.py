@@ -18,7 +18,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 digits = load_digits()
-images, labels = torch.tensor(digits.images[:30, None] / 16, dtype=torch.float32), torch.tensor(digits.target[:30])
+images, labels = torch.tensor(digits.images[:6, None] / 16, dtype=torch.float32), torch.tensor(digits.target[:6])
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
 RUN = "runs/r"

@@ -195,7 +195,7 @@ PAPER = {"of": "pgd_paper", "norm": "L2", "eps": 0.5, "counts": False, "robust_a
 @pytest.mark.parametrize(("news", "attacks", "expected"), [
     ({"planted": PLANTED, "masking": {"verdict": "no sign"}}, {}, ["10.0 %", "relied on: the attack found 97 of 100"]),
     ({"planted": {"found": {"value": 1.0, "low": 0.2, "n": 1}, "trusted": True}}, {}, ["10.0 %", "is open: .*1 of 1"]),
-    ({"planted": {"found": {"value": 0.4, "low": 0.3, "n": 100}, "trusted": False}}, {}, ["not rely on.*40 of 100"]),
+    ({"planted": {"found": {"value": 0.4, "low": 0.3, "n": 100}, "trusted": False}}, {}, ["10.0 %", "not.*40 of 100"]),
     ({"masking": MASKED}, {}, ["10.0 %", "not rely on this number.*saturated softmax.*attack=suite"]),
     ({"masking": MASKED, "planted": PLANTED}, {"adaptive": ADAPTIVE}, ["10.0 %", "softmax.*97 of 100.*relied on"]),
     ({}, {"pgd_paper": PAPER}, ["paper's attack alone says 30.0 %", "10.0 %"]),
