@@ -101,14 +101,17 @@ def build(config: Config) -> Parts:
 
 
 def _callable(
-    spec: Mapping[str, Any], key: str, positional: Sequence[str], given: Mapping[str, Any], keywords: Sequence[str] = ()
-) -> Callable[..., Any]:
-    """The function of a `_target_` with its settings bound, or an instance of the class.
+    spec: Mapping[str, Any], key: str, positional: Sequence[str], given: Mapping[str, Any],
+    keywords: Sequence[str] = (), adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda bound: bound,
+) -> Callable[..., Any]:  # fmt: skip
+    """The function of a `_target_` with its settings bound, or an instance of the class; or what `adapt` makes of it.
 
     Raises UserError if it cannot be called with these positional and keyword arguments.
     """
     bound = bind(spec, key, given=given, later=[*positional, *keywords], positional=len(positional))
     with named(key), foreign_code(key, bound.func):
+        if (adapted := adapt(bound)) is not bound:
+            return adapted
         function = bound() if inspect.isclass(bound.func) else bound
     try:
         inspect.signature(function).bind(*positional, **dict.fromkeys(keywords))
@@ -120,13 +123,8 @@ def _callable(
 
 def attack(spec: Mapping[str, Any], key: str, norm: Norm, eps: float, given: Mapping[str, Any] = _UNSET) -> AttackSpec:
     """`attack(model, x, y, *, generator)` with its settings, in a run with this threat model."""
-    positional = ["model", "x", "y"]
-    bound = bind(spec, key, given=given, later=[*positional, "generator"], positional=3)
-    with named(key), foreign_code(key, bound.func):
-        found = as_attack(bound, norm, eps)
-        if found is bound:
-            found = _callable(spec, key, positional, given, ["generator"])
-    return AttackSpec.of(found, key)
+    adapt = partial(as_attack, norm=norm, eps=eps)
+    return AttackSpec.of(_callable(spec, key, ["model", "x", "y"], given, ["generator"], adapt), key)
 
 
 def analysis(spec: Mapping[str, Any], key: str, given: Mapping[str, Any] = _UNSET) -> Callable[..., Any]:

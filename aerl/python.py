@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from aerl.analyses.run import run_analyses
 from aerl.attacks import Attack, AttackSpec
-from aerl.attacks.direct import check_images, check_labels
+from aerl.attacks.direct import check_images, check_labels, device_of
 from aerl.attacks.foreign import as_attack, name_of
-from aerl.attacks.modes import attacking, predictions
 from aerl.build import Parts, analysis, attack, build_data
 from aerl.config.options import IN_MEMORY, check_targets, read_option
 from aerl.config.schema import Config
@@ -94,12 +93,11 @@ def evaluate(
         raise UserError(f"model: a {type(model).__name__}; expected a torch.nn.Module, see aerl.adapt")
     if model.training:
         raise UserError("model: is in training mode; call model.eval() first")
-    tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device if tensors else x.device
+    device = device_of(model) or x.device
     if device.type == "meta":
         raise UserError("model: is on the device meta, and has no weights")
     net = model if isinstance(model, Adapted) else Adapted(model, None)
-    classes = _count_classes(net, x, y, device)
+    classes = check_labels(net, x[:8].to(device), y)
     specs, survivors_only, plain = _attacks(attacks, norm, eps)
     sections: dict[str, Any] = {}
     for option in [analyses] if isinstance(analyses, str) else analyses:
@@ -171,7 +169,7 @@ class Report:
 
     @cached_property
     def outcomes(self) -> dict[str, np.ndarray]:
-        """The arrays (N,) of outcomes.npz, see README."""
+        """The arrays (N,) of outcomes.npz, see docs/reference.md."""
         return load_arrays(self.folder / "outcomes.npz")
 
     @cached_property
@@ -280,17 +278,6 @@ def _read(source: "Dataset[Any] | DataLoader[Any]") -> tuple[Tensor, Tensor]:
             "the report can be found again"
         )
     return torch.cat([x for x, _ in batches]), torch.cat([torch.as_tensor(y) for _, y in batches])
-
-
-def _count_classes(net: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> int:
-    """The number of classes; UserError for logits that are not finite, and labels that are none of them."""
-    first = x[:8].to(device)
-    with attacking(net), torch.no_grad():
-        logits = net(first)
-    if (predictions(logits) < 0).any():
-        raise UserError("model: its logits are NaN or infinite; check its weights, and that it takes images in [0, 1]")
-    check_labels(y, logits.shape[1])
-    return int(logits.shape[1])
 
 
 def _attacks(attacks: Any, norm: Norm, eps: float) -> tuple[dict[str, AttackSpec], bool, dict[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ import yaml
 
 from aerl.runtime.files import sha256
 from aerl.tracking.results import read_results, write_summary
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 
 # The shortest run.
 BARE = ("trainer.epochs=1", "attack=none", "analysis=none", "logger=none")
@@ -42,6 +42,14 @@ def begin(place, data_dir, *words, launcher=(), new_session=False, **environment
         [sys.executable, *launcher, str(ROOT / "launch.py"), *words], cwd=place, env=env | environment, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=new_session,
     )  # fmt: skip
+
+
+def finish(place, data_dir, *words):
+    """Run the real command line in the folder `place` to its end; it must succeed."""
+    command = [sys.executable, str(ROOT / "launch.py"), *words]
+    done = subprocess.run(command, cwd=place, env=environment(data_dir, place), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def ended(process, timeout=240):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, environment
-from tests.runs import BARE
+from tests.runs import BARE, finish
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PRELUDE = f"""
@@ -29,9 +29,7 @@ RUN = "runs/r"
 def home(tmp_path_factory, data_dir):
     """A folder with a trained run in it, runs/r."""
     place = tmp_path_factory.mktemp("examples")
-    command = [sys.executable, str(ROOT / "launch.py"), *BARE[:1], "attack=fgsm", *BARE[2:], "name=r"]
-    done = subprocess.run(command, cwd=place, env=environment(data_dir, place), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finish(place, data_dir, *BARE[:1], "attack=fgsm", *BARE[2:], "name=r")
     return place
 
 

@@ -19,8 +19,8 @@ from aerl.data import to_unit
 from aerl.errors import UserError
 from aerl.tracking.results import read_config
 from aerl.verify import verify
-from tests.conftest import ROOT, environment
-from tests.runs import forge, summary_of
+from tests.conftest import ROOT
+from tests.runs import finish, forge, summary_of
 
 WORDS = ("trainer.epochs=6", "attack=pgd", "analysis=none", "logger=none", "evaluation.samples=60", "name=r",
          "hardware.channels_last=false")  # fmt: skip
@@ -30,9 +30,7 @@ WORDS = ("trainer.epochs=6", "attack=pgd", "analysis=none", "logger=none", "eval
 def run(tmp_path_factory, data_dir):
     """A run folder of launch.py; no test writes into it."""
     home = tmp_path_factory.mktemp("python")
-    command = [sys.executable, str(ROOT / "launch.py"), *WORDS]
-    done = subprocess.run(command, cwd=home, env=environment(data_dir, home), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finish(home, data_dir, *WORDS)
     return home / "runs/r"
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from aerl.tracking.results import read_results
 from tests.conftest import ROOT, environment
-from tests.runs import BARE, FREQUENT, forge, same_end, summary_of, wait_for
+from tests.runs import BARE, FREQUENT, finish, forge, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back
 from tests.test_wandb import summary as wandb_summary
 
@@ -32,9 +32,7 @@ def only_run(tmp_path):
 def finished(tmp_path_factory, data_dir):
     """One small finished run, for several tests that only read it."""
     home = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, str(ROOT / "launch.py"), *SMALL]
-    done = subprocess.run(command, cwd=home, env=environment(data_dir, home), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = finish(home, data_dir, *SMALL)
     return only_run(home), done
 
 

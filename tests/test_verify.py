@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,22 +13,16 @@ from aerl.data import subset
 from aerl.runtime.files import load_arrays, save_arrays, sha256
 from aerl.tracking.results import read_config, write_summary
 from aerl.verify import main, verify
-from tests.conftest import ROOT, environment
+from tests.runs import finish
 
 WORDS = ("evaluation.samples=60", "attack=[fgsm,pgd]", "attack.pgd.steps=5", "eps=0.6",
          "attack.fgsm.eps=0.2", "attack.fgsm.step_size=0.2", "analysis=none", "logger=none", "name=run")  # fmt: skip
 
 
-def launch(home, data_dir, *words):
-    command = [sys.executable, str(ROOT / "launch.py"), *WORDS, *words]
-    done = subprocess.run(command, cwd=home, env=environment(data_dir, home), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir):
     home = tmp_path_factory.mktemp("verify")
-    launch(home, data_dir, "trainer.epochs=3")
+    finish(home, data_dir, *WORDS, "trainer.epochs=3")
     return home / "runs/run"
 
 
@@ -150,8 +142,8 @@ def test_changed_bytes_and_unfinished_runs_are_one_line_each(copy, tmp_path, cap
 
 
 def test_evidence_is_kept_on_request_and_not_needed_where_nothing_was_fooled(trained, data_dir, tmp_path):
-    launch(tmp_path, data_dir, "trainer=none", f"checkpoint={trained}", "evaluation.evidence=false")
+    finish(tmp_path, data_dir, *WORDS, "trainer=none", f"checkpoint={trained}", "evaluation.evidence=false")
     (fault,) = faults(tmp_path / "runs/run")["evidence"]
     assert "evaluation.evidence=true" in fault
-    launch(tmp_path, data_dir, "trainer=none", f"checkpoint={trained}", "eps=0", "name=still")
+    finish(tmp_path, data_dir, *WORDS, "trainer=none", f"checkpoint={trained}", "eps=0", "name=still")
     assert faults(tmp_path / "runs/still") == {}

@@ -128,9 +128,9 @@ def norms(context: AnalysisContext) -> list[Result]:
     """How far the adversarial examples are from their images, in L2 and in Linf, by attack.
 
     Of the samples that were right and that the attack fooled; an attack on the survivors of others has only those that
-    it fooled itself. Writes figures/norms.png (the share of them within a distance, for
-    attacks that fooled 10 samples or more), tables/norms.csv with the median
-    and the quartiles, and a Result of each median. NotMade if no attack fooled a sample.
+    it fooled itself. Writes figures/norms.png (the share of them within a distance, for attacks that fooled 10 samples
+    or more), tables/norms.csv with the median and the quartiles, and a Result of each median. NotMade if no attack
+    fooled a sample.
     """
     sizes = {}
     for name in context.attacks:

@@ -1,5 +1,7 @@
 """An attack that a user calls directly: `aerl.attacks.pgd(model, x, y, eps=0.5)`, without a generator of aerl's."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
@@ -25,19 +27,17 @@ def noise_of(model: nn.Module, x: Tensor, y: Tensor, generator: Seed) -> Noise:
 def check_batch(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """UserError unless `model` gives finite logits for images x (B, C, H, W) in [0, 1] of classes y int64 (B,)."""
     check_images(x, y)
-    parameters = [*model.parameters(), *model.buffers()]
-    if parameters and (device := parameters[0].device) != x.device:
+    if (device := device_of(model)) not in (None, x.device):
         raise UserError(f"images are on {x.device}, the model is on {device}; move one of them")
     if y.device != x.device:
         raise UserError(f"labels are on {y.device}, images on {x.device}; move one of them")
-    if len(x) == 0:
-        return
-    with attacking(model), torch.no_grad():
-        logits = model(x[:1])
-    finite = bool((predictions(logits) >= 0).all())
-    if not finite:
-        raise UserError("model: its logits are NaN or infinite; check its weights, and that it takes images in [0, 1]")
-    check_labels(y, logits.shape[1])
+    if len(x):
+        check_labels(model, x[:1], y)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the first parameter or buffer of a model is; None without any."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
 
 
 def check_images(x: Tensor, y: Tensor) -> None:
@@ -59,8 +59,14 @@ def check_images(x: Tensor, y: Tensor) -> None:
         raise UserError(f"images: from {low:.3g} to {high:.3g}; expected [0, 1], with the normalisation in the model")
 
 
-def check_labels(y: Tensor, classes: int) -> None:
-    """UserError unless labels y (N,) are in [0, classes)."""
+def check_labels(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """The number of classes; UserError unless logits of images x (B, C, H, W) are finite, and labels y (N,) classes."""
+    with attacking(model), torch.no_grad():
+        logits = model(x)
+    if (predictions(logits) < 0).any():
+        raise UserError("model: its logits are NaN or infinite; check its weights, and that it takes images in [0, 1]")
+    classes = int(logits.shape[1])
     low, high = y.aminmax()
     if low < 0 or high >= classes:
         raise UserError(f"labels: from {low} to {high}; the model has {classes} classes: expected 0 to {classes - 1}")
+    return classes

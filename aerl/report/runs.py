@@ -21,7 +21,7 @@ from aerl.report import page
 from aerl.report.table import Grid, shown, wide_console
 from aerl.runtime.files import atomic_write, load_arrays, writing
 from aerl.runtime.terminal import eps_text, one_line
-from aerl.tracking.results import changed_files, read_config, read_summary
+from aerl.tracking.results import changed_files, find_runs, read_config, read_summary
 
 log = logging.getLogger("aerl")
 
@@ -58,8 +58,7 @@ class Overview:
 
 def run_folders(folder: Path) -> list[Path]:
     """Every run folder in `folder`, itself included, sorted by name; UserError if there is none."""
-    found = (path.parent for path in folder.rglob("summary.json"))
-    if runs := sorted(run for run in found if "wandb" not in run.relative_to(folder).parts):
+    if runs := find_runs(folder):
         return runs
     raise UserError(f"{folder}: {'contains no run' if folder.is_dir() else 'no such folder'} (no summary.json)")
 

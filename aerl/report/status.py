@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from aerl.errors import UserError
 from aerl.report.table import duration, shown
 from aerl.runtime.terminal import Parser, command, one_line
-from aerl.tracking.results import read_summary
+from aerl.tracking.results import find_runs, read_summary
 
 PLAN = "plan.json"  # in the folder `jobs` of a multirun, next to a file for each job
 _STATES = {"started": "unfinished", "finished": "done"}  # as reported by the callback; other words are the same
@@ -87,9 +87,8 @@ def count_text(jobs: Sequence[Job], unit: str = "jobs") -> str:
 def single_runs(folder: Path, known: Collection[Path]) -> list[Job]:
     """The run folders in a folder, at any depth, that are not `known` as those of jobs."""
     jobs = []
-    for path in sorted(folder.rglob("summary.json")):
-        run = path.parent
-        if run.absolute() in known or "wandb" in run.relative_to(folder).parts:
+    for run in find_runs(folder):
+        if run.absolute() in known:
             continue
         try:
             summary = read_summary(run) or {}

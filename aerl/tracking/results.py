@@ -66,6 +66,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
+def find_runs(folder: Path) -> list[Path]:
+    """Every run folder in a folder, itself included, sorted by name."""
+    found = (path.parent for path in folder.rglob("summary.json"))
+    return sorted(run for run in found if "wandb" not in run.relative_to(folder).parts)
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
