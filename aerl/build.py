@@ -34,11 +34,15 @@ log = logging.getLogger("aerl")
 
 # Parameters by which attacks and analyses get the models of other runs, a folder for their examples, and the samples.
 _UNSET = {"load": None, "store": None, "tested": None}
+_WITHHELD = (
+    "evaluation.withhold_normalization=true: judged on images at another scale than it was trained on, so none of these "
+    "numbers is its accuracy or robustness"
+)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects of a run. `recipe` is None if nothing is trained; `doubts` are from `aerl.models.probe`."""
+    """The objects of a run. `recipe` is None if nothing is trained; `doubts` about the model are shown first."""
 
     hardware: Hardware
     data: DataSplits
@@ -97,6 +101,8 @@ def build(config: Config) -> Parts:
     untrained = drawn(model.net, build_net(config, data, "other weights")) if config.checkpoint == "own" else []
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, x)
+    if config.evaluation.withhold_normalization:
+        doubts = (_WITHHELD, *doubts)
     return Parts(hardware, data, model, recipe, attacks, build_metrics(config), analyses, (*untrained, *doubts))
 
 
@@ -150,12 +156,15 @@ def build_recipe(config: Config) -> Recipe | None:
     never = adversary is None or adversary.start_epoch >= trainer.epochs
     if never and trainer.select == "val_adversarial_accuracy":
         raise UserError(f"trainer.select={trainer.select}: needs trainer.adversary with start_epoch < {trainer.epochs}")
+    act = _callable(trainer.act, "trainer.act", ["logits", "labels", "generator"], {})
     given = {
-        "act": _callable(trainer.act, "trainer.act", ["logits", "labels", "generator"], {}),
+        "act": act,
         "weight": trainer.adversary.weight if trainer.adversary else 0.0,
         "probability_floor": trainer.probability_floor,
     }
     objective = _callable(trainer.objective, "trainer.objective", ["model", "x", "y"], given, ["x_adv", "generator"])
+    call = objective.forward if isinstance(objective, nn.Module) else objective
+    scheduled = hasattr(act, "at") and "act" in inspect.signature(call).parameters
     return Recipe(
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
@@ -168,6 +177,8 @@ def build_recipe(config: Config) -> Recipe | None:
         clip=trainer.clip,
         adversary=adversary,
         select=trainer.select,
+        until=trainer.until,
+        act=act if scheduled else None,
         augment=partial(augment, **config.dataset.augmentation),  # type: ignore[arg-type]
     )
 
@@ -222,6 +233,8 @@ def judged_model(config: Config, path: Path | None, data: DataSplits, hardware: 
     """The model of a finished run with the weights in a file, if any, in eval mode."""
     model = build_model(config, data, hardware)
     _load_weights(model, path, config.model, f"checkpoint={path}")
+    if config.evaluation.withhold_normalization:
+        model.withhold_normalization()
     return model.eval()
 
 

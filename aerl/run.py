@@ -83,6 +83,9 @@ def _run(config: Config) -> dict[str, Any]:
             for doubt in parts.doubts:
                 log.warning("model: %s", doubt)
             _train(parts, config, record)
+            if config.evaluation.withhold_normalization:
+                parts.model.withhold_normalization()
+                record.save(normalization="withheld")
             outcomes, split = evaluate(parts, config, record)
             if ddp.is_main():
                 with ddp.main_process_only():

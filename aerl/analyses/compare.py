@@ -98,6 +98,8 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
         if differing := [key for key in {**settings, **other} if settings.get(key) != other.get(key)]:
             values = (f"{key} is {settings.get(key)} here, {other.get(key)} there" for key in differing)
             warnings.append(f"{name} is not the same attack: {', '.join(values)}")
+    if summary.get("normalization") != (read_summary(here) or {}).get("normalization"):
+        warnings.append("one of the two was judged without the normalisation of its training")
     if "sample" in (config["policy"], other_config["policy"]):
         warnings.append("compared by the likeliest class, although evaluation.policy is sample")
     for warning in warnings:

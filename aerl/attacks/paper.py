@@ -24,6 +24,7 @@ class PaperPGD:
 
     step_size: None means eps / 10.
     batch_size: what the summed cross-entropy is divided by, also if fewer images are attacked together.
+    box: clip every iterate to [0, 1], which the paper does not. It then still does not count.
     """
 
     counts: ClassVar[bool] = False
@@ -33,6 +34,7 @@ class PaperPGD:
     steps: Count = 100
     step_size: NonNegative | None = None
     batch_size: Count = 256
+    box: bool = False
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: Seed = None) -> Tensor:
         """Images within eps of x (B, C, H, W), from a start uniform in [-eps, eps] projected into the ball.
@@ -54,6 +56,7 @@ class PaperPGD:
                 gradient = input_gradient(loss, point, sound)
                 step = gradient.sign() if self.norm == "Linf" else gradient / _length(gradient)
                 point = x + self._project(point.detach() + step * step_size - x)
+                point = point.clamp(0, 1) if self.box else point
         if not sound:
             warn(NOT_FINITE)
         return point

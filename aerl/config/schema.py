@@ -84,6 +84,7 @@ class Trainer(Section):
     probability_floor: Probability
     adversary: Adversary | None
     select: Literal["val_accuracy", "val_loss", "val_adversarial_accuracy", "last"]
+    until: Probability | None = None
 
 
 class Evaluation(Section):
@@ -92,6 +93,7 @@ class Evaluation(Section):
     policy: Literal["argmax", "sample"]
     survivors_only: bool
     evidence: bool | None
+    withhold_normalization: bool = False
 
 
 class Hardware(Section):

@@ -41,6 +41,11 @@ class Classifier(nn.Module):
         self.net = net
         self.contiguous = False
 
+    def withhold_normalization(self) -> None:
+        """Let the network see images in [0, 1] from now on, whatever it was trained on."""
+        self.normalize.mean.zero_()
+        self.normalize.std.fill_(1)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.normalize(x)
         if self.contiguous:  # .contiguous() would keep the ambiguous strides of a single channel

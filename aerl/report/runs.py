@@ -150,6 +150,7 @@ def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
         "outside": [name for name, attack in attacks.items() if not attack["counts"]],
         "folder": folder,
         "run_id": summary["run_id"],
+        "withheld": summary.get("normalization") == "withheld",
         "origin": origin,
     }
     settings = _settings(config)
@@ -204,6 +205,9 @@ def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -
     outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
     if outside:
         notes.append(f"{' *, '.join(outside)} *: outside the threat model, not in the worst case")
+
+    if withheld := int(runs.loc[~again, "withheld"].sum()):
+        notes.append(f"{withheld} of {(~again).sum()} runs were judged without the normalisation of their training")
 
     rows, texts = [], []
     rewards: dict[str, np.ndarray] = {}  # of each setting, (seeds, n)

@@ -68,6 +68,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
     threat = f"{counted[0].get('norm')} perturbations up to {eps_text(max(info.get('eps') or 0 for info in counted))}"
     value, low, high = (100 * worst[key] for key in ("value", "low", "high"))
     sentences = [f"At most {value:.1f} % of the images withstand {threat} (95 % interval {low:.1f} to {high:.1f} %)."]
+    if summary.get("normalization") == "withheld":
+        sentences.insert(0, "Judged without the normalisation that it was trained with: not the model's robustness.")
     paper = attacks.get("pgd_paper")
     if paper and 100 * paper["robust_accuracy"]["value"] - value > 5:
         sentences.insert(0, f"The paper's attack alone says {100 * paper['robust_accuracy']['value']:.1f} %.")
@@ -138,7 +140,8 @@ def title(summary: Mapping[str, Any]) -> str:
     """Dataset, model, trainer and seed; of an evaluated model those of its training."""
     origin = summary.get("origin")
     text = "{dataset}, {model}, {trainer}, seed {seed}".format_map({**summary, **(origin or {})})
-    return f"{text}, evaluated" if origin else text
+    text += ", evaluated" if origin else ""
+    return f"{text}, without its normalisation" if summary.get("normalization") == "withheld" else text
 
 
 def notes(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
 from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog
 from aerl.training import checkpoint
-from aerl.training.objectives import Objective
+from aerl.training.objectives import Act, Objective
 
 log = logging.getLogger("aerl")
 
@@ -45,7 +45,11 @@ class Adversary:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A trainer. `optimizer` takes the parameters; `augment` takes (images, generator)."""
+    """A trainer. `optimizer` takes the parameters; `augment` takes (images, generator).
+
+    `act`, if set, has a method `at`; the objective is called with what it gives for each step.
+    Training ends early after an epoch with a validation accuracy of `until` or more.
+    """
 
     epochs: int
     batch_size: int
@@ -58,6 +62,8 @@ class Recipe:
     clip: float | None = None
     adversary: Adversary | None = None
     select: str = "val_accuracy"
+    until: float | None = None
+    act: Act | None = None
     augment: Callable[..., Tensor] = lambda images, generator: images
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
@@ -84,7 +90,9 @@ def fit(
     base_rates = [group["lr"] for group in optimizer.param_groups]
     train = Batches(data.train, batch_size, device, drop_last=True, shared=True)
     val = Batches(data.val, max(256, batch_size), device, shared=True)
-    checkpoints = _Checkpoints(folder, model, optimizer, results)
+    if isinstance(recipe.objective, nn.Module):
+        recipe.objective.to(device)
+    checkpoints = _Checkpoints(folder, model, optimizer, recipe.objective, results)
     train_step = ddp.data_parallel(TrainStep(model, recipe.objective, hardware))
     parts = {"model.net": getattr(model, "net", model), "trainer.objective": recipe.objective}
     parts |= {f"trainer.{key}": v for key, v in getattr(recipe.objective, "keywords", {}).items() if key == "act"}
@@ -109,9 +117,10 @@ def fit(
                         group["lr"] = rate * factor
                     x = to_unit(recipe.augment(images, epoch.streams["augmentation"]), hardware.memory_format)
                     noise = stream(seed, "adversary", number, epoch.steps, *_rank(), device=device) if attack else None
+                    act = recipe.act and recipe.act.at((number * len(train) + epoch.steps) / total)
                     optimizer.zero_grad()
                     with foreign_parts():
-                        loss, metrics = train_step(x, y, epoch.streams["actions"], attack, noise)
+                        loss, metrics = train_step(x, y, epoch.streams["actions"], attack, noise, act)
                         loss.backward()
                     grad_norm = gradient_norm(model, recipe.clip)
                     with foreign_code("trainer.optimizer", optimizer):
@@ -142,8 +151,12 @@ def fit(
                 results.log(means, n=len(data.train), split="train", step=number + 1)
                 results.log(scores, n=len(data.val), split="val", step=number + 1)
                 checkpoints.consider(number + 1, _score(recipe.select, scores, number))
-                if checkpoints.due() or number + 1 == recipe.epochs or signals.stop_requested():
-                    checkpoints.save(number + 1)
+                reached = recipe.until is not None and scores["accuracy"] >= recipe.until
+                if checkpoints.due() or number + 1 == recipe.epochs or reached or signals.stop_requested():
+                    checkpoints.save(recipe.epochs if reached else number + 1)  # reached: nothing is left to do
+                if reached:
+                    log.info("trainer.until=%g reached after epoch %d", recipe.until, number + 1)
+                    break
                 signals.raise_if_stopped()
     return checkpoints.best_epoch
 
@@ -169,8 +182,9 @@ class TrainStep(nn.Module):
         self.objective, self.hardware = objective, hardware
 
     def forward(
-        self, x: Tensor, y: Tensor, generator: Generator, attack: Attack | None = None, noise: Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, x: Tensor, y: Tensor, generator: Generator, attack: Attack | None = None, noise: Generator | None = None,
+        act: Act | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """x (B, C, H, W) in [0, 1], y (B,) -> the loss () and metrics (). `attack` draws from `noise`."""
         x_adv = None
         if attack is not None:
@@ -178,7 +192,8 @@ class TrainStep(nn.Module):
                 x_adv = attack(self.model, x, y, generator=BatchGenerator(noise or generator, len(x)))
         # Autocast keeps the weights that it has cast until it ends: those of the attack have no gradient.
         with self.hardware.autocast():
-            loss, metrics = self.objective(self.forward_model, x, y, x_adv=x_adv, generator=generator)
+            given = {} if act is None else {"act": act}
+            loss, metrics = self.objective(self.forward_model, x, y, x_adv=x_adv, generator=generator, **given)
         as_tensor = partial(torch.as_tensor, dtype=torch.float32, device=x.device)
         return loss.mean(), {name: as_tensor(value).detach() for name, value in metrics.items()}
 
@@ -236,9 +251,12 @@ class _Epoch:
 class _Checkpoints:
     """last.pt, from which a training resumes, and best.pt, the weights with the best validation score."""
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, results: ResultLog) -> None:
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, results: ResultLog
+    ) -> None:
         self.last, self.best = folder / "last.pt", folder / "best.pt"
         self.model, self.optimizer, self.results = model, optimizer, results
+        self.objective = objective if isinstance(objective, nn.Module) else nn.Identity()
         state = ddp.broadcast_from_main(lambda: checkpoint.load(self.last) if self.last.exists() else {})
         self.epoch, self.step, self.processes = state.get("epoch", 0), state.get("step", 0), state.get("processes")
         self.best_epoch, self.best_score = int(state.get("best_epoch", 0)), state.get("best_score", -math.inf)
@@ -248,6 +266,7 @@ class _Checkpoints:
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            self.objective.load_state_dict(state.get("objective", {}))
             step = f" and step {self.step} of the next" if self.step else ""
             log.info("resuming after epoch %d%s, from %s", self.epoch, step, self.last)
 
@@ -266,7 +285,8 @@ class _Checkpoints:
         self.save_best()
         if ddp.is_main():
             state: dict[str, Any] = {"epoch": epoch, "best_epoch": self.best_epoch, "best_score": self.best_score}
-            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            parts = {"model": self.model, "optimizer": self.optimizer, "objective": self.objective}
+            state |= {name: part.state_dict() for name, part in parts.items()}
             checkpoint.save({**state, "results": self.results.seal(), **within_epoch}, self.last)
         self._saved_at = time.monotonic()
 

@@ -4,15 +4,17 @@
 
 `x` (B, C, H, W) in [0, 1], labels `y` int64 (B,); `x_adv` are adversarial examples of x, None if trainer.adversary is
 null or has not started. The metrics are averaged over an epoch and logged. Keywords named `act`, `weight` or
-`probability_floor` are set from trainer.act, trainer.adversary.weight and trainer.probability_floor.
+`probability_floor` are set from trainer.act, trainer.adversary.weight and trainer.probability_floor. `act` is the one of
+the current step: `act.at(progress)` if it has this method, with `progress` the share of all steps that is done.
 
 A classifier is a policy: its action is a class, its reward is 1 if the class is right. In supervised learning the
 action is the label, and `policy_loss` is cross-entropy. It also takes the distribution of the actions in place of a
-draw; its gradient is then the expected one.
+draw; its gradient is then the expected one. So each act gives cross-entropy another weight per sample: 1 (`Labels`),
+p_y^q (`GeneralizedCrossEntropy`), and (1 - e) p_y + e/K in expectation (`EpsilonGreedy`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -60,6 +62,21 @@ def trades(
     return loss + weight * divergence, metrics | {"adversarial_loss": divergence}
 
 
+def label_smoothing(
+    model: nn.Module, x: Tensor, y: Tensor, *, x_adv: Tensor | None, generator: Generator,
+    weight: float, smoothing: Probability,
+) -> Loss:  # fmt: skip
+    """Cross-entropy with the label's share `smoothing` spread over all classes (Szegedy et al. 2016, section 7), on x
+    plus `weight` times the one on x_adv."""
+    logits = model(x)
+    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+    metrics = {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
+    if x_adv is None:
+        return loss, metrics
+    adversarial_loss = F.cross_entropy(model(x_adv), y, label_smoothing=smoothing)
+    return loss + weight * adversarial_loss, metrics | {"adversarial_loss": adversarial_loss}
+
+
 def _score(logits: Tensor, y: Tensor, generator: Generator, act: Act, probability_floor: float) -> Loss:
     """The mean policy loss, reward and accuracy; a sample whose logits are not finite earns 0."""
     actions = act(logits.detach(), y, generator)
@@ -103,18 +120,40 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class GeneralizedCrossEntropy:
+    """(1 - p_y^q) / q (Zhang & Sabuncu 2018, equation 6), whose gradient is that of cross-entropy times p_y^q.
+
+    q=0 is cross-entropy, q=1 the expected reward without exploration: the distribution that it returns has p_y^q in
+    place of b(label). The loss that is logged is p_y^q times cross-entropy.
+    """
+
+    q: Probability = 0.7
+
+    def __call__(self, logits: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+        return logits.softmax(dim=1).pow(self.q)
+
+
+@dataclass(frozen=True)
 class EpsilonGreedy:
     """Draw from the policy, or with probability `exploration` uniformly from all classes.
 
     The coin is thrown for each sample, or with `coin="batch"` once for the batch, as in the paper's code. Per sample,
     actions follow b = (1 - exploration) pi + exploration / K, and the expected gradient of `policy_loss` is that of
     (1 - exploration)(1 - pi_y) + (exploration / K) cross-entropy. `expected=True` returns b instead of a draw: the
-    same objective without the noise of sampling.
+    same objective without the noise of sampling. `exploration` changes linearly to `final_exploration`, if that is set.
     """
 
     exploration: Probability = 0.1
     coin: Literal["sample", "batch"] = "sample"
     expected: bool = False
+    final_exploration: Probability | None = None
+
+    def at(self, progress: float) -> "EpsilonGreedy":
+        """What it is after a share `progress` in [0, 1] of the training."""
+        if self.final_exploration is None:
+            return self
+        exploration = self.exploration + progress * (self.final_exploration - self.exploration)
+        return replace(self, exploration=exploration, final_exploration=None)
 
     def __call__(self, logits: Tensor, labels: Tensor, generator: Generator) -> Tensor:
         """logits (B, K), detached -> actions int64 (B,), or their distribution b float32 (B, K)."""
