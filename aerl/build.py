@@ -16,7 +16,7 @@ from aerl.attacks import AttackSpec, SampleGenerator
 from aerl.attacks.foreign import as_attack
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
-from aerl.config.targets import bind
+from aerl.config.targets import bind, locate
 from aerl.data import DataSplits, augment, limit_training, prepare, rows, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import Metric
@@ -35,8 +35,8 @@ log = logging.getLogger("aerl")
 # Parameters by which attacks and analyses get the models of other runs, a folder for their examples, and the samples.
 _UNSET = {"load": None, "store": None, "tested": None}
 _WITHHELD = (
-    "evaluation.withhold_normalization=true: judged on images at another scale than it was trained on, so none of these "
-    "numbers is its accuracy or robustness"
+    "evaluation.withhold_normalization=true: judged on images at another scale than it was trained on, so none of "
+    "these numbers is its accuracy or robustness"
 )
 
 
@@ -102,7 +102,7 @@ def build(config: Config) -> Parts:
     with foreign_code(f"model={config.model.name}", model.net):
         doubts = probe(model, x)
     if config.evaluation.withhold_normalization:
-        doubts = (_WITHHELD, *doubts)
+        doubts.insert(0, _WITHHELD)
     return Parts(hardware, data, model, recipe, attacks, build_metrics(config), analyses, (*untrained, *doubts))
 
 
@@ -156,13 +156,17 @@ def build_recipe(config: Config) -> Recipe | None:
     never = adversary is None or adversary.start_epoch >= trainer.epochs
     if never and trainer.select == "val_adversarial_accuracy":
         raise UserError(f"trainer.select={trainer.select}: needs trainer.adversary with start_epoch < {trainer.epochs}")
-    act = _callable(trainer.act, "trainer.act", ["logits", "labels", "generator"], {})
+    act: Any = _callable(trainer.act, "trainer.act", ["logits", "labels", "generator"], {})
     given = {
         "act": act,
         "weight": trainer.adversary.weight if trainer.adversary else 0.0,
         "probability_floor": trainer.probability_floor,
     }
     objective = _callable(trainer.objective, "trainer.objective", ["model", "x", "y"], given, ["x_adv", "generator"])
+    target = trainer.objective["_target_"]
+    takes = inspect.signature(locate(target, "trainer.objective")).parameters
+    if trainer.probability_floor and "probability_floor" not in takes:
+        raise UserError(f"trainer.probability_floor={trainer.probability_floor:g}: {target} has no floor; expected 0")
     call = objective.forward if isinstance(objective, nn.Module) else objective
     scheduled = hasattr(act, "at") and "act" in inspect.signature(call).parameters
     return Recipe(

@@ -60,6 +60,7 @@ def _run(config: Config) -> dict[str, Any]:
     from aerl.analyses.run import run_analyses
     from aerl.build import build
     from aerl.evaluation.evaluate import evaluate
+    from aerl.models import Classifier
     from aerl.runtime.device import describe
 
     if "joblib" in hydra.launcher._target_ and config.hardware.device != "cpu":
@@ -84,6 +85,7 @@ def _run(config: Config) -> dict[str, Any]:
                 log.warning("model: %s", doubt)
             _train(parts, config, record)
             if config.evaluation.withhold_normalization:
+                assert isinstance(parts.model, Classifier)
                 parts.model.withhold_normalization()
                 record.save(normalization="withheld")
             outcomes, split = evaluate(parts, config, record)

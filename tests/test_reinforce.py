@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from aerl.errors import UserError
 from aerl.runtime.device import stream
 from aerl.training.objectives import EpsilonGreedy, GeneralizedCrossEntropy, Labels, policy_gradient, policy_loss
 from aerl.training.reinforce import Reinforce
@@ -43,7 +44,8 @@ def test_generalized_cross_entropy_has_the_gradient_of_its_closed_form(logits, q
 
 
 @pytest.mark.parametrize(
-    "settings", [{"baseline": "batch"}, {"baseline": "running"}, {"baseline": "leave_one_out", "draws": 3}, {"draws": 2}]
+    "settings",
+    [{"baseline": "batch"}, {"baseline": "running"}, {"baseline": "leave_one_out", "draws": 3}, {"draws": 2}],
 )
 def test_no_baseline_changes_the_mean_gradient(logits, settings):
     """On-policy it is that of 1 - p_y, whatever is subtracted (Williams 1992, theorem 1)."""
@@ -90,7 +92,7 @@ def test_exploration_changes_linearly():
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="try draws=2"):
+    with pytest.raises(UserError, match="try draws=2"):
         Reinforce(act=GREEDY, weight=0.0, baseline="leave_one_out")
-    with pytest.raises(ValueError, match="draws nothing"):
+    with pytest.raises(UserError, match="draws nothing"):
         Reinforce(act=EpsilonGreedy(expected=True), weight=0.0)

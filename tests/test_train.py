@@ -27,6 +27,7 @@ from aerl.tracking.results import ResultLog, read_results
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, TrainStep, check_recipe, fit, learning_rate, validate
 from aerl.training.objectives import EpsilonGreedy, Labels, adversarial_training, policy_gradient, trades
+from aerl.training.reinforce import Reinforce
 from tests.conftest import ROOT
 from tests.runs import results_of
 
@@ -146,7 +147,10 @@ class Waiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("trainer", ["sl", "rl", "rl_adv", "rl_expected", "pgd_at", "trades"])
+@pytest.mark.parametrize(
+    "trainer",
+    ["sl", "rl", "rl_adv", "rl_expected", "rl_trades", "gce", "reinforce", "label_smoothing", "pgd_at", "trades"],
+)
 def test_a_training_step_never_waits_for_the_device(hardware, trainer, precision):
     """From the augmentation to the clipped gradients, as in conf/trainer."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -161,7 +165,7 @@ def test_a_training_step_never_waits_for_the_device(hardware, trainer, precision
         loss, metrics = step(x, y, stream(0), recipe.adversary and recipe.adversary.attack)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert {"reward", "accuracy"} <= metrics.keys()
+    assert {"accuracy"} <= metrics.keys()
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}  # in the adversary, too
 
 
@@ -242,6 +246,19 @@ def test_every_trainer_learns(train, tmp_path, hardware, act, adversary, precisi
     assert best >= (3 if adversary else 1)
 
 
+def test_training_ends_when_the_validation_accuracy_is_reached(train, tmp_path):
+    """best.pt is of that epoch, and a repeated call trains no further."""
+    settings = recipe(epochs=8, until=0.8)
+    weights, best = train(settings)
+    scores = {r.step: r.value for r in read_results(tmp_path / "results.jsonl") if (r.split, r.metric) == REACHED}
+    assert max(scores) == best < 8 and scores.pop(best) >= 0.8 and all(score < 0.8 for score in scores.values())
+    again, best_again = train(settings)
+    assert best_again == best and all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+REACHED = ("val", "accuracy")
+
+
 def test_reward_is_the_share_of_right_actions(train, tmp_path):
     train(recipe(epochs=1, objective=policy(EpsilonGreedy(1.0))))
     reward = next(r.value for r in read_results(tmp_path / "results.jsonl") if r.metric == "reward")
@@ -282,6 +299,23 @@ def test_a_killed_run_resumes_to_the_same_weights_and_no_line_twice(train, tmp_p
         train(replace(settings, augment=killed_at(2 * 6 + 3, settings.augment)), "cut")
     assert checkpoint.load(tmp_path / "cut/checkpoints/last.pt")["epoch"] == 2
     assert_same(tmp_path, train(settings, "whole"), train(settings, "cut"))
+
+
+def test_a_running_baseline_and_exploration_that_decays_resume_to_the_bit(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("aerl.training.loop._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    act = EpsilonGreedy(0.5, final_exploration=0.0)
+
+    def settings(**changes):
+        objective = Reinforce(act=act, weight=0.0, baseline="running", decay=0.9)
+        return recipe(objective=objective, act=act, **changes)
+
+    whole, decayed = train(settings(), "whole"), settings()
+    with pytest.raises(Killed):
+        train(settings(augment=killed_at(2 * 6 + 3, recipe().augment)), "cut")
+    assert_same(tmp_path, whole, train(decayed, "cut"))
+    assert decayed.objective.average > 0.3
+    constant = recipe(objective=Reinforce(act=act, weight=0.0, baseline="running", decay=0.9))
+    assert not torch.equal(train(constant, "constant")[0]["net.5.weight"], whole[0]["net.5.weight"])
 
 
 @pytest.mark.parametrize("at", [0.02, 0.3, 0.6, 0.9])

@@ -58,7 +58,7 @@ class Compare:
     def __post_init__(self) -> None:
         for run in self.runs:
             if self.tested:
-                _check_same_samples(run, self.tested, _samples(Path(run).expanduser()))
+                check_same_samples(run, self.tested, samples(Path(run).expanduser()))
 
     def __call__(self, context: AnalysisContext) -> list[Result]:
         comparisons = {run: _comparison(context, run) for run in self.runs}
@@ -73,7 +73,7 @@ class Compare:
         return [result for row in table for result in _log(context, row)]
 
 
-def _samples(folder: Path) -> "Samples":
+def samples(folder: Path) -> "Samples":
     outcomes = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
     return str((read_summary(folder) or {}).get("dataset")), outcomes
 
@@ -81,9 +81,9 @@ def _samples(folder: Path) -> "Samples":
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
     summary, ours = read_summary(folder) or {}, context.outcomes
-    there = _samples(folder)
+    there = samples(folder)
     theirs = there[1]
-    _check_same_samples(run, (str((read_summary(here) or {}).get("dataset")), ours), there)
+    check_same_samples(run, (str((read_summary(here) or {}).get("dataset")), ours), there)
     attacks, other_attacks = context.attacks, summary.get("attacks", {})
     config, other_config = _config(here), _config(folder)
     shared, warnings = [], []
@@ -111,7 +111,7 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     return {"rows": rows, "warnings": warnings}
 
 
-def _check_same_samples(run: str, here: "Samples", there: "Samples") -> None:
+def check_same_samples(run: str, here: "Samples", there: "Samples") -> None:
     """Older runs have no `index` (place in the test set)."""
     key = f"analysis.compare.runs={run}"
     (dataset, ours), (other_dataset, theirs) = here, there

@@ -23,7 +23,7 @@ def bind(
     `later`: parameters that the caller passes; and the first `positional` ones of a function, whatever their names.
     Raises UserError for a target that cannot be imported, an unknown key, a wrong value and a missing parameter.
     """
-    given, target = given or {}, _locate(spec.get("_target_"), key)
+    given, target = given or {}, locate(spec.get("_target_"), key)
     parameters = inspect.signature(target).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not inspect.isclass(target):
@@ -46,7 +46,7 @@ def bind(
     return functools.partial(target, **settings)
 
 
-def _locate(name: Any, key: str) -> Callable[..., Any]:
+def locate(name: Any, key: str) -> Callable[..., Any]:
     try:
         module, _, attribute = name.rpartition(".")
         target = getattr(importlib.import_module(module), attribute)

@@ -106,17 +106,39 @@ def crossed_interval(rewards: np.ndarray) -> tuple[float, float]:
     seeds, n = rewards.shape
     if seeds == 1 or n == 1:
         return wilson(float(rewards.sum()), rewards.size)
-    mean, by_seed, by_sample = rewards.mean(), rewards.mean(1), rewards.mean(0)
-    residual = rewards - by_seed[:, None] - by_sample + mean
-    within = float((residual**2).sum()) / ((seeds - 1) * (n - 1))
-    between = max(n * by_seed.var(ddof=1), within), max(seeds * by_sample.var(ddof=1), within)
-    parts = ((between[0], seeds - 1), (between[1], n - 1), (-within, (seeds - 1) * (n - 1)))
-    half = _half_width([(value / rewards.size, degrees) for value, degrees in parts])
+    mean, half = rewards.mean(), _crossed_half_width(rewards)
     low, high = max(0.0, float(mean) - half), min(1.0, float(mean) + half)
     if n * min(mean, 1 - mean) < 5:
         rare = wilson(float(mean) * n, n)
         low, high = min(low, rare[0]), max(high, rare[1])
     return low, high
+
+
+def _crossed_half_width(values: np.ndarray) -> float:
+    """Of the 95 % interval of the mean of values (seeds, samples), two of each or more."""
+    (seeds, n), by_seed, by_sample = values.shape, values.mean(1), values.mean(0)
+    residual = values - by_seed[:, None] - by_sample + values.mean()
+    within = float((residual**2).sum()) / ((seeds - 1) * (n - 1))
+    between = max(n * by_seed.var(ddof=1), within), max(seeds * by_sample.var(ddof=1), within)
+    parts = ((between[0], seeds - 1), (between[1], n - 1), (-within, (seeds - 1) * (n - 1)))
+    return _half_width([(value / values.size, degrees) for value, degrees in parts])
+
+
+def mean_difference(first: np.ndarray, second: np.ndarray, *, same_models: bool) -> tuple[float, float, float]:
+    """The difference of the mean rewards (seeds, samples) of two settings, and its 95 % interval.
+
+    The samples are paired; with `same_models`, of which both measure something else, the seeds are, too. The interval
+    is over other seeds and other samples if there are at least two seeds, otherwise over other samples only (Newcombe,
+    as `paired_difference`).
+    """
+    if min(len(first), len(second)) < 2:
+        here, there = first[0] > 0.5, second[0] > 0.5
+        counts = (int(cell.sum()) for cell in (here & there, here & ~there, ~here & there, ~here & ~there))
+        return float(first.mean() - second.mean()), *paired_difference(*counts)
+    if not same_models:
+        return crossed_difference(first, second)[:3]
+    difference, half = float((first - second).mean()), _crossed_half_width(first - second)
+    return difference, max(difference - half, -1.0), min(difference + half, 1.0)
 
 
 def crossed_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float, float]:

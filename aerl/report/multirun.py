@@ -24,6 +24,7 @@ from aerl.report.status import PLAN, count_text, read_jobs, read_plan, select
 from aerl.runtime import signals
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, writing
+from aerl.tracking.results import read_summary
 
 _FOLDER = "AERL_MULTIRUN"
 # Overrides of the jobs that also hold for the run that follows them; it has dataset and model from their checkpoints.
@@ -56,7 +57,8 @@ class Manifest:
 
     def __init__(self, then: Sequence[str] = ()) -> None:
         """`then`: the overrides of a run that follows when all jobs are done. In them {runs} stands for the run
-        folders of the jobs, {first} for the first of these, and {folder} for the multirun's under runs_dir."""
+        folders of the jobs, {first} for the one with the weights of the first, and {folder} for the multirun's under
+        runs_dir."""
         self.then = list(then)
         self.folder: Path | None = None
 
@@ -151,7 +153,8 @@ def print_table() -> None:
 def _run_then(then: Sequence[str], folders: Sequence[Path], out: Path) -> None:
     """Start the run that needs all jobs' results; this process fails if it does."""
     runs, folder = ",".join(f'"{folder}"' for folder in folders), "/".join(out.parts[-2:])
-    words = [word.format(runs=runs, first=folders[0], folder=folder) for word in then]
+    first = ((read_summary(folders[0]) or {}).get("origin") or {}).get("folder") or folders[0]
+    words = [word.format(runs=runs, first=first, folder=folder) for word in then]
     command = [sys.executable, str(Path(os.environ["AERL_ROOT"], "launch.py")), *words]
     ours = ("HYDRA_FULL_ERROR", "TORCHELASTIC_RUN_ID", _FOLDER)  # of this process alone
     environment = {name: value for name, value in os.environ.items() if name not in ours}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,6 +35,13 @@ _SECONDS_BETWEEN_CHECKPOINTS = 10.0  # an epoch of a small dataset takes less ti
 _STEPS_BETWEEN_STOP_CHECKS = 10  # of several processes, to which a check costs a message
 
 
+class Scheduled(Protocol):
+    """An act that changes in training."""
+
+    def at(self, progress: float) -> Act:
+        """The act after a share `progress` in [0, 1] of all steps."""
+
+
 @dataclass(frozen=True)
 class Adversary:
     """Makes the adversarial examples that the objective gets from `start_epoch` on."""
@@ -47,7 +54,7 @@ class Adversary:
 class Recipe:
     """A trainer. `optimizer` takes the parameters; `augment` takes (images, generator).
 
-    `act`, if set, has a method `at`; the objective is called with what it gives for each step.
+    With `act` the objective is called with the act of each step, otherwise with the one that it has.
     Training ends early after an epoch with a validation accuracy of `until` or more.
     """
 
@@ -63,7 +70,7 @@ class Recipe:
     adversary: Adversary | None = None
     select: str = "val_accuracy"
     until: float | None = None
-    act: Act | None = None
+    act: Scheduled | None = None
     augment: Callable[..., Tensor] = lambda images, generator: images
 
     def learning_rate(self, epoch: int, step: int, steps: int) -> float:
@@ -285,8 +292,8 @@ class _Checkpoints:
         self.save_best()
         if ddp.is_main():
             state: dict[str, Any] = {"epoch": epoch, "best_epoch": self.best_epoch, "best_score": self.best_score}
-            parts = {"model": self.model, "optimizer": self.optimizer, "objective": self.objective}
-            state |= {name: part.state_dict() for name, part in parts.items()}
+            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"objective": self.objective.state_dict()}
             checkpoint.save({**state, "results": self.results.seal(), **within_epoch}, self.last)
         self._saved_at = time.monotonic()
 

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from aerl.errors import UserError
 from aerl.training.objectives import Act, Loss, reward
 from aerl.types import Count, NonNegative, Probability
 
@@ -12,15 +13,15 @@ from aerl.types import Count, NonNegative, Probability
 class Reinforce(nn.Module):
     """-(reward - baseline) * log pi(action), the mean over samples and `draws`, minus `entropy` * H(pi).
 
-    baseline (Williams 1992): `none`; `batch`, the mean reward of the batch; `running`, the mean over earlier batches that
-    decays by `decay` a step; `leave_one_out`, the mean reward of the sample's other draws (Kool et al. 2019), which needs
+    baseline (Williams 1992): `none`; `batch`, the mean reward of the batch; `running`, the mean over earlier batches,
+    which decays by `decay` a step; `leave_one_out`, the mean reward of the sample's other draws (Kool et al. 2019), for
     `draws` of 2 or more. H(pi) in nats, over all classes (Mnih et al. 2016, section 4).
 
     With baseline none, one draw and no bonus it is `policy_gradient` without a floor. The actions of an exploring act
     follow b and not pi, and are not reweighted, as in the paper. A wrong action then has the term
     baseline * log pi(action), which has no lower bound; under b it is drawn even when pi hardly ever would.
 
-    Raises ValueError for settings that do not fit.
+    Raises UserError for settings that do not fit.
     """
 
     average: Tensor
@@ -31,9 +32,9 @@ class Reinforce(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if baseline == "leave_one_out" and draws < 2:
-            raise ValueError(f"baseline=leave_one_out: is the mean of the other draws; draws={draws} has none, try draws=2")
+            raise UserError(f"baseline=leave_one_out: is the mean of the other draws; draws={draws}, try draws=2")
         if getattr(act, "expected", False):
-            raise ValueError("trainer.act.expected=true: draws nothing; use aerl.training.objectives.policy_gradient")
+            raise UserError("trainer.act.expected=true: draws nothing; use aerl.training.objectives.policy_gradient")
         self.act, self.weight, self.draws = act, weight, draws
         self.baseline, self.entropy, self.decay = baseline, entropy, decay
         self.register_buffer("average", torch.zeros(()))
