@@ -1,8 +1,11 @@
 """Everything that needs a GPU, in steps that can be interrupted: `python -m benchmarks.gpu FOLDER`.
 
+The most valuable comes first: the tests marked gpu; sl, rl, rl_readme and an sl of equal accuracy with the 6-layer CNN, one
+seed, then two more; CIFAR-100, judged with and without normalisation; then speed and memory.
+
 The output of each finished step is in FOLDER; a repeated command resumes with the next step. With `--minutes 10` it
-stops by itself. At the end FOLDER/performance.md and FOLDER/results.md hold the tables for
-docs/performance.md and docs/results.md.
+stops by itself. At the end FOLDER holds results.md, results-seeds.md and results-cifar100.md for docs/results.md, and
+performance.md for docs/performance.md. `--tiny` does all of it with digits and few steps, to try it without a GPU.
 """
 
 import argparse
@@ -28,7 +31,9 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     data = ["--cifar10", str(args.cifar10)] if args.cifar10 else []
     bench = [python, "-m", "benchmarks", *data, *out, "--rounds", str(args.rounds)]
     fast = ["--precision", "bf16", "--tf32", "--compile"]
-    found = {"tests": [python, "-m", "pytest", "-n", "0", "-v", "-m", "gpu"]}
+    found = {"tests": [python, "-m", "pytest", "-n", "0", "-v", "-m", "gpu"], **results(args)}
+    if args.tiny:
+        return found
     for net in NETS:
         found[f"training-{net}"] = [*bench, "--only", "training", "--net", net]
         found[f"training-{net}-bf16"] = [*bench, "--only", "training", "--net", net, *fast]
@@ -38,8 +43,23 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     if args.imagenet100:
         found["memory"] += ["--imagenet100", str(args.imagenet100)]
     found["profile"] = [python, "-m", "benchmarks.profile", "--batch-size", "256", "--precision", "bf16"]
-    found["results"] = [python, "-m", "benchmarks.results", "--paper", "--samples", "1000", *data,
-                        "--runs", str(args.folder / "runs"), "--out", str(args.folder / "results.md")]  # fmt: skip
+    return found
+
+
+def results(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The paper's headline: these steps resume by themselves."""
+    found = {}
+    for name, data, options in (
+        ("results", args.cifar10, ["--seeds", "0"]),
+        ("results-seeds", args.cifar10, ["--seeds", "0", "1", "2"]),
+        ("results-cifar100", args.cifar100, ["--dataset", "cifar100", "--trainers", "sl", "rl_bare"]),
+    ):
+        runs = args.folder / ("runs-cifar100" if name == "results-cifar100" else "runs")
+        command = [sys.executable, "-m", "benchmarks.results", *options, "--runs", str(runs), "--jobs", "4",
+                   "--out", str(args.folder / f"{name}.md"), *(["--data", str(data)] if data else [])]  # fmt: skip
+        tiny = ["trainer.epochs=2", "dataset.train_samples=200", "model=alicnn", "logger=none"]
+        small = ["--dataset", "digits", "--samples", "20", "--train", *tiny, "--judge", "logger=none"]
+        found[name] = [*command, *(small if args.tiny else ["--samples", "1000", "--train", "hardware=fast"])]
     return found
 
 
@@ -76,12 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the outputs are kept")
     parser.add_argument("--cifar10", type=Path, help="a local copy; without it torchvision's, and digits to attack")
+    parser.add_argument("--cifar100", type=Path, help="a local copy")
     parser.add_argument("--imagenet100", type=Path, help="a local copy of ImageNet-100, for memory at 224x224")
     parser.add_argument("--minutes", type=float, help="stop after so many, and say what is left")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="digits and few steps, and no benchmarks")
     parser.add_argument("--dry-run", action="store_true", help="print what is left, and do none of it")
     args = parser.parse_args()
-    for key in ("folder", "cifar10", "imagenet100"):
+    for key in ("folder", "cifar10", "cifar100", "imagenet100"):
         if getattr(args, key):
             setattr(args, key, getattr(args, key).resolve())
     until = time.monotonic() + 60 * args.minutes if args.minutes else None

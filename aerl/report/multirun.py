@@ -81,6 +81,8 @@ class Manifest:
         from aerl.config.multirun import check_jobs, sweep_jobs
 
         inherited = [word for word in config.hydra.overrides.task if re.split("[=.]", word)[0] in _INHERITED]
+        if any(word.startswith("multirun_sweeps=") for word in self.then):
+            inherited += [word for word in config.hydra.overrides.hydra if re.match("hydra[/.]launcher", word)]
         jobs, before = sweep_jobs(config), read_plan(folder)
         same = jobs is not None and jobs == before.get("jobs")
         if jobs is not None and not same:
