@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in steps that can be interrupted: `python -m benchmarks.gpu FOLDER`.
 
-The most valuable comes first: the tests marked gpu; sl, rl, rl_readme and an sl of equal accuracy with the 6-layer CNN, one
-seed, then two more; CIFAR-100, judged with and without normalisation; then speed and memory.
+The most valuable comes first: the tests marked gpu; sl, rl, rl_readme and an sl of equal accuracy with the 6-layer CNN,
+one seed, then two more; CIFAR-100, judged with and without normalisation; then speed and memory.
 
 The output of each finished step is in FOLDER; a repeated command resumes with the next step. With `--minutes 10` it
 stops by itself. At the end FOLDER holds results.md, results-seeds.md and results-cifar100.md for docs/results.md, and

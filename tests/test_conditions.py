@@ -9,7 +9,14 @@ import pytest
 from aerl.evaluation.statistics import crossed_difference, mean_difference, paired_difference
 from tests.runs import finish, summary_of
 
-ATTACKS = ("attack=[pgd_paper,fgsm]", "eps=0.5", "evaluation.samples=60", "analysis=none", "logger=none")
+ATTACKS = (
+    "attack=[pgd_paper,fgsm]",
+    "attack.pgd_paper.steps=5",
+    "eps=0.5",
+    "evaluation.samples=60",
+    "analysis=none",
+    "logger=none",
+)
 
 
 def table(path):
@@ -23,11 +30,10 @@ def runs(tmp_path_factory, data_dir):
     place = tmp_path_factory.mktemp("conditions")
     finish(place, data_dir, "-m", "trainer=sl,rl", "trainer.epochs=2", *ATTACKS)
     folders = [str(next(place.glob(f"runs/digits/alicnn/{trainer}/*/seed0"))) for trainer in ("sl", "rl")]
-    withheld = []
-    for number, folder in enumerate(folders):
-        words = ("trainer=none", f"checkpoint={folder}", f"name=w{number}", "evaluation.withhold_normalization=true")
-        finish(place, data_dir, *words, *ATTACKS)
-        withheld.append(str(place / f"runs/w{number}"))
+    words = ("trainer=none", f"checkpoint={','.join(folders)}", "evaluation.withhold_normalization=true")
+    finish(place, data_dir, "-m", *words, *ATTACKS)
+    judged = {summary_of(path)["origin"]["trainer"]: str(path) for path in place.glob("runs/digits/alicnn/none/*/*")}
+    withheld = [judged["sl"], judged["rl"]]
     steps = (
         "[{label:a,trainer:sl},{label:b,trainer:rl},{label:c,trainer:rl,attack:pgd_paper},"
         "{label:d,trainer:rl,attack:pgd_paper,withheld:true}]"
@@ -62,13 +68,13 @@ def test_the_waterfall_adds_up_to_what_the_runs_measured(runs):
 def test_a_run_judged_without_its_normalisation_says_so_and_is_verified(runs, data_dir):
     from aerl.verify import verify
 
-    place, folders, withheld = runs
-    page = (place / "runs/w0/report.html").read_text()
+    _, folders, withheld = runs
+    page = Path(withheld[0], "report.html").read_text()
     summary = summary_of(Path(withheld[0]))
     assert "not the model's robustness" in page.replace("&#39;", "'") and "without its normalisation" in page
     assert any("withhold_normalization" in doubt for doubt in summary["doubts"])
     assert summary["clean_accuracy"]["value"] != summary_of(Path(folders[0]))["clean_accuracy"]["value"]
-    checks = {check.name: check.faults for check in verify(place / "runs/w0")}
+    checks = {check.name: check.faults for check in verify(Path(withheld[0]))}
     assert "evidence" in checks and not any(checks.values())
 
 
