@@ -30,6 +30,7 @@ TRAINERS = {
     "rl_fgsm": ["experiment=paper_rl_readme", "trainer.name=rl_fgsm", "trainer.act.coin=sample",
                 "trainer.probability_floor=0"],
     "sl_until": ["experiment=paper_sl", "trainer.name=sl_until"],  # and trainer.until, see `train`
+    "sl_operations": ["experiment=paper_sl", "trainer.name=sl_operations", "trainer.epochs=183"],  # those of rl_readme
     "sl_adv": ["experiment=paper_sl_readme"],
     "rl_adv": ["experiment=paper_rl_adv"],
     "rl_expected": ["experiment=paper_rl", "trainer.name=rl_expected", "trainer.act.expected=true"],

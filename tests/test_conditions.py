@@ -42,6 +42,7 @@ def runs(tmp_path_factory, data_dir):
         place, data_dir, "trainer=none", f"checkpoint={folders[0]}", "attack=none", "analysis=conditions",
         "logger=none",
         f"analysis.conditions.runs=[{','.join(withheld)}]", f"analysis.conditions.steps={steps}", "name=all",
+        "analysis.conditions.against={rl:sl}",
     )  # fmt: skip
     return place, folders, withheld
 
@@ -62,7 +63,9 @@ def test_the_waterfall_adds_up_to_what_the_runs_measured(runs):
     for row in rows[1:]:
         assert float(row["difference_low"]) <= float(row["difference"]) <= float(row["difference_high"])
     assert [row["trainer"] for row in table(place / "runs/all/tables/conditions.csv")] == ["sl", "sl", "rl", "rl"]
-    assert (place / "runs/all/figures/waterfall.png").is_file()
+    effects = {row["attack"]: float(row["difference"]) for row in table(place / "runs/all/tables/effects.csv")}
+    assert effects["worst_case"] == pytest.approx(changes[0])
+    assert all((place / f"runs/all/figures/{name}.png").is_file() for name in ("conditions", "waterfall", "effects"))
 
 
 def test_a_run_judged_without_its_normalisation_says_so_and_is_verified(runs, data_dir):

@@ -50,12 +50,16 @@ class Conditions:
     last, one cause at a time. `attack` is clean, worst_case or the name of one; `withheld` takes the runs that were
     judged with evaluation.withhold_normalization=true.
 
+    against: by trainer, the one that it differs from in a single cause: figures/effects.png and tables/effects.csv have
+    the difference of the two, of other seeds.
+
     Writes tables/conditions.csv and figures/conditions.png, with steps also tables/waterfall.csv and
     figures/waterfall.png. Raises UserError if the runs have other samples, or lack a step.
     """
 
     runs: list[FinishedRun]
     steps: list[dict[str, Any]] = field(default_factory=list)
+    against: dict[str, str] = field(default_factory=dict)
     tested: Samples | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +79,19 @@ class Conditions:
         results = self._conditions(context, judged, caption)
         if self.steps:
             self._waterfall(context, judged, caption)
+        if self.against:
+            self._effects(context, judged, caption)
         return results
+
+    def _effects(self, context: AnalysisContext, judged: "Runs", caption: str) -> None:
+        rows: list[list[Any]] = []
+        for trainer, base in self.against.items():
+            one, other = (_of(judged, name, False, "against") for name in (trainer, base))
+            for attack in (_CLEAN, _PAPER, _WORST):
+                pair = (_rewards(seeds, attack, "against") for seeds in (one, other))
+                rows.append([trainer, base, attack, *mean_difference(*pair, same_models=False)])
+        context.table("effects", ("trainer", "against", "attack", *_DIFFERENCE), rows)
+        context.draw("effects", _changes(rows, caption), caption)
 
     def _conditions(self, context: AnalysisContext, judged: "Runs", caption: str) -> list[Result]:
         rows, results = [], []
@@ -104,11 +120,8 @@ class Conditions:
         before, base = np.empty((0, 0)), ("", False)
         for step in self.steps:
             key = (step["trainer"], bool(step.get("withheld", False)))
-            if key not in judged:
-                known = ", ".join(f"{name}{' (withheld)' * off}" for name, off in judged)
-                raise UserError(f"steps: {step['label']}: no run of {key[0]}{' (withheld)' * key[1]}; known: {known}")
             attack = step.get("attack", _WORST)
-            rewards = _rewards(judged[key], attack, step["label"])
+            rewards = _rewards(_of(judged, *key, f"steps: {step['label']}"), attack, step["label"])
             low, high = crossed_interval(rewards)
             row = [step["label"], key[0], attack, "withheld" if key[1] else "", float(rewards.mean()), low, high]
             difference: Sequence[float | None] = (None, None, None)
@@ -149,6 +162,13 @@ def _read(folders: Sequence[str]) -> tuple[Runs, str, int]:
     return found, first[2], len(first[1][1]["label"])
 
 
+def _of(judged: Runs, trainer: str, withheld: bool, where: str) -> dict[int, Judged]:
+    if (trainer, withheld) in judged:
+        return judged[trainer, withheld]
+    known = ", ".join(f"{name}{' (withheld)' * off}" for name, off in judged)
+    raise UserError(f"{where}: no run of {trainer}{' (withheld)' * withheld}; known: {known}")
+
+
 def _rewards(seeds: Mapping[int, Judged], attack: str, where: str) -> np.ndarray:
     """(seeds, n)."""
     return np.stack([seeds[seed].rewards(attack, where) for seed in sorted(seeds)])
@@ -173,17 +193,40 @@ def _missed(seeds: Mapping[int, Judged]) -> float | None:
     return missed / fooled if fooled else None
 
 
+_KINDS = (
+    (_CLEAN, figures.GREY, "clean", 0.2),
+    (_PAPER, figures.VERMILION, "the paper's attack", 0.0),
+    (_WORST, figures.BLUE, "worst case", -0.2),
+)
+
+
+def _changes(rows: Sequence[Sequence[Any]], caption: str) -> Any:
+    """A line for each cause: how it changes each accuracy."""
+    pairs = list(dict.fromkeys((row[0], row[1]) for row in rows))
+    figure, ((axis,),) = figures.subplots(figsize=(9.5, 1.4 + 0.42 * len(pairs)))
+    for key, colour, label, offset in _KINDS:
+        for trainer, base, attack, *numbers in rows:
+            if attack == key:
+                place, (value, *ends) = offset - pairs.index((trainer, base)), [100 * number for number in numbers]
+                axis.plot(ends, [place, place], color=colour, linewidth=1.2, alpha=0.6)
+                axis.plot(value, place, "o", color=colour, markersize=5)
+        axis.plot([], [], "o-", color=colour, markersize=5, label=label)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(-np.arange(len(pairs)), [f"{trainer} against {base}" for trainer, base in pairs])
+    axis.set(xlabel="difference, points", title=f"{caption}; lines: 95 % intervals")
+    axis.title.set_fontsize(10)
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def _dots(rows: Sequence[Mapping[str, Any]], caption: str) -> Any:
     """A line for each condition: its accuracies with their intervals, and how saturated it is."""
     figure, axes = figures.subplots(
         1, 2, figsize=(10.5, 1.9 + 0.42 * len(rows)), sharey=True, gridspec_kw={"width_ratios": [5, 2]}
     )
-    kinds = (
-        (_CLEAN, figures.GREY, "clean", 0.2),
-        (_PAPER, figures.VERMILION, "the paper's attack", 0.0),
-        (_WORST, figures.BLUE, "worst case", -0.2),
-    )
-    for key, colour, label, offset in kinds:
+    for key, colour, label, offset in _KINDS:
         for place, row in enumerate(rows):
             if key in row:
                 value, *ends = (100 * row[f"{key}{end}"] for end in ("", "_low", "_high"))
