@@ -42,7 +42,7 @@ def runs(tmp_path_factory, data_dir):
         place, data_dir, "trainer=none", f"checkpoint={folders[0]}", "attack=none", "analysis=conditions",
         "logger=none",
         f"analysis.conditions.runs=[{','.join(withheld)}]", f"analysis.conditions.steps={steps}", "name=all",
-        "analysis.conditions.against={rl:sl}",
+        "analysis.conditions.against=[[rl,sl]]",
     )  # fmt: skip
     return place, folders, withheld
 

@@ -50,8 +50,8 @@ class Conditions:
     last, one cause at a time. `attack` is clean, worst_case or the name of one; `withheld` takes the runs that were
     judged with evaluation.withhold_normalization=true.
 
-    against: by trainer, the one that it differs from in a single cause: figures/effects.png and tables/effects.csv have
-    the difference of the two, of other seeds.
+    against: pairs of trainers, [this one, the one that it differs from in a single cause]: figures/effects.png and
+    tables/effects.csv have their differences.
 
     Writes tables/conditions.csv and figures/conditions.png, with steps also tables/waterfall.csv and
     figures/waterfall.png. Raises UserError if the runs have other samples, or lack a step.
@@ -59,7 +59,7 @@ class Conditions:
 
     runs: list[FinishedRun]
     steps: list[dict[str, Any]] = field(default_factory=list)
-    against: dict[str, str] = field(default_factory=dict)
+    against: list[tuple[str, str]] = field(default_factory=list)
     tested: Samples | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Conditions:
 
     def _effects(self, context: AnalysisContext, judged: "Runs", caption: str) -> None:
         rows: list[list[Any]] = []
-        for trainer, base in self.against.items():
+        for trainer, base in self.against:
             one, other = (_of(judged, name, False, "against") for name in (trainer, base))
             for attack in (_CLEAN, _PAPER, _WORST):
                 pair = (_rewards(seeds, attack, "against") for seeds in (one, other))
