@@ -17,7 +17,7 @@ from aerl.attacks.foreign import as_attack
 from aerl.config.compose import of_run, run_names
 from aerl.config.schema import Config, Model
 from aerl.config.targets import bind, locate
-from aerl.data import DataSplits, augment, limit_training, prepare, rows, to_unit
+from aerl.data import DataSplits, augment, limit_training, mix, prepare, rows, to_unit
 from aerl.errors import UserError, foreign_code, is_foreign, named
 from aerl.evaluation.metrics import Metric
 from aerl.models import Classifier
@@ -28,6 +28,8 @@ from aerl.runtime.device import Hardware
 from aerl.runtime.paths import local
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
+from aerl.training.objectives import takes_mixed_labels
+from aerl.training.schedule import Schedule
 from aerl.types import Norm
 
 log = logging.getLogger("aerl")
@@ -169,21 +171,31 @@ def build_recipe(config: Config) -> Recipe | None:
         raise UserError(f"trainer.probability_floor={trainer.probability_floor:g}: {target} has no floor; expected 0")
     call = objective.forward if isinstance(objective, nn.Module) else objective
     scheduled = hasattr(act, "at") and "act" in inspect.signature(call).parameters
+    images = config.dataset.augmentation.model_dump()
+    labels = {key: images.pop(key) for key in ("cutmix", "mixup")}
+    for key, alpha in labels.items():
+        if alpha and not takes_mixed_labels(objective, act):
+            raise UserError(
+                f"dataset.augmentation.{key}={alpha:g}: mixes the labels of two images, and an action has one class; "
+                f"expected 0, or a trainer by cross-entropy: trainer=ce trains like rl"
+            )
+    schedule = Schedule(**trainer.schedule.model_dump())
+    schedule.check(trainer.epochs)
     return Recipe(
         epochs=trainer.epochs,
         batch_size=trainer.batch_size,
         optimizer=bind(trainer.optimizer, "trainer.optimizer", later=["params"]),
         objective=objective,
-        schedule=trainer.schedule.kind,
-        warmup=trainer.schedule.warmup,
-        floor=trainer.schedule.floor,
-        per=trainer.schedule.per,
+        schedule=schedule,
         clip=trainer.clip,
         adversary=adversary,
         select=trainer.select,
         until=trainer.until,
+        patience=trainer.patience,
+        ema=trainer.ema,
         act=act if scheduled else None,
-        augment=partial(augment, **config.dataset.augmentation),  # type: ignore[arg-type]
+        augment=partial(augment, **images),
+        mix=partial(mix, **labels) if any(labels.values()) else None,
     )
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms import RandomAffine
+from torchvision.transforms import RandomAffine, RandomCrop, v2
 from torchvision.transforms import functional as tv
 
-from aerl.data import augment
+from aerl.data import augment, mix
 
 
 def pictures(count: int, channels: int = 3, height: int = 32, width: int = 32) -> Tensor:
@@ -56,6 +56,51 @@ def test_shifts_are_distributed_as_torchvision_draws_them() -> None:
             difference = (ours == shift).float().mean() - theirs.count(shift) / len(theirs)
             assert abs(difference) < 0.04  # four standard deviations
     assert abs(torch.corrcoef(torch.stack([rows, columns]).float())[0, 1]) < 0.07  # drawn independently
+
+
+def test_crops_are_the_cuts_from_a_padded_image_and_all_of_them_equally_often() -> None:
+    images = pictures(2000, 1, 8, 6)
+    padded = torch.nn.functional.pad(images, [2, 2, 2, 2])
+    cuts = torch.stack([padded[:, :, i : i + 8, j : j + 6] for i in range(5) for j in range(5)])
+    which = (cuts == augment(images, seeded(0), crop=2)).all(dim=(2, 3, 4))
+    assert (which.sum(0) == 1).all() and which.sum(1).max() < 2 * which.sum(1).min()  # 80 each, within four deviations
+    torch.manual_seed(0)
+    theirs = {tuple(RandomCrop.get_params(padded[0], (8, 6))[:2]) for _ in range(500)}
+    assert len(theirs) == len(cuts)
+
+
+def test_cutout_is_a_square_around_any_pixel_cut_off_at_the_border() -> None:
+    cut = augment(torch.full((3000, 2, 9, 7), 255, dtype=torch.uint8), seeded(0), cutout=4) == 0
+    assert torch.equal(cut[:, 0], cut[:, 1])
+    rows, columns = cut[:, 0].any(2), cut[:, 0].any(1)
+    assert torch.equal(cut[:, 0], rows[:, :, None] & columns[:, None, :])  # a rectangle
+    seen = {(int(a), int(b)) for a, b in zip(rows.int().argmax(1), rows.sum(1), strict=True)}
+    # Centre c covers rows c - 2 to c + 1, those of them that there are.
+    assert seen == {(max(0, c - 2), min(9, c + 2) - max(0, c - 2)) for c in range(9)}
+    assert columns.sum(1).min() == 2 and columns.sum(1).max() == 4
+
+
+def test_randaugment_is_torchvisions_with_its_own_operations_for_each_eighth() -> None:
+    images = pictures(32)
+    torch.manual_seed(3)
+    changed = augment(images, seeded(0), randaugment=2, magnitude=15)
+    torch.manual_seed(3)
+    transform = v2.RandAugment(2, 15)
+    assert torch.equal(changed, torch.cat([transform(part) for part in images.split(4)]))
+    assert not torch.equal(changed, images)
+
+
+@pytest.mark.parametrize("settings", [{"cutmix": 1.0}, {"mixup": 0.4}, {"cutmix": 1.0, "mixup": 1.0}])
+def test_mixed_images_carry_the_labels_of_both_by_their_share(settings) -> None:
+    x = torch.arange(6.0).div(5)[:, None, None, None].expand(6, 1, 8, 8).contiguous()  # the label is in every pixel
+    y, kinds = torch.arange(6), set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        mixed, shares = mix(x, y, 6, **settings)
+        torch.testing.assert_close(shares.sum(1), torch.ones(6))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(6.0).div(5))
+        kinds.add("cutmix" if set(mixed.unique().tolist()) <= set(x.unique().tolist()) else "mixup")
+    assert kinds >= settings.keys()
 
 
 def test_nothing_to_do_gives_back_the_very_images_and_draws_nothing() -> None:

@@ -18,16 +18,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aerl.attacks import BatchGenerator, pgd
 from aerl.build import build_recipe
 from aerl.config.compose import read
-from aerl.data import Batches, DataSplits, Split, augment, to_unit
+from aerl.data import Batches, DataSplits, Split, augment, mix, to_unit
 from aerl.errors import UserError
 from aerl.models import Classifier
 from aerl.runtime import signals
 from aerl.runtime.device import stream
 from aerl.tracking.results import ResultLog, read_results
 from aerl.training import checkpoint
-from aerl.training.loop import Adversary, Recipe, TrainStep, check_recipe, fit, learning_rate, validate
-from aerl.training.objectives import EpsilonGreedy, Labels, adversarial_training, policy_gradient, trades
+from aerl.training.average import Average
+from aerl.training.loop import Adversary, Recipe, TrainStep, check_recipe, fit, validate
+from aerl.training.objectives import (
+    EpsilonGreedy,
+    Labels,
+    adversarial_training,
+    label_smoothing,
+    policy_gradient,
+    policy_loss,
+    trades,
+)
 from aerl.training.reinforce import Reinforce
+from aerl.training.schedule import Schedule
 from tests.conftest import ROOT
 from tests.runs import results_of
 
@@ -64,8 +74,7 @@ def recipe(**changes) -> Recipe:
         "batch_size": 32,
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
         "objective": policy(),
-        "schedule": "cosine",
-        "warmup": 0.1,
+        "schedule": Schedule("cosine", warmup=0.1),
         "clip": 1.0,
         "augment": partial(augment, hflip=0.0, vflip=0.5, translate=0.1),
     }
@@ -169,17 +178,131 @@ def test_a_training_step_never_waits_for_the_device(hardware, trainer, precision
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}  # in the adversary, too
 
 
-def test_learning_rate_schedules():
-    factors = [learning_rate(step, 100, "linear", 0.1) for step in range(100)]
-    assert factors[0] == 0 and factors[5] == pytest.approx(0.5) and factors[10] == 1
-    assert factors[55] == pytest.approx(0.5) and factors[99] == pytest.approx(1 / 90)
-    cosine = [learning_rate(step, 100, "cosine", 0.0) for step in range(100)]
-    assert cosine[0] == 1 and cosine[50] == pytest.approx(0.5) and cosine == sorted(cosine, reverse=True)
-    assert {learning_rate(step, 100, "constant", 0.0) for step in range(100)} == {1.0}
-    # The paper's code: once an epoch, epoch/5 for epochs 0 to 4, then max(0.1, (100 - epoch)/95).
-    paper = recipe(epochs=100, schedule="linear", warmup=0.05, floor=0.1, per="epoch")
-    expected = [epoch / 5 if epoch < 5 else max(0.1, (100 - epoch) / 95) for epoch in range(100)]
-    assert [paper.learning_rate(epoch, 7, 10) for epoch in range(100)] == pytest.approx(expected)
+def factors(schedule, epochs=10, steps=10):
+    """The factor of every step."""
+    return [schedule.factor(epoch, step, steps, epochs) for epoch in range(epochs) for step in range(steps)]
+
+
+def of_torch(make, steps=100):
+    """The rate of every step of one of torch's schedulers, for a base rate of 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules_are_those_of_torch():
+    from torch.optim import lr_scheduler as torchs
+
+    cases = [
+        (Schedule("cosine"), lambda o: torchs.CosineAnnealingLR(o, 100)),
+        (Schedule("cosine", restarts=3), lambda o: torchs.CosineAnnealingWarmRestarts(o, 25)),
+        (Schedule("linear"), lambda o: torchs.LinearLR(o, 1.0, 0.0, 100)),
+        (Schedule("constant", warmup=0.2, start=0.5), lambda o: torchs.LinearLR(o, 0.5, 1.0, 20)),
+        (Schedule("step", milestones=[4, 7], gamma=0.2), lambda o: torchs.MultiStepLR(o, [40, 70], 0.2)),
+    ]
+    for schedule, make in cases:
+        assert factors(schedule) == pytest.approx(of_torch(make), abs=1e-6), schedule
+    # Torch's reaches its peak and its end one step earlier: the same is a cycle of one step more.
+    one_cycle = of_torch(lambda o: torchs.OneCycleLR(o, 1.0, total_steps=101, pct_start=31 / 101))
+    assert factors(Schedule("one_cycle", warmup=0.3, start=0.04, floor=4e-6)) == pytest.approx(one_cycle, abs=5e-6)
+
+
+def test_schedules_warm_up_from_zero_and_change_by_step_or_by_epoch():
+    linear = factors(Schedule("linear", warmup=0.1))
+    assert linear[:10] == pytest.approx([step / 10 for step in range(10)]) and linear[10] == 1 and 0 < linear[-1] < 0.02
+    assert set(factors(Schedule())) == {1.0}
+    paper = Schedule("linear", warmup=0.05, floor=0.1, per="epoch")
+    expected = [epoch / 5 if epoch < 5 else max(0.1, 1 - (epoch - 5) / 95) for epoch in range(100)]
+    assert [paper.factor(epoch, 7, 10, 100) for epoch in range(100)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            {"kind": "step", "milestones": [75, 90]},
+            r"milestones=\[75, 90\]: after the last epoch; .*=20 try \[16, 19\]",
+        ),
+        ({"kind": "step"}, r"kind=step needs epochs, such as \[15\]"),
+        ({"kind": "linear", "milestones": [5]}, "belong to trainer.schedule.kind=step, not linear"),
+        ({"kind": "linear", "restarts": 2}, "restarts=2: belongs to trainer.schedule.kind=cosine"),
+        ({"kind": "one_cycle"}, "warmup=0: .*try 0.3"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_training_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        Schedule(**settings).check(20)
+
+
+def test_the_average_of_the_weights_is_validated_kept_and_resumed(tmp_path, train, data, hardware):
+    """best.pt has the moving average, computed here by hand; last.pt goes on with both sets of weights."""
+    end = train(recipe(ema=0.9, select="last"), "whole")
+    best = torch.load(tmp_path / "whole/checkpoints/best.pt")["model"]
+    assert not all(torch.equal(best[name], end[0][name]) for name in best)
+    augment, steps = recipe().augment, iter(range(1000))
+
+    def stops(images, generator):
+        if next(steps) == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return augment(images, generator)
+
+    with signals.listening(), suppress(signals.Stopped):
+        train(recipe(ema=0.9, select="last", augment=stops), "cut")
+    with signals.listening():
+        again = train(recipe(ema=0.9, select="last"), "cut")
+    assert_same(tmp_path, again, end)
+    resumed = torch.load(tmp_path / "cut/checkpoints/best.pt")["model"]
+    assert all(torch.equal(best[name], resumed[name]) for name in best)
+
+
+def test_an_average_is_the_sum_of_the_weights_by_their_decay():
+    model = nn.BatchNorm1d(1)
+    average = Average(model, 0.5)
+    expected = model.weight.item()
+    for step in range(1, 5):
+        with torch.no_grad():
+            model.weight.fill_(10.0 * step)
+            model.running_mean.fill_(step)
+            model.num_batches_tracked.fill_(step)
+        average.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * 10 * step
+    assert average.model.weight.item() == pytest.approx(expected)
+    assert 0 < average.model.running_mean.item() < 4 and average.model.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("objective", [policy(), partial(label_smoothing, weight=1.0, smoothing=0.1)])
+@pytest.mark.parametrize("adversary", [None, Adversary(FGSM)])
+def test_mixed_labels_are_trained_on_by_their_shares(train, tmp_path, objective, adversary):
+    """The adversary attacks the class of the largest share, and the loss is cross-entropy with the shares."""
+    with signals.listening():
+        train(recipe(objective=objective, mix=partial(mix, cutmix=1.0), adversary=adversary, epochs=12))
+    accuracy = [
+        r.value for r in read_results(tmp_path / "results.jsonl") if r.metric == "accuracy" and r.split == "val"
+    ]
+    assert accuracy[-1] > 0.9
+
+
+def test_the_loss_of_mixed_labels_is_cross_entropy_with_their_shares():
+    logits, labels, shares = torch.randn(5, 3), torch.arange(5) % 3, torch.rand(5, 3).softmax(1)
+    for floor in (0.0, 1e-6):
+        loss = policy_loss(logits, shares, shares, floor)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, shares, reduction="none"), rtol=1e-4, atol=1e-4)
+        whole = F.one_hot(labels, 3).float()
+        torch.testing.assert_close(policy_loss(logits, whole, whole, floor), policy_loss(logits, labels, labels, floor))
+
+
+def test_training_ends_when_it_no_longer_improves(train, tmp_path):
+    """With a rate of 0 and accuracies that stay equal: epoch 1 is the last that improved."""
+    frozen = network().eval()
+    frozen.train = lambda mode=True: frozen
+    train(recipe(epochs=40, patience=3, optimizer=partial(torch.optim.SGD, lr=0.0)), model=frozen)
+    epochs = [r.step for r in read_results(tmp_path / "results.jsonl") if r.metric == "loss" and r.split == "train"]
+    assert epochs == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -54,10 +54,17 @@ def run_command(main: Callable[[], object]) -> int:
 
 
 def prepare_words(words: Sequence[str]) -> list[str]:
-    """The checked words of a command line as Hydra reads them: -m first, a path that begins with ~ in quotes."""
+    """The checked words of a command line as Hydra reads them.
+
+    -m comes first, a path that begins with ~ in quotes. ++ goes before the settings of an optimizer and a network:
+    their keys are those of the `_target_`, of which a YAML file has only some.
+    """
     for word in words:
         _check(word)
     quoted = [re.sub(r"(?<=[=,\[])~[\w./@+:-]*(?=[,\]]|$)", r"'\g<0>'", word) for word in words]
+    if "trainer=none" not in words:
+        quoted = [re.sub(r"^trainer\.optimizer\.\w+=", r"++\g<0>", word) for word in quoted]
+    quoted = [re.sub(r"^model\.net\.\w+=", r"++\g<0>", word) for word in quoted]
     return sorted(quoted, key=lambda word: word not in ("-m", "--multirun"))
 
 

@@ -77,6 +77,7 @@ def _missing_option(name: str) -> str:
 
 def _several(key: str, values: str) -> str:
     """Several values without -m."""
+    key = key.lstrip("+")
     line = f"{key}={values}: several values; -m {key}={values} runs one job for each"
     return line + f", '{key}=[{values}]' takes them together" * (key in LISTS)
 

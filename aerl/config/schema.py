@@ -39,6 +39,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
+class Augmentation(Section):
+    hflip: Probability = 0.0
+    vflip: Probability = 0.0
+    translate: Probability = 0.0
+    crop: Index = 0
+    cutout: Index = 0
+    randaugment: Index = 0
+    magnitude: Annotated[Index, Field(le=30)] = 9
+    cutmix: NonNegative = 0.0
+    mixup: NonNegative = 0.0
+
+
 class Dataset(Section):
     name: Name
     epochs: Count
@@ -48,7 +60,7 @@ class Dataset(Section):
     train_samples: Count | None
     val_fraction: Annotated[Positive, Field(lt=1)]
     split_seed: Annotated[Index, Field(lt=2**32)]  # as NumPy takes them
-    augmentation: dict[Literal["hflip", "vflip", "translate"], Probability]
+    augmentation: Augmentation
     source: Target
 
 
@@ -60,10 +72,14 @@ class Model(Section):
 
 
 class Schedule(Section):
-    kind: Literal["constant", "linear", "cosine"]
+    kind: Literal["constant", "linear", "cosine", "one_cycle", "step"]
     warmup: Probability
     floor: Probability = 0.0
     per: Literal["step", "epoch"] = "step"
+    start: Probability = 0.0
+    restarts: Index = 0
+    milestones: list[Index] = []
+    gamma: Probability = 0.1
 
 
 class Adversary(Section):
@@ -85,6 +101,8 @@ class Trainer(Section):
     adversary: Adversary | None
     select: Literal["val_accuracy", "val_loss", "val_adversarial_accuracy", "last"]
     until: Probability | None = None
+    patience: Count | None = None
+    ema: Annotated[Probability, Field(lt=1)] | None = None
 
 
 class Evaluation(Section):

@@ -1,6 +1,6 @@
 """Datasets: opened by a source, prepared once, and handed out in batches."""
 
-from aerl.data.augmentation import augment
+from aerl.data.augmentation import augment, mix
 from aerl.data.batches import Batches, to_unit
 from aerl.data.prepare import prepare
 from aerl.data.sources import Source, Table
@@ -14,6 +14,7 @@ __all__ = [
     "Table",
     "augment",
     "limit_training",
+    "mix",
     "prepare",
     "rows",
     "subset",

@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         x = self.normalize(x)
         if self.contiguous:  # .contiguous() would keep the ambiguous strides of a single channel
             x = x.flatten(1).view(x.shape)
-        remedy = "for torchvision networks with auxiliary outputs set +model.net.aux_logits=false"
+        remedy = "for torchvision networks with auxiliary outputs set model.net.aux_logits=false"
         return as_logits(self.net(x), x, "model.net", remedy)
 
 

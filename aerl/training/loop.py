@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,7 +25,9 @@ from aerl.runtime.device import Hardware, is_out_of_memory, seed_from, stream
 from aerl.runtime.progress import progress
 from aerl.tracking.results import ResultLog
 from aerl.training import checkpoint
-from aerl.training.objectives import Act, Objective
+from aerl.training.average import Average
+from aerl.training.objectives import Act, Objective, largest
+from aerl.training.schedule import Schedule
 
 log = logging.getLogger("aerl")
 
@@ -52,31 +54,27 @@ class Adversary:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A trainer. `optimizer` takes the parameters; `augment` takes (images, generator).
+    """A trainer. `optimizer` takes the parameters; `augment` takes (images, generator), `mix` (x, y, classes).
 
     With `act` the objective is called with the act of each step, otherwise with the one that it has.
-    Training ends early after an epoch with a validation accuracy of `until` or more.
+    Training ends early after an epoch with a validation accuracy of `until` or more, or after `patience` epochs without
+    a better score. `ema` is the decay per step of a moving average of the weights, which is then validated and kept.
     """
 
     epochs: int
     batch_size: int
     optimizer: Callable[..., torch.optim.Optimizer]
     objective: Objective
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = 0.0
-    floor: float = 0.0
-    per: Literal["step", "epoch"] = "step"
+    schedule: Schedule = field(default_factory=Schedule)
     clip: float | None = None
     adversary: Adversary | None = None
     select: str = "val_accuracy"
     until: float | None = None
+    patience: int | None = None
+    ema: float | None = None
     act: Scheduled | None = None
     augment: Callable[..., Tensor] = lambda images, generator: images
-
-    def learning_rate(self, epoch: int, step: int, steps: int) -> float:
-        """The factor on the base rate at a `step` of an `epoch` of `steps`, all counted from 0."""
-        place = (epoch * steps + step, self.epochs * steps) if self.per == "step" else (epoch, self.epochs)
-        return learning_rate(*place, self.schedule, self.warmup, self.floor)
+    mix: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def fit(
@@ -99,7 +97,8 @@ def fit(
     val = Batches(data.val, max(256, batch_size), device, shared=True)
     if isinstance(recipe.objective, nn.Module):
         recipe.objective.to(device)
-    checkpoints = _Checkpoints(folder, model, optimizer, recipe.objective, results)
+    average = None if recipe.ema is None else Average(model, recipe.ema)
+    checkpoints = _Checkpoints(folder, model, average, optimizer, recipe.objective, results)
     train_step = ddp.data_parallel(TrainStep(model, recipe.objective, hardware))
     parts = {"model.net": getattr(model, "net", model), "trainer.objective": recipe.objective}
     parts |= {f"trainer.{key}": v for key, v in getattr(recipe.objective, "keywords", {}).items() if key == "act"}
@@ -119,10 +118,12 @@ def fit(
             model.train()
             with _explained(epoch, recipe, train, checkpoints):
                 for images, y in train.epoch(stream(seed, "batches", number), begin):
-                    factor = recipe.learning_rate(number, epoch.steps, len(train))
+                    factor = recipe.schedule.factor(number, epoch.steps, len(train), recipe.epochs)
                     for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                         group["lr"] = rate * factor
                     x = to_unit(recipe.augment(images, epoch.streams["augmentation"]), hardware.memory_format)
+                    if recipe.mix is not None:
+                        x, y = recipe.mix(x, y, data.num_classes)
                     noise = stream(seed, "adversary", number, epoch.steps, *_rank(), device=device) if attack else None
                     act = recipe.act and recipe.act.at((number * len(train) + epoch.steps) / total)
                     optimizer.zero_grad()
@@ -132,6 +133,8 @@ def fit(
                     grad_norm = gradient_norm(model, recipe.clip)
                     with foreign_code("trainer.optimizer", optimizer):
                         optimizer.step()
+                    if average is not None:
+                        average.update(model)
                     epoch.append(metrics | {"loss": loss.detach(), "grad_norm": grad_norm})
                     shown = {"acc": metrics["accuracy"]} if "accuracy" in metrics else {}
                     bar.update(batch_size, **shown, loss=loss.detach(), epoch=f"{number + 1}/{recipe.epochs}")
@@ -146,11 +149,15 @@ def fit(
                 if begin < len(train):
                     means["images_per_second"] = (len(train) - begin) * batch_size / (time.monotonic() - began)
                 ddp.broadcast_weights(model)  # on the CPU each process has BatchNorm statistics of its own
+                if average is not None:
+                    ddp.broadcast_weights(average.model)
                 processes = ddp.gather(epoch.state())
                 epoch.check_finite({})
                 try:
                     with signals.stop_immediately(), foreign_parts():
-                        scores = validate(model, val, hardware, adversary if attack else None, seed)
+                        scores = validate(
+                            average.model if average else model, val, hardware, adversary if attack else None, seed
+                        )
                 except signals.Stopped:
                     checkpoints.save(number, step=len(train), processes=processes)
                     raise
@@ -158,14 +165,23 @@ def fit(
                 results.log(means, n=len(data.train), split="train", step=number + 1)
                 results.log(scores, n=len(data.val), split="val", step=number + 1)
                 checkpoints.consider(number + 1, _score(recipe.select, scores, number))
-                reached = recipe.until is not None and scores["accuracy"] >= recipe.until
-                if checkpoints.due() or number + 1 == recipe.epochs or reached or signals.stop_requested():
-                    checkpoints.save(recipe.epochs if reached else number + 1)  # reached: nothing is left to do
-                if reached:
-                    log.info("trainer.until=%g reached after epoch %d", recipe.until, number + 1)
+                ended = _early_end(recipe, number + 1, scores, checkpoints.improved)
+                if checkpoints.due() or number + 1 == recipe.epochs or ended or signals.stop_requested():
+                    checkpoints.save(recipe.epochs if ended else number + 1)  # ended: nothing is left to do
+                if ended:
+                    log.info("%s after epoch %d", ended, number + 1)
                     break
                 signals.raise_if_stopped()
     return checkpoints.best_epoch
+
+
+def _early_end(recipe: Recipe, epoch: int, scores: Mapping[str, float], improved: int) -> str | None:
+    """Why training ends after this epoch, before its time; the score improved last in epoch `improved`."""
+    if recipe.until is not None and scores["accuracy"] >= recipe.until:
+        return f"trainer.until={recipe.until:g}: reached"
+    if recipe.patience is not None and improved and epoch - improved >= recipe.patience:
+        return f"trainer.patience={recipe.patience}: no better score than that of epoch {improved}"
+    return None
 
 
 def gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
@@ -192,11 +208,12 @@ class TrainStep(nn.Module):
         self, x: Tensor, y: Tensor, generator: Generator, attack: Attack | None = None, noise: Generator | None = None,
         act: Act | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """x (B, C, H, W) in [0, 1], y (B,) -> the loss () and metrics (). `attack` draws from `noise`."""
+        """x (B, C, H, W) in [0, 1], labels y (B,) or their shares (B, K) -> the loss () and metrics (). `attack` draws
+        from `noise`."""
         x_adv = None
         if attack is not None:
             with self.hardware.autocast():
-                x_adv = attack(self.model, x, y, generator=BatchGenerator(noise or generator, len(x)))
+                x_adv = attack(self.model, x, largest(y), generator=BatchGenerator(noise or generator, len(x)))
         # Autocast keeps the weights that it has cast until it ends: those of the attack have no gradient.
         with self.hardware.autocast():
             given = {} if act is None else {"act": act}
@@ -259,29 +276,35 @@ class _Checkpoints:
     """last.pt, from which a training resumes, and best.pt, the weights with the best validation score."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, results: ResultLog
-    ) -> None:
+        self, folder: Path, model: nn.Module, average: Average | None, optimizer: torch.optim.Optimizer,
+        objective: Objective, results: ResultLog,
+    ) -> None:  # fmt: skip
         self.last, self.best = folder / "last.pt", folder / "best.pt"
-        self.model, self.optimizer, self.results = model, optimizer, results
+        self.model, self.average, self.optimizer, self.results = model, average, optimizer, results
         self.objective = objective if isinstance(objective, nn.Module) else nn.Identity()
         state = ddp.broadcast_from_main(lambda: checkpoint.load(self.last) if self.last.exists() else {})
         self.epoch, self.step, self.processes = state.get("epoch", 0), state.get("step", 0), state.get("processes")
         self.best_epoch, self.best_score = int(state.get("best_epoch", 0)), state.get("best_score", -math.inf)
+        self.improved = int(state.get("improved", self.best_epoch))
         self._best_weights: dict[str, Tensor] | None = None
         self._saved_at = time.monotonic()
         results.restore(state.get("results"))
         if state:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            if average is not None:
+                average.load_state_dict(state["average"])
             self.objective.load_state_dict(state.get("objective", {}))
             step = f" and step {self.step} of the next" if self.step else ""
             log.info("resuming after epoch %d%s, from %s", self.epoch, step, self.last)
 
     def consider(self, epoch: int, score: float | None) -> None:
         """Of equal scores the later wins. Copied off the device, whose memory training may need."""
+        if score is not None and score > self.best_score:
+            self.improved = epoch
         if score is not None and score >= self.best_score:
             self.best_epoch, self.best_score = epoch, score
-            weights = self.model.state_dict().items()
+            weights = (self.average.model if self.average else self.model).state_dict().items()
             self._best_weights = {name: value.detach().to("cpu", copy=True) for name, value in weights}
 
     def due(self) -> bool:
@@ -293,7 +316,9 @@ class _Checkpoints:
         if ddp.is_main():
             state: dict[str, Any] = {"epoch": epoch, "best_epoch": self.best_epoch, "best_score": self.best_score}
             state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            state |= {"objective": self.objective.state_dict()}
+            state |= {"improved": self.improved, "objective": self.objective.state_dict()}
+            if self.average is not None:
+                state["average"] = self.average.state_dict()
             checkpoint.save({**state, "results": self.results.seal(), **within_epoch}, self.last)
         self._saved_at = time.monotonic()
 
@@ -359,18 +384,6 @@ def check_recipe(recipe: Recipe, model: nn.Module, device: torch.device) -> None
         optimizer = recipe.optimizer([trial])
     with foreign_code("trainer.optimizer", remedy="expected an optimizer that takes dense gradients and no closure"):
         optimizer.step()
-
-
-def learning_rate(step: int, steps: int, schedule: str, warmup: float, floor: float = 0.0) -> float:
-    """The factor on the base rate at `step` of `steps`: linear warm-up from 0, then constant or down to 0, but never
-    below `floor`."""
-    warm = round(warmup * steps)
-    if step < warm:
-        return step / warm
-    remaining = 1 - (step - warm) / max(1, steps - warm)
-    if schedule == "linear":
-        return max(floor, remaining)
-    return max(floor, 0.5 * (1 + math.cos(math.pi * (1 - remaining)))) if schedule == "cosine" else 1.0
 
 
 def validate(

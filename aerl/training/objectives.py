@@ -2,9 +2,10 @@
 
     objective(model, x, y, *, x_adv, generator) -> loss () or (B,), metrics {name: ()}
 
-`x` (B, C, H, W) in [0, 1], labels `y` int64 (B,); `x_adv` are adversarial examples of x, None if trainer.adversary is
-null or has not started. The metrics are averaged over an epoch and logged. Keywords named `act`, `weight` or
-`probability_floor` are set from trainer.act, trainer.adversary.weight and trainer.probability_floor. An act that has
+`x` (B, C, H, W) in [0, 1], labels `y` int64 (B,), or with CutMix and MixUp their shares float32 (B, K); `x_adv` are
+adversarial examples of x, None if trainer.adversary is null or has not started. The metrics are averaged over an epoch
+and logged. Keywords named `act`, `weight` or `probability_floor` are set from trainer.act, trainer.adversary.weight and
+trainer.probability_floor. An act that has
 a method `at` is replaced in each step by `act.at(progress)`, where `progress` is the share of all steps that is done.
 
 A classifier is a policy: its action is a class, its reward is 1 if the class is right. In supervised learning the
@@ -70,7 +71,7 @@ def label_smoothing(
     plus `weight` times the one on x_adv."""
     logits = model(x)
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
-    metrics = {"accuracy": (logits.detach().argmax(1) == y).float().mean()}
+    metrics = {"accuracy": (logits.detach().argmax(1) == largest(y)).float().mean()}
     if x_adv is None:
         return loss, metrics
     adversarial_loss = F.cross_entropy(model(x_adv), y, label_smoothing=smoothing)
@@ -83,7 +84,7 @@ def _score(logits: Tensor, y: Tensor, generator: Generator, act: Act, probabilit
     finite = logits.detach().isfinite().all(1)
     metrics = {
         "reward": (reward(y, actions) * finite).mean(),
-        "accuracy": ((logits.argmax(1) == y) & finite).float().mean(),
+        "accuracy": ((logits.argmax(1) == largest(y)) & finite).float().mean(),
     }
     return policy_loss(logits, y, actions, probability_floor).mean(), metrics
 
@@ -95,17 +96,31 @@ def policy_loss(logits: Tensor, labels: Tensor, actions: Tensor, probability_flo
     all-action gradient (Sutton et al. 2000, theorem 1), in which b(label) takes the reward's place. Only the label is
     ever rewarded, so it alone is scored. `probability_floor` is added to pi twice, before and after a second
     normalisation, as in the paper's code (rl_train/agent/policy_gradient_epsilon.py, 1e-6): a sample with pi(label) far
-    below it has hardly a gradient.
+    below it has hardly a gradient. Shares of mixed labels (B, K) give cross-entropy with them, whatever the actions.
     """
     if probability_floor > 0:
         policy = (logits.softmax(dim=1) + probability_floor) / (1 + logits.shape[1] * probability_floor)
         log_policy = (policy + probability_floor).log()
+        if labels.dim() == 2:
+            return -(labels * log_policy).sum(1)
         return reward(labels, actions) * F.nll_loss(log_policy, labels, reduction="none")
     return reward(labels, actions) * F.cross_entropy(logits, labels, reduction="none")
 
 
+def largest(labels: Tensor) -> Tensor:
+    """The labels (B,) of which an image has the largest share, if they are shares (B, K)."""
+    return labels.argmax(1) if labels.dim() == 2 else labels
+
+
+def takes_mixed_labels(objective: Objective, act: Act) -> bool:
+    """Whether an objective is defined for labels that are shares of classes; other people's may be."""
+    return isinstance(act, Labels) and (not isinstance(objective, nn.Module) or hasattr(objective, "mixed_labels"))
+
+
 def reward(labels: Tensor, actions: Tensor) -> Tensor:
-    """1 for the right class, else 0 (B,); its expectation if `actions` are distributions (B, K)."""
+    """1 for the right class, else 0 (B,); its expectation if `actions` are distributions (B, K). 1 for mixed labels."""
+    if labels.dim() == 2:
+        return labels.sum(1)
     if actions.dim() == 2:
         return actions.gather(1, labels[:, None]).squeeze(1)
     return (actions == labels).float()
