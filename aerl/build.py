@@ -153,8 +153,13 @@ def build_recipe(config: Config) -> Recipe | None:
     adversary = None
     if trainer.adversary is not None:
         threat = config.norm, config.eps
-        spec = attack(trainer.adversary.attack, "trainer.adversary.attack", *threat, {"in_training": True})
-        adversary = Adversary(spec.call, trainer.adversary.start_epoch)  # type: ignore[arg-type]
+        given: dict[str, Any] = {"in_training": True}
+        judge = trainer.adversary.judge
+        calls = [
+            attack(spec, f"trainer.adversary.{key}", *threat, given).call
+            for key, spec in (("attack", trainer.adversary.attack), ("judge", judge)) if spec is not None
+        ]  # fmt: skip
+        adversary = Adversary(calls[0], trainer.adversary.start_epoch, calls[1] if judge else None)  # type: ignore
     never = adversary is None or adversary.start_epoch >= trainer.epochs
     if never and trainer.select == "val_adversarial_accuracy":
         raise UserError(f"trainer.select={trainer.select}: needs trainer.adversary with start_epoch < {trainer.epochs}")

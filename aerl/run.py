@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from aerl.config import compose
+from aerl.config import compose, recipes
 from aerl.config.names import run_folder
 from aerl.config.schema import Config
 from aerl.errors import UserError
@@ -81,6 +82,7 @@ def _run(config: Config) -> dict[str, Any]:
         )  # fmt: skip
         with page.written(place), opened as record:
             record.save(doubts=list(parts.doubts))
+            _report_recipe(hydra.runtime.choices)
             for doubt in parts.doubts:
                 log.warning("model: %s", doubt)
             _train(parts, config, record)
@@ -97,6 +99,13 @@ def _run(config: Config) -> dict[str, Any]:
     if ddp.is_main():
         table.show(record.summary)
     return record.summary
+
+
+def _report_recipe(choices: Mapping[str, Any]) -> None:
+    """Say where settings come from that neither the trainer's file nor the command line has."""
+    dataset, trainer, recipe = (str(choices.get(group)) for group in ("dataset", "trainer", "recipe"))
+    if recipe == f"{dataset}_{trainer}" and (base := recipes.inherited(dataset, trainer)):
+        log.info("recipe: %s, of the trainer that %s builds on; recipe=none leaves it out", base, trainer)
 
 
 def _train(parts: "Parts", config: Config, record: Record) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import hydra._internal.utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from aerl.config.errors import LISTS, explain, print_exception
+from aerl.config.recipes import RecipeSource
 from aerl.errors import UserError
 from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.terminal import Parser, protect_streams
@@ -24,7 +26,8 @@ _HYDRA_KEYS = ("launcher", "sweeper", "callbacks", "mode", "searchpath", "sweep.
 
 
 def register_resolvers() -> None:
-    """The resolvers that conf/ uses: ${share:}, ${times:}, ${gpus:}."""
+    """What conf/ uses: the resolvers ${share:}, ${times:}, ${gpus:}, and the recipes that trainers inherit."""
+    Plugins.instance().register(RecipeSource)
     OmegaConf.register_new_resolver("share", lambda part, total: round(part * total), replace=True)
     OmegaConf.register_new_resolver("times", _times, replace=True)
     OmegaConf.register_new_resolver("gpus", lambda: max(1, len(gpus.visible())), replace=True)
@@ -77,7 +80,7 @@ def _check(word: str) -> None:
         raise UserError(f"{word}: not supported; supported Hydra keys: {', '.join(_HYDRA_KEYS)}")
     options = {path.stem for path in Path(os.environ["AERL_ROOT"], "conf", key).glob("*.yaml")}
     several = value.startswith("[") and key not in LISTS
-    if options and (word.startswith("~") or value in ("", "null") or several):
+    if options and (word.startswith("~") or ("=" in word and value in ("", "null")) or several):
         raise UserError(f"{word}: expected one option of {key}; -m {key}=A,B runs one job per option")
     if key == "recipe" and not options.issuperset(value.split(",")):  # optional in conf/config.yaml
         raise UserError(f"{word}: no such option; known: {', '.join(sorted(options))}")

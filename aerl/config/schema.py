@@ -86,6 +86,7 @@ class Adversary(Section):
     start_epoch: Index
     weight: NonNegative
     attack: Target
+    judge: Target | None = None
 
 
 class Trainer(Section):

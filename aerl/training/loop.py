@@ -46,10 +46,12 @@ class Scheduled(Protocol):
 
 @dataclass(frozen=True)
 class Adversary:
-    """Makes the adversarial examples that the objective gets from `start_epoch` on."""
+    """Makes the adversarial examples that the objective gets from `start_epoch` on; validation may use another attack,
+    `judge`."""
 
     attack: Attack
     start_epoch: int = 0
+    judge: Attack | None = None
 
 
 @dataclass(frozen=True)
@@ -402,7 +404,8 @@ def validate(
             logits = model(x)
         values = {"accuracy": _correct(logits, y), "loss": F.cross_entropy(logits, y, reduction="sum")}
         if adversary is not None:
-            x_adv = adversary.attack(model, x, y, generator=BatchGenerator(noise, size)[rows])
+            judge = adversary.judge or adversary.attack
+            x_adv = judge(model, x, y, generator=BatchGenerator(noise, size)[rows])
             with torch.no_grad():
                 values["adversarial_accuracy"] = _correct(model(x_adv), y)
         for name, value in values.items():

@@ -39,7 +39,7 @@ class Schedule:
             raise UserError(f"{key}.milestones={self.milestones}: belong to {key}.kind=step, not {self.kind}")
         if self.kind == "step" and not self.milestones:
             raise UserError(f"{key}.milestones=[]: {key}.kind=step needs epochs, such as [{round(0.75 * epochs)}]")
-        if late := [epoch for epoch in self.milestones if epoch >= epochs]:
+        if late := [epoch for epoch in self.milestones if epoch > epochs]:
             fits = [int(epoch * epochs / (max(self.milestones) + 1)) for epoch in self.milestones]
             raise UserError(f"{key}.milestones={late}: after the last epoch; with trainer.epochs={epochs} try {fits}")
         if self.restarts and self.kind != "cosine":
