@@ -30,7 +30,7 @@ from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
 from aerl.training.objectives import takes_mixed_labels
 from aerl.training.schedule import Schedule
-from aerl.types import Norm
+from aerl.types import Norm, box_width
 
 log = logging.getLogger("aerl")
 
@@ -78,8 +78,8 @@ def build(config: Config) -> Parts:
     if recipe is not None and hardware.compile:
         device.check_compiler(hardware)
     data = build_data(config)
-    if config.norm == "L2" and config.eps > (diagonal := math.sqrt(math.prod(data.image_shape))):
-        log.warning("eps=%g: an L2 ball above %.3g holds every image of this size", config.eps, diagonal)
+    if config.norm != "Linf" and config.eps > (widest := box_width(config.norm, math.prod(data.image_shape))):
+        log.warning("eps=%g: an %s ball above %.3g holds every image of this size", config.eps, config.norm, widest)
     if (config.evaluation.samples or 0) > len(data.test):
         raise UserError(f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images")
     model = build_model(config, data, hardware, 0 if recipe is None else min(recipe.batch_size, len(data.train)))

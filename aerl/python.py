@@ -77,7 +77,7 @@ def evaluate(
         see `aerl.adapt`. It is attacked on its own device, and left as it was.
     images, labels: float images (N, C, H, W) in [0, 1] and labels (N,); or a Dataset of (image, label) or a DataLoader
         that does not shuffle, without labels. They are kept in memory.
-    norm, eps: the threat model, "L2" or "Linf", for pixels in [0, 1].
+    norm, eps: the threat model, "L1", "L2" or "Linf", for pixels in [0, 1].
     attacks: an option of conf/attack ("suite", "pgd", ...), an attack of aerl, a function of (model, x, y), an attack
         of torchattacks, foolbox or adversarial-library, or a list of these. With "suite" each attack gets the images
         that withstood the ones before.

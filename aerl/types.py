@@ -35,6 +35,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def box_width(norm: str, pixels: int) -> float:
+    """The radius from which on a ball around any image of so many values in [0, 1] holds all of them."""
+    return float(pixels ** (1 / ORDERS[norm]))
+
+
 def _number(value: Any) -> Any:
     if isinstance(value, bool):  # which Python counts as an integer
         raise ValueError("must be a number, not true or false")
@@ -48,4 +53,5 @@ Probability = Annotated[Number, Field(ge=0, le=1)]
 _LARGEST = 2**63 - 1  # of torch's integers
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_LARGEST)]
 Index = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_LARGEST)]
-Norm = Literal["L2", "Linf"]
+Norm = Literal["L1", "L2", "Linf"]
+ORDERS = {"L1": 1.0, "L2": 2.0, "Linf": math.inf}  # as torch and NumPy take them

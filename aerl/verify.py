@@ -17,6 +17,7 @@ from aerl.report import page, table
 from aerl.runtime.files import load_arrays
 from aerl.runtime.terminal import Parser, command, eps_text
 from aerl.tracking.results import changed_files, read_config, read_summary
+from aerl.types import ORDERS
 
 _TIE = 1e-5  # of the largest logit: so close, the order of two logits depends on the size of the batch
 
@@ -176,7 +177,7 @@ def _evidence(
         places = torch.from_numpy(rows[part.numpy()])
         x = to_unit(split.images[places].to(hardware.device), hardware.memory_format)
         delta = (x_adv - x).flatten(1)
-        distance = delta.norm(dim=1) if config.norm == "L2" else delta.abs().amax(1)
+        distance = delta.norm(dim=1, p=ORDERS[config.norm])
         outside = torch.maximum(-x_adv.flatten(1).amin(1), x_adv.flatten(1).amax(1) - 1)
         with attacking(model), torch.no_grad():
             pred = torch.stack([predictions(model(x_adv).float()) for _ in range(passes)]).mode(0).values

@@ -42,7 +42,7 @@ from tests.nets import (
 )
 
 NORMS = ["L2", "Linf"]
-EPS = {"L2": 0.15, "Linf": 0.02}  # small_net is fooled on some images, not on all
+EPS = {"L1": 1.0, "L2": 0.15, "Linf": 0.02}  # small_net is fooled on some images, not on all
 
 
 def attack(model, x, y, seed=0, **settings):
@@ -92,6 +92,43 @@ def test_linear_model(norm, call, unlikely):
         assert torch.equal(wrong(model, adversarial, y)[away], (distance < eps)[away])
 
 
+def best_gain_in_l1(model, x, y, eps):
+    """(B,) how far the margin of two classes can fall: the steepest pixels first, each as far as the box lets it."""
+    slope = (model.weight[1 - y] - model.weight[y]).detach().double()
+    room = torch.where(slope > 0, 1 - x.flatten(1), x.flatten(1)).double()
+    order = slope.abs().argsort(1, descending=True)
+    slope, room = slope.abs().gather(1, order), room.gather(1, order)
+    used = torch.minimum(room, (eps - (room.cumsum(1) - room)).clamp_min(0))
+    return (slope * used).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "unlikely"),
+    [
+        (partial(pgd, steps=200, loss="margin"), 0),
+        (partial(pgd, steps=200, loss="ce"), 0),
+        (partial(AutoAttack, attacks=["apgd-ce"]), 0),
+        (partial(AutoAttack, attacks=["apgd-t"]), 2),
+        (partial(AutoAttack, attacks=["fab-t"]), 0),
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize("eps", [0.5, 2.0, 6.0])
+def test_linear_model_in_l1_with_the_box_in_the_way(call, unlikely, eps):
+    """A ball of 2 or 6 needs several pixels, whose ways end at the box."""
+    model, x = Linear(2, unlikely), images(200)
+    with torch.no_grad():  # decisions as far away as the ball can reach
+        model.weight *= 0.3
+    y = predictions(model, x)
+    logits = model(x).detach().double()[:, :2]
+    lead = logits.gather(1, y[:, None])[:, 0] - logits.gather(1, 1 - y[:, None])[:, 0]
+    gain = best_gain_in_l1(model, x, y, eps)
+    fooled = wrong(model, run(partial(call, norm="L1", eps=eps), model, x, y), y)
+    assert not fooled[gain < lead * 0.999].any()  # nothing beyond the optimum
+    can = gain > lead * 1.02
+    assert can.sum() > 20 and fooled[can].double().mean() > 0.98
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_targeted_attack_reaches_every_boundary_of_a_linear_model(norm):
     model, x = Linear(4), images(200, low=0.35, high=0.65)
@@ -106,7 +143,7 @@ def test_targeted_attack_reaches_every_boundary_of_a_linear_model(norm):
     assert wrong(model, attack(model, x, y, **settings | {"restarts": 1}), y).sum() < fooled.sum()
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["L1", *NORMS])
 @pytest.mark.parametrize("settings", [{}, {"drop_fooled": False}, {"keep": "last", "drop_fooled": False}])
 def test_result_is_in_ball_and_box(norm, settings):
     model, x = small_net(), images()

@@ -60,7 +60,7 @@ def test_outcomes_summary_and_results_agree(finished):
     with np.load(folder / "outcomes.npz", allow_pickle=False) as file:
         outcomes = dict(file)
     metrics = ("pred", "p", "confidence", "entropy")
-    attacked = {f"{attack}_{metric}" for attack in ("fgsm", "pgd") for metric in (*metrics, "l2", "linf")}
+    attacked = {f"{attack}_{metric}" for attack in ("fgsm", "pgd") for metric in (*metrics, "l1", "l2", "linf")}
     assert set(outcomes) == {"index", "label", *(f"clean_{metric}" for metric in metrics), *attacked}
     right = outcomes["clean_pred"] == outcomes["label"]
     assert len(right) == 40

@@ -35,7 +35,7 @@ class AnalysisContext:
     images, labels: uint8 (n, C, H, W), or float32 in [0, 1], and int64 (n,); see `aerl.data.to_unit`.
     outcomes: the arrays of outcomes.npz: `index` in the test set, `label`, `clean_pred`, `clean_p` (of the label),
         `clean_confidence`, `clean_entropy` (bits) and, for each attack `a`, `a_pred`, `a_p`, `a_confidence`,
-        `a_entropy`, `a_l2`, `a_linf`.
+        `a_entropy`, `a_l1`, `a_l2`, `a_linf`.
     adversarial: by attack, the adversarial examples of the first k samples, float32 (k, C, H, W) in [0, 1].
     attacks: by attack, its entry in summary.json, with `norm` and `eps`.
     specs: the attacks themselves, by their names in the configuration.

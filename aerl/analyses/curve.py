@@ -1,6 +1,5 @@
 """Security curves: robust accuracy against eps, up to where nothing is left, and against the steps of PGD."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from aerl.evaluation.statistics import proportion
 from aerl.report.figures import BLACK, trainer_colour
 from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
-from aerl.types import Count
+from aerl.types import Count, box_width
 
 Points = list[dict[str, float]]
 
@@ -47,7 +46,7 @@ def curve(context: AnalysisContext, *, samples: Count = 200, steps: Count = 30, 
 
 
 def _against_eps(context: AnalysisContext, chosen: Split, state: Attacked, steps: int, restarts: int) -> Points:
-    box = 1.0 if context.norm == "Linf" else math.sqrt(context.images[0].numel())  # its diameter
+    box = box_width(context.norm, context.images[0].numel())
     points: Points = []
     eps, larger = 0.0, context.eps / 8
     while True:

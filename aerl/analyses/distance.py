@@ -14,7 +14,7 @@ from aerl.evaluation import evaluate
 from aerl.evaluation.statistics import right
 from aerl.report import figures
 from aerl.runtime.progress import progress
-from aerl.types import Count
+from aerl.types import ORDERS, Count
 
 
 def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 100) -> None:
@@ -36,6 +36,8 @@ def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 1
     clean = right(context.outcomes)[rows.numpy()]
     if not clean.any():
         raise NotMade("no sample is classified correctly")
+    if norm == "L1":
+        raise NotMade("FMN is implemented for L2 and Linf only")
     found = np.where(clean, np.inf, 0.0)
     by = np.where(clean, "", "clean").astype("<U100")
     with progress("distance", int(clean.sum()), "images") as bar:
@@ -45,7 +47,7 @@ def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 1
             x_adv = fmn(context.model, x, y, generator=noise, norm=norm, steps=steps, gradient="straight_through")
             with attacking(context.model), torch.no_grad():
                 fooled = (predictions(context.model(x_adv)) != y).cpu().numpy()
-            sizes = (x_adv - x).flatten(1).norm(dim=1, p=2 if norm == "L2" else torch.inf).cpu().numpy()
+            sizes = (x_adv - x).flatten(1).norm(dim=1, p=ORDERS[norm]).cpu().numpy()
             found[part[fooled].numpy()], by[part[fooled].numpy()] = sizes[fooled], "fmn"
             bar.update(len(part))
     for name, info in context.attacks.items():

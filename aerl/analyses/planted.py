@@ -17,7 +17,7 @@ from aerl.errors import UserError
 from aerl.evaluation.evaluate import predict, run_attack
 from aerl.evaluation.outcomes import so_far
 from aerl.evaluation.statistics import proportion
-from aerl.types import Count, Norm, Probability
+from aerl.types import ORDERS, Count, Norm, Probability
 
 log = logging.getLogger("aerl")
 
@@ -113,7 +113,7 @@ def _apart(split: Split, norm: Norm, eps: float, samples: int) -> Split:
     """The first `samples` images of a split that are more than 2 eps away from those chosen before: their balls do not
     touch."""
     flat = to_unit(split.images).flatten(1)
-    near = (torch.cdist(flat, flat, p=2 if norm == "L2" else torch.inf) <= 2 * eps).numpy()
+    near = (torch.cdist(flat, flat, p=ORDERS[norm]) <= 2 * eps).numpy()
     chosen: list[int] = []
     for row in range(len(split)):
         if len(chosen) < samples and not near[row, chosen].any():
@@ -168,7 +168,7 @@ class _Planted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():  # the balls do not touch, so the nearest image is the one under attack
-            order = 2.0 if self.norm == "L2" else torch.inf
+            order = ORDERS[self.norm]
             self.rows = torch.cdist(x.flatten(1).to(self.x), self.x.flatten(1), p=order).argmin(1)
         logits: Tensor = self.model(x)
         return logits

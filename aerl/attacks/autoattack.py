@@ -42,8 +42,8 @@ class AutoAttack:
     that APGD fools comes back as its first adversarial image (the library's: the last).
 
     Few classes: targeted components aim at min(9, K - 1) classes; targeted DLR needs four classes, else plain DLR is
-    run, which needs three. Square in L2 needs images of 5 pixels. Each omission is a warning, as are AutoAttack's own
-    doubts (randomised model, probabilities for logits, zero gradients, ...) and NaN or infinity.
+    run, which needs three. Square in L1 and L2 needs images of 5 pixels. Each omission is a warning, as are the
+    library's doubts (randomised model, probabilities for logits, zero gradients, ...) and NaN or infinity.
     """
 
     eps: NonNegative
@@ -90,7 +90,8 @@ class AutoAttack:
             library.square.n_queries = self.queries
             eta = library.square.eta
             library.square.eta = lambda side: eta(side).as_subclass(_Tile)
-            if self.version != "rand":  # which averages over several passes: a single one decides nothing
+            # "rand" averages over several passes: a single one decides nothing. In L1 APGD begins in larger balls.
+            if self.version != "rand" and self.norm != "L1":
                 _drop_fooled(library.apgd, classes)
                 _drop_fooled(library.apgd_targeted, classes)
             found, _ = library.run_standard_evaluation(clean, y, batch_size=self.batch_size)
@@ -105,7 +106,7 @@ class AutoAttack:
             name
             for name in dict.fromkeys(able)
             if not (name == "apgd-dlr" and classes < 3)
-            and not (name == "square" and self.norm == "L2" and min(height, width) < 5)
+            and not (name == "square" and self.norm != "Linf" and min(height, width) < 5)
         ]
         limits = f"{classes} classes and {height}x{width} pixels"
         if not able:
@@ -141,7 +142,7 @@ def _finite(gradient: Tensor) -> Tensor:
 
 
 class _Tile(Tensor):
-    """A tile of Square's first L2 perturbation, cut at the border of the image.
+    """A tile of Square's first perturbation in L1 and L2, cut at the border of the image.
 
     The library adds h // s tiles of side s = h // 5 in both directions, from pixel (h - 5 s) // 2 on. At some image
     sizes the last ones do not fit, and torch raises.

@@ -13,7 +13,7 @@ from aerl.attacks.modes import NOT_FINITE, attacking, input_gradient, prediction
 from aerl.attacks.projections import ascent_direction, norms
 from aerl.attacks.random import Seed
 from aerl.attacks.straight_through import before_softmax, straight_through
-from aerl.types import Count, NonNegative, Norm, Positive, Probability
+from aerl.types import Count, NonNegative, Positive, Probability
 
 _PIXELS = (1, 2, 3)
 
@@ -24,7 +24,7 @@ def fmn(
     y: Tensor,
     *,
     generator: Seed = None,
-    norm: Norm = "L2",
+    norm: Literal["L2", "Linf"] = "L2",
     eps: NonNegative | None = None,
     steps: Count = 50,
     step_size: Positive | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aerl.attacks.modes import warn
 from aerl.attacks.projections import norms
-from aerl.types import Norm
+from aerl.types import ORDERS, Norm
 
 
 def as_attack(attack: Callable[..., Any], norm: Norm, eps: float) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def as_attack(attack: Callable[..., Any], norm: Norm, eps: float) -> Callable[..
         stated = getattr(attack, "keywords", {}) if of_class else vars(attack)
         own: Any = "L2" if kind.__name__.endswith("L2") else stated.get("norm", norm)
         call = (lambda model, x, y: attack(model)(x, y)) if of_class else (lambda model, x, y: attack(x, y))
-        return _within(call, target, own if own in ("L2", "Linf") else norm, float(stated.get("eps", eps)))
+        return _within(call, target, own if own in ORDERS else norm, float(stated.get("eps", eps)))
     if "foolbox.attacks.base.Attack" in bases:
         found = attack() if of_class else attack
         order = getattr(getattr(found, "distance", None), "p", None)

@@ -17,7 +17,7 @@ def noise(
 ) -> Tensor:  # fmt: skip
     """The worst of `draws` random points around each image, or the image itself if none is worse.
 
-    For images x (B, C, H, W) in [0, 1] of classes y (B,). The points alternate between the sphere (L2) or corners
+    For images x (B, C, H, W) in [0, 1] of classes y (B,). The points alternate between the sphere (L1, L2) or corners
     (Linf) of the ball and its inside. The worst has the highest margin max_{k != y} z_k - z_y; a sample leaves once
     it is fooled. Finding what a gradient-based attack does not is a sign of masked gradients (Athalye et al. 2018,
     section 3.1).

@@ -1,7 +1,7 @@
 """The attack of *Can Exploration Save Us from Adversarial Attacks?* as its code runs it, for reproduction only."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NOT_FINITE, attacking, input_gradient, predictions, warn
 from aerl.attacks.projections import random_in_ball
 from aerl.attacks.random import Seed
-from aerl.types import Count, NonNegative, Norm
+from aerl.types import Count, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class PaperPGD:
 
     counts: ClassVar[bool] = False
 
-    norm: Norm = "L2"
+    norm: Literal["L2", "Linf"] = "L2"
     eps: NonNegative
     steps: Count = 100
     step_size: NonNegative | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aerl.attacks import losses
 from aerl.attacks.direct import noise_of
 from aerl.attacks.modes import NOT_FINITE, attacking, count_classes, input_gradient, predictions, warn
-from aerl.attacks.projections import ascent_direction, clip, random_extreme, random_in_ball
+from aerl.attacks.projections import ascent_direction, clip, free, random_extreme, random_in_ball
 from aerl.attacks.random import Noise, Seed
 from aerl.attacks.straight_through import before_softmax, straight_through
 from aerl.errors import UserError
@@ -180,6 +180,8 @@ def pgd(
                 else:
                     found[index], fooled[index] = point, wrong
                 if ascent is not None:
+                    if norm == "L1":  # few pixels move: not those that cannot
+                        ascent = free(ascent, point)
                     delta = (point - origin).add_(direction(ascent, norm), alpha=step_size)
                     point = clip(origin, delta, norm, eps)
                 # Counting the samples that stay is the step's one wait for the device.

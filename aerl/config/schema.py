@@ -24,7 +24,7 @@ def _metric_name(name: str) -> str:
     """The end of a column of outcomes.npz, after the attack's name."""
     if not re.fullmatch("[a-zA-Z][a-zA-Z0-9]*", name):
         raise ValueError("must be a name of letters and digits")
-    if name in ("pred", "p", "confidence", "entropy", "l2", "linf"):
+    if name in ("pred", "p", "confidence", "entropy", "l1", "l2", "linf"):
         raise ValueError("is measured in every run; choose another name")
     return name
 

@@ -20,7 +20,7 @@ from aerl.evaluation import evidence
 from aerl.evaluation.evidence import Evidence
 from aerl.evaluation.memory import within_memory
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
-from aerl.evaluation.outcomes import Attacked, Batch, Outcomes, accuracy, check_within, so_far
+from aerl.evaluation.outcomes import DISTANCES, Attacked, Batch, Outcomes, accuracy, check_within, so_far
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
 from aerl.evaluation.statistics import Policy, right
 from aerl.runtime import ddp, signals
@@ -84,7 +84,7 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
             _attack(name, attack, parts, config, record, split, clean, outcomes, passes)
         for part, info in record.summary["attacks"].items():
             if info["of"] == name:
-                means = {f"mean_{key}": outcomes[f"{part}_{key}"].mean() for key in ("l2", "linf", *parts.metrics)}
+                means = {f"mean_{key}": outcomes[f"{part}_{key}"].mean() for key in (*DISTANCES, *parts.metrics)}
                 values = {"robust_accuracy": info["robust_accuracy"]["value"], **means, "seconds": info["seconds"]}
                 source = part.removeprefix("transfer_").removesuffix("_refined") if name == "transfer" else ""
                 threat = {"norm": info["norm"], "eps": info["eps"]}
@@ -247,7 +247,7 @@ def _outcome(
         values = {key: torch.stack([each[key] for each in measured]).mean(0) for key in measured[0]}
         values |= {"pred": found.mode(0).values, "right": (found == y).float().mean(0)}
     delta = (x_adv - x).flatten(1)
-    values |= {"l2": delta.norm(dim=1), "linf": delta.abs().amax(1)}
+    values |= {"l1": delta.abs().sum(1), "l2": delta.norm(dim=1), "linf": delta.abs().amax(1)}
     outside = max(-x_adv.min().item(), x_adv.max().item() - 1)
     kept = (torch.from_numpy(rows < examples).to(y.device) | (keep & (values["pred"] != y))).nonzero().squeeze(1)
     columns = {key: column.cpu().numpy() for key, column in values.items()}

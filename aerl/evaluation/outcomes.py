@@ -9,7 +9,9 @@ import numpy as np
 from aerl.data import Split, to_unit
 from aerl.errors import UserError
 from aerl.evaluation.statistics import Policy, proportion, reward, right
+from aerl.types import ORDERS
 
+DISTANCES = tuple(norm.lower() for norm in ORDERS)
 Outcomes = dict[str, np.ndarray]  # outcomes.npz: index, label, clean_pred, ..., <attack>_pred, ...
 
 
@@ -34,8 +36,9 @@ class Attacked:
     """The outcome of one attack, or of none, on all samples.
 
     samples: arrays (N,). `pred` int64, the class of the largest logit, -1 if a logit is not finite; float32 each
-        metric, and `l2` and `linf`, the perturbation in units of the images' range. Of a randomised model `pred` is the
-        most frequent class of several passes, each metric its mean, and `right` the share of passes that are right.
+        metric, and `l1`, `l2` and `linf`, the perturbation in units of the images' range. Of a randomised model `pred`
+        is the most frequent class of several passes, each metric its mean, and `right` the share of passes that are
+        right.
     examples: float32 (k, C, H, W), the first k images as attacked.
     outside: how far any pixel left [0, 1].
     seconds: wall time.
@@ -50,7 +53,7 @@ class Attacked:
     def blank(cls, split: Split, metrics: Iterable[str], examples: int) -> "Attacked":
         """Nothing measured yet; `examples` of the clean images."""
         n = len(split)
-        samples = {name: np.zeros(n, np.float32) for name in (*metrics, "l2", "linf")}
+        samples = {name: np.zeros(n, np.float32) for name in (*metrics, *DISTANCES)}
         return cls({"pred": np.zeros(n, np.int64), **samples}, to_unit(split.images[:examples]).numpy())
 
     @property
@@ -64,7 +67,7 @@ class Attacked:
 
     def columns(self, attack: str) -> Outcomes:
         """The arrays of outcomes.npz: `<attack>_pred`, ...; of the clean images no distances."""
-        keys = [key for key in self.samples if attack != "clean" or key not in ("l2", "linf")]
+        keys = [key for key in self.samples if attack != "clean" or key not in DISTANCES]
         return {f"{attack}_{key}": self.samples[key] for key in keys}
 
     def record(self, batch: "Batch") -> None:

@@ -1,6 +1,5 @@
 """What the checks of the audit share: the samples, the metered model, plain PGD and the samples that it misses."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +14,7 @@ from aerl.attacks import SampleGenerator, losses, pgd, predictions
 from aerl.attacks.projections import ascent_direction
 from aerl.data import Split, subset, to_unit
 from aerl.evaluation.statistics import right
+from aerl.types import box_width
 
 _VOTES = 9  # passes that decide on the prediction of a randomised model
 _PIXELS = (1, 2, 3)
@@ -145,7 +145,7 @@ class Audit:
     @cached_property
     def unbounded(self) -> Tensor:
         """The samples that plain PGD fools in a ball that contains the box."""
-        box = 1.0 if self.norm == "Linf" else math.sqrt(self.x[0].numel())  # a random start would be outside the box
+        box = box_width(self.norm, self.x[0].numel())  # a random start would be outside the box
         return self.pgd("unbounded", torch.ones_like(self.missed), eps=box, step_size=box / 20, random_start=False)
 
     def share(self, mask: Tensor, text: str) -> Finding:
