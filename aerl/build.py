@@ -78,6 +78,10 @@ def build(config: Config) -> Parts:
     if recipe is not None and hardware.compile:
         device.check_compiler(hardware)
     data = build_data(config)
+    if data.test_only and recipe is not None:
+        raise UserError(
+            f"dataset.path={config.dataset.path}: has no X_train; it only evaluates: trainer=none checkpoint=RUN"
+        )
     if config.norm != "Linf" and config.eps > (widest := box_width(config.norm, math.prod(data.image_shape))):
         log.warning("eps=%g: an %s ball above %.3g holds every image of this size", config.eps, config.norm, widest)
     if (config.evaluation.samples or 0) > len(data.test):

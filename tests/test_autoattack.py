@@ -59,7 +59,7 @@ def official(model, x, y, attacks=STANDARD, targets=9, batch_size=250, **setting
 # --- what it finds ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.5), ("Linf", 0.1)])
+@pytest.mark.parametrize(("norm", "eps"), [("L1", 1.5), ("L2", 0.5), ("Linf", 0.1)])
 def test_fools_the_same_samples_as_the_library(digits, short, monkeypatch, norm, eps):
     model, x, y = digits[0], digits[1][:40], digits[2][:40]
     ours = attack(model, x, y, norm=norm, eps=eps)
@@ -73,7 +73,7 @@ def test_fools_the_same_samples_as_the_library(digits, short, monkeypatch, norm,
     assert (sizes(ours - x, norm) <= eps + 1e-6).all() and ours.min() >= 0 and ours.max() <= 1
     # PGD is not far behind, and does not find what AutoAttack cannot.
     ours = pgd(model, x, y, generator=noise_for(x, 3), norm=norm, eps=eps, restarts=2)
-    assert abs(int(wrong(model, ours, y).sum()) - int(fooled.sum())) <= 1
+    assert abs(int(wrong(model, ours, y).sum()) - int(fooled.sum())) <= (2 if norm == "L1" else 1)
 
 
 @pytest.mark.parametrize("name", ["apgd", "apgd_targeted"])

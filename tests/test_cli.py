@@ -110,6 +110,8 @@ WRONG = [
     ("attack=pgd attack.pgd.restarts=2 attack.pgd.random_start=false", "attack.pgd.restarts=2: "),
     ("attack=transfer", "attack.transfer.sources: must be given"),
     ("analysis=compare analysis.compare.runs=[x]", "analysis.compare.runs.0=x: must be a run folder"),
+    ("analysis=corruptions analysis.corruptions.folder=here", "analysis.corruptions.folder=here: has no labels.npy"),
+    ("dataset=npz dataset.path=test_only.npz", "has no X_train; it only evaluates: trainer=none checkpoint=RUN"),
     ("trainer=none", "checkpoint=null: "),
     ("trainer=none checkpoint=nowhere", "no such file or folder"),
     ("trainer=none checkpoint=damaged.pt", "damaged or not a PyTorch file"),
@@ -152,6 +154,8 @@ def folder(tmp_path, monkeypatch):
     Path("file").write_text("in the way")
     images = {f"X_{part}": np.zeros((40, 4, 4, 3), dtype=np.uint8) for part in ("train", "test")}
     images["X_train"][::2], images["X_test"][1::2] = 1, 2
+    only = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez("test_only.npz", X_test=only, y_test=np.arange(20) % 2)
     np.savez("tiny.npz", **images, y_train=np.arange(40) % 2, y_test=np.arange(40) % 2)
     before = set(tmp_path.rglob("*"))
     yield here
@@ -223,6 +227,7 @@ REQUIRED = {
     "attack=transfer": ["attack.transfer.sources=[x]"],
     "model=timm": ["model.net.model_name=resnet18"],
     "model=robustbench": ["model.net.model_name=Standard"],
+    "analysis=corruptions": ["analysis.corruptions.folder=x"],
     "analysis=transfer_matrix": ["analysis.transfer_matrix.runs=[x]"],
 }
 

@@ -277,6 +277,14 @@ def test_npz_files_of_the_paper_are_read(tmp_path: Path, labels: np.ndarray, sha
     assert np.array_equal(data.test.images.numpy(), test.reshape(8, 6, 6, -1).transpose(0, 3, 1, 2))
 
 
+def test_an_npz_of_test_images_alone_is_for_evaluation(tmp_path: Path) -> None:
+    test = pictures(8, 6, 6)
+    np.savez(tmp_path / "a.npz", X_test=test, y_test=np.arange(8) % 3)
+    data = ready(tmp_path, partial(sources.npz, path=str(tmp_path / "a.npz")))
+    assert data.test_only and np.array_equal(data.test.images.numpy(), test[:, None])
+    assert ready(tmp_path, partial(sources.npz, path=str(tmp_path / "a.npz"))).test_only  # from the cache
+
+
 class Trap:
     """Pickled, it would make a folder when it is unpickled."""
 

@@ -131,7 +131,8 @@ def _read(folder: Path, memory_limit: int) -> DataSplits:
         arrays[name] = torch.from_numpy(array)
     splits = {part: Split(arrays[f"{part}_images"], arrays[f"{part}_labels"], mapped) for part in PARTS}
     names, mean, std = (tuple(meta[key]) for key in ("class_names", "mean", "std"))
-    return DataSplits(**splits, class_names=names, mean=mean, std=std, digest=meta["digest"])
+    return DataSplits(**splits, class_names=names, mean=mean, std=std, digest=meta["digest"],
+                      test_only=meta.get("test_only", False))  # fmt: skip
 
 
 def _content(array: npt.NDArray[Any]) -> str:
@@ -155,9 +156,12 @@ def _build(source: Callable[[], Source], folder: Path, *, where: str, **recipe: 
             log.info("there is no labelled test split: %.0f %% of the images are held out", 100 * HELD_OUT)
             train, test = _stratified_split(labels, HELD_OUT, DATASET_SEED)
         first = _picture(origin.train.images[int(train[0])])
-    with reading(f"dataset.val_fraction={recipe['val_fraction']}: cannot split {len(train)} images"):
-        rows, val = _stratified_split(labels[train], recipe["val_fraction"], recipe["split_seed"])
-    train, val = train[rows], train[val]
+    if origin.test_only:  # nothing is trained on them
+        val = train
+    else:
+        with reading(f"dataset.val_fraction={recipe['val_fraction']}: cannot split {len(train)} images"):
+            rows, val = _stratified_split(labels[train], recipe["val_fraction"], recipe["split_seed"])
+        train, val = train[rows], train[val]
     log.info("preparing %d train, %d val and %d test images of %d classes (%s)", len(train), len(val), len(test),
              len(names), few(names))  # fmt: skip
     grey = first.mode in GREY if recipe["channels"] is None else recipe["channels"] == 1
@@ -178,7 +182,8 @@ def _build(source: Callable[[], Source], folder: Path, *, where: str, **recipe: 
     if max(std) == 0:
         raise UserError(f"{where}: all pixels of the train images have the same value")
     digest = _sha256([names, [[key, arrays[key]["shape"], arrays[key]["sha256"]] for key in sorted(arrays)]])
-    meta = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
+    meta: dict[str, Any] = {"digest": digest, "class_names": names, "mean": mean, "std": std, "arrays": arrays}
+    meta["test_only"] = origin.test_only
     atomic_write(folder / "meta.json", json.dumps({**meta, "sha256": _sha256(meta)}, indent=1))
 
 

@@ -55,6 +55,7 @@ class Source:
     train: Table
     test: Table | None = None
     class_names: tuple[str, ...] | None = None
+    test_only: bool = False
 
 
 def digits(*, path: str | None = None) -> Source:
@@ -97,14 +98,17 @@ def cifar(*, variant: Literal["cifar10", "cifar100"], data_dir: str | Path, path
 def npz(*, path: str) -> Source:
     """An .npz file with X_train, y_train, X_test, y_test, as the paper's code writes them.
 
-    Images are uint8, (N, H, W, C) or greyscale (N, H, W); labels are whole numbers, (N,) or (N, 1).
+    Images are uint8, (N, H, W, C) or greyscale (N, H, W); labels are whole numbers, (N,) or (N, 1). With X_test and
+    y_test alone it evaluates a trained model.
     """
     place = Path(path).expanduser()
     if not zipfile.is_zipfile(place):  # numpy would take it for a pickle
         raise UserError(f"dataset.path={place}: no such file, or not a complete .npz file")
     with np.load(place, allow_pickle=False) as file:
-        train, test = (Table(file[f"X_{part}"], file[f"y_{part}"].reshape(-1)) for part in ("train", "test"))
-    return Source(train, test)
+        test_only = not {"X_train", "y_train"} & set(file.files)
+        parts = ["test"] if test_only else ["train", "test"]
+        tables = [Table(file[f"X_{part}"], file[f"y_{part}"].reshape(-1)) for part in parts]
+    return Source(tables[0], tables[-1], test_only=test_only)
 
 
 def huggingface(

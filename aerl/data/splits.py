@@ -29,6 +29,7 @@ class DataSplits:
     """A dataset as the rest of aerl sees it; `mean` and `std` are the training images' own, per channel.
 
     `digest` is a SHA-256 of all pixels, labels and class names: the same wherever and whenever they are prepared.
+    `test_only`: the dataset has no training images; all splits are its test images, for evaluation.
     """
 
     train: Split
@@ -38,6 +39,7 @@ class DataSplits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str = ""
+    test_only: bool = False
 
     @property
     def num_classes(self) -> int:
