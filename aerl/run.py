@@ -104,8 +104,8 @@ def _run(config: Config) -> dict[str, Any]:
 def _report_recipe(choices: Mapping[str, Any]) -> None:
     """Say where settings come from that neither the trainer's file nor the command line has."""
     dataset, trainer, recipe = (str(choices.get(group)) for group in ("dataset", "trainer", "recipe"))
-    if recipe == f"{dataset}_{trainer}" and (base := recipes.inherited(dataset, trainer)):
-        log.info("recipe: %s, of the trainer that %s builds on; recipe=none leaves it out", base, trainer)
+    if recipe == f"{dataset}_{trainer}" and (found := recipes.inherited(dataset, trainer)):
+        log.info("recipe: %s, of the trainer that %s builds on; recipe=none leaves it out", found[0], trainer)
 
 
 def _train(parts: "Parts", config: Config, record: Record) -> None:

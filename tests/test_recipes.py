@@ -16,6 +16,7 @@ def trainer(tmp_path, monkeypatch):
     mine.mkdir(parents=True)
     (mine / "mine.yaml").write_text("defaults:\n  - sl\n  - _self_\nname: mine\nbatch_size: 48\n")
     (mine / "mine_too.yaml").write_text("defaults:\n  - mine\n  - _self_\nname: mine_too\nclip: 2.0\n")
+    (mine / "at.yaml").write_text("defaults:\n  - pgd_at\n  - _self_\nname: at\nbatch_size: 48\n")
     (mine / "alone.yaml").write_text((ROOT / "conf/trainer/sl.yaml").read_text().replace("name: sl", "name: alone"))
 
     def composed(*words):
@@ -44,6 +45,7 @@ def test_a_trainer_gets_the_recipe_of_the_one_it_builds_on_but_for_what_it_state
     assert settings(trainer("trainer=mine", "recipe=none")) == (40, 48, 2e-4)
     assert settings(trainer("trainer=alone")) == (40, 256, 2e-4)  # it builds on none
     assert settings(trainer("trainer=mart", "dataset=cifar10_small", "dataset.path=x")) == (8, 64, 1e-3)
+    assert settings(trainer("trainer=at", "dataset=cifar10")) == (200, 48, 0.1)  # pgd_at's name ends like it
     assert settings(trainer("trainer=rl")) == (40, 32, 1e-3)
 
 

@@ -15,11 +15,17 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 
-def inherited(dataset: str, trainer: str) -> str | None:
-    """The recipe of the trainer on which `trainer` builds; None if it has its own, or none has one."""
-    chain = list(_chain(trainer))
-    own = next((number for number, (name, _) in enumerate(chain) if _file(f"recipe/{dataset}_{name}")), 0)
-    return f"{dataset}_{chain[own][0]}" if own else None
+def inherited(dataset: str, trainer: str) -> tuple[str, DictConfig] | None:
+    """The recipe of the trainer on which `trainer` builds, and what the files from there on state themselves.
+
+    None if it has its own recipe, or none of them has one.
+    """
+    own: list[DictConfig] = []
+    for name, content in _chain(trainer):
+        if _file(f"recipe/{dataset}_{name}"):
+            return (f"{dataset}_{name}", OmegaConf.merge({}, *reversed(own))) if own else None  # type: ignore[return-value]
+        own.append(content)
+    return None
 
 
 def _chain(trainer: str) -> Iterator[tuple[str, DictConfig]]:
@@ -40,7 +46,7 @@ def _chain(trainer: str) -> Iterator[tuple[str, DictConfig]]:
 
 def _file(config: str) -> Path | None:
     """The YAML file of a configuration, in conf/ or in a folder that the user adds by --config-dir."""
-    folders = [os.path.join(os.environ["AERL_ROOT"], "conf")]  # noqa: PTH118
+    folders = [f"{os.environ['AERL_ROOT']}/conf"]
     if GlobalHydra.instance().is_initialized():
         path = GlobalHydra.instance().config_loader().get_search_path().get_path()
         folders += [part.path.removeprefix("file://") for part in path if part.path]
@@ -61,31 +67,25 @@ class RecipeSource(ConfigSource):
         return False
 
     def is_config(self, config_path: str) -> bool:
-        return _split(config_path) is not None
+        return _inherited_at(config_path) is not None
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         return []
 
     def load_config(self, config_path: str) -> ConfigResult:
-        found = _split(config_path)
+        found = _inherited_at(config_path)
         assert found is not None
-        recipe, trainer = found
-        # The trainer's own settings again, down to the one that has the recipe.
-        own = []
-        for name, content in _chain(trainer):
-            if recipe.endswith(f"_{name}"):
-                break
-            own.append(content)
-        config = OmegaConf.create({"defaults": [recipe, "_self_"], "trainer": OmegaConf.merge({}, *reversed(own))})
+        recipe, own = found
+        config = OmegaConf.create({"defaults": [recipe, "_self_"], "trainer": own})
         return ConfigResult(self.scheme(), f"{self.scheme()}://", config, {"package": "_global_"})
 
 
-def _split(config_path: str) -> tuple[str, str] | None:
-    """The inherited recipe, and the trainer, of recipe/DATASET_TRAINER, in whose names there may be underscores too."""
+def _inherited_at(config_path: str) -> tuple[str, DictConfig] | None:
+    """What recipe/DATASET_TRAINER inherits; there may be underscores in the names of both, too."""
     group, _, option = config_path.removesuffix(".yaml").rpartition("/")
-    words = option.split("_")
+    words = option.split("_") if group == "recipe" else []
     for number in range(1, len(words)):
         dataset, trainer = "_".join(words[:number]), "_".join(words[number:])
-        if group == "recipe" and _file(f"dataset/{dataset}") and (recipe := inherited(dataset, trainer)):
-            return recipe, trainer
+        if _file(f"dataset/{dataset}") and (found := inherited(dataset, trainer)):
+            return found
     return None
