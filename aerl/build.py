@@ -82,7 +82,7 @@ def build(config: Config) -> Parts:
         raise UserError(
             f"dataset.path={config.dataset.path}: has no X_train; it only evaluates: trainer=none checkpoint=RUN"
         )
-    if config.norm != "Linf" and config.eps > (widest := box_width(config.norm, math.prod(data.image_shape))):
+    if config.eps > (widest := box_width(config.norm, math.prod(data.image_shape))):
         log.warning("eps=%g: an %s ball above %.3g holds every image of this size", config.eps, config.norm, widest)
     if (config.evaluation.samples or 0) > len(data.test):
         raise UserError(f"evaluation.samples={config.evaluation.samples}: the test split has {len(data.test)} images")
@@ -156,14 +156,12 @@ def build_recipe(config: Config) -> Recipe | None:
         return None
     adversary = None
     if trainer.adversary is not None:
-        threat = config.norm, config.eps
-        given: dict[str, Any] = {"in_training": True}
-        judge = trainer.adversary.judge
-        calls = [
-            attack(spec, f"trainer.adversary.{key}", *threat, given).call
-            for key, spec in (("attack", trainer.adversary.attack), ("judge", judge)) if spec is not None
-        ]  # fmt: skip
-        adversary = Adversary(calls[0], trainer.adversary.start_epoch, calls[1] if judge else None)  # type: ignore
+
+        def bound(key: str, spec: Mapping[str, Any]) -> Any:
+            return attack(spec, f"trainer.adversary.{key}", config.norm, config.eps, {"in_training": True}).call
+
+        judge = None if trainer.adversary.judge is None else bound("judge", trainer.adversary.judge)
+        adversary = Adversary(bound("attack", trainer.adversary.attack), trainer.adversary.start_epoch, judge)
     never = adversary is None or adversary.start_epoch >= trainer.epochs
     if never and trainer.select == "val_adversarial_accuracy":
         raise UserError(f"trainer.select={trainer.select}: needs trainer.adversary with start_epoch < {trainer.epochs}")

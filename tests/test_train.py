@@ -268,7 +268,7 @@ def test_an_average_is_the_sum_of_the_weights_by_their_decay():
             model.weight.fill_(10.0 * step)
             model.running_mean.fill_(step)
             model.num_batches_tracked.fill_(step)
-        average.update(model)
+        average.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * 10 * step
     assert average.model.weight.item() == pytest.approx(expected)

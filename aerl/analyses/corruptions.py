@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aerl.analyses.context import AnalysisContext, Beside
+from aerl.analyses.context import AnalysisContext, Beside, Subject
 from aerl.data import Split, subset
 from aerl.errors import UserError
 from aerl.evaluation.evaluate import predict
@@ -19,6 +19,7 @@ from aerl.runtime.progress import progress
 from aerl.types import Count
 
 SEVERITIES = 5
+_INTERVAL = ("value", "low", "high", "n")
 _EXTRA = ("gaussian_blur", "saturate", "spatter", "speckle_noise")  # of Hendrycks & Dietterich, outside their means
 
 
@@ -57,61 +58,64 @@ class Corruptions(Beside):
         place = Path(self.folder).expanduser()
         if not (place / "labels.npy").is_file():
             raise UserError(f"{key}.folder={self.folder}: has no labels.npy; expected the files of CIFAR-10-C")
-        found = [path.stem for path in place.glob("*.npy") if path.stem != "labels"]
-        if missing := [name for name in self.names if name not in found]:
-            raise UserError(f"{key}.names={missing}: not in {self.folder}; it has {', '.join(sorted(found))}")
-        if not found:
+        if missing := [name for name in self.names if name not in self._found]:
+            raise UserError(f"{key}.names={missing}: not in {self.folder}; it has {', '.join(sorted(self._found))}")
+        if not self._found:
             raise UserError(f"{key}.folder={self.folder}: has no corruption, NAME.npy, beside labels.npy")
 
     @cached_property
+    def _found(self) -> set[str]:
+        return {path.stem for path in Path(self.folder).expanduser().glob("*.npy")} - {"labels"}
+
+    @cached_property
     def chosen(self) -> list[str]:
-        found = {path.stem for path in Path(self.folder).expanduser().glob("*.npy")} - {"labels"}
-        return self.names or sorted(found - set(_EXTRA)) or sorted(found)
+        return self.names or sorted(self._found - set(_EXTRA)) or sorted(self._found)
 
     def __call__(self, context: AnalysisContext) -> None:
         subjects = self.subjects(context)
+        correct, size = self._count(context, subjects)
+        accuracy = correct / size
+        rows: list[list[Any]] = []
+        for column, layer, number in np.ndindex(len(self.chosen), len(self.severities), len(subjects)):
+            interval = proportion(int(correct[number, column, layer]), size)
+            where = [subjects[number].name, self.chosen[column], self.severities[layer]]
+            rows.append([*where, *(interval[key] for key in _INTERVAL)])
+        context.table("corruptions", ("model", "corruption", "severity", "accuracy", *_INTERVAL[1:]), rows)
+        for name, value in zip(self.chosen, accuracy[0].mean(1), strict=True):
+            context.log.log({"corruption_accuracy": float(value)}, n=size, split="test", attack=name)
+        base = None if self.relative_to is None else 1 - accuracy[1 + self.runs.index(self.relative_to)]
+        models = [
+            {"model": subject.name, "accuracy": float(own.mean()), "mce": mce(1 - own, base)}
+            for subject, own in zip(subjects, accuracy, strict=True)
+        ]
+        summary = {"models": models, "relative_to": self.relative_to, "severities": self.severities, "n": size}
+        context.save(corruptions=summary | {"names": self.chosen})
+        caption = f"accuracy under {len(self.chosen)} corruptions, {size} images per cell"
+        context.draw("corruptions", self._draw(subjects, 100 * accuracy), caption)
+
+    def _count(self, context: AnalysisContext, subjects: Sequence[Subject]) -> tuple[np.ndarray, int]:
+        """How many of the images of each cell are right: (models, corruptions, severities), and of how many."""
         place, shape = Path(self.folder).expanduser(), tuple(context.images.shape[1:])
         labels = _load(place / "labels.npy", 1)
         if len(labels) % SEVERITIES:
             raise UserError(
                 f"{place / 'labels.npy'}: {len(labels)} labels; expected {SEVERITIES} times as many as images"
             )
-        n = len(labels) // SEVERITIES
-        rows: list[list[Any]] = []
+        n, size = len(labels) // SEVERITIES, 0
         correct = np.zeros((len(subjects), len(self.chosen), len(self.severities)), int)
         with progress("corruptions", correct.size, "cells") as bar:
-            for column, name in enumerate(self.chosen):
-                pixels = _load(place / f"{name}.npy", None)
-                for layer, severity in enumerate(self.severities):
-                    part = slice((severity - 1) * n, severity * n)
-                    split = _split(pixels, labels, part, shape, place / f"{name}.npy", len(context.class_names))
-                    split = subset(split, self.samples)
-                    for number, subject in enumerate(subjects):
-                        clean = predict(subject.model, split, context.hardware, context.batch_size, examples=0)
-                        right = int((clean.pred == split.labels.numpy()).sum())
-                        correct[number, column, layer] = right
-                        interval = proportion(right, len(split))
-                        rows.append(
-                            [subject.name, name, severity, *(interval[k] for k in ("value", "low", "high", "n"))]
-                        )
-                        bar.update(1)
-        size = int(rows[0][-1])
-        context.table("corruptions", ("model", "corruption", "severity", "accuracy", "low", "high", "n"), rows)
-        errors = 1 - correct / size
-        base = None if self.relative_to is None else errors[1 + self.runs.index(self.relative_to)]
-        report = []
-        for number, subject in enumerate(subjects):
-            mean = float(correct[number].mean() / size)
-            report.append({"model": subject.name, "accuracy": mean, "mce": mce(errors[number], base)})
-        for column, name in enumerate(self.chosen):
-            value = float(correct[0, column].mean() / size)
-            context.log.log({"corruption_accuracy": value}, n=size, split="test", attack=name)
-        summary = {"models": report, "relative_to": self.relative_to, "severities": self.severities, "n": size}
-        context.save(corruptions=summary | {"names": self.chosen})
-        figure = self._draw(subjects, 100 * correct / size)
-        context.draw("corruptions", figure, f"accuracy under {len(self.chosen)} corruptions, {size} images per cell")
+            for column, layer in np.ndindex(correct.shape[1:]):
+                path, severity = place / f"{self.chosen[column]}.npy", self.severities[layer]
+                part = slice((severity - 1) * n, severity * n)
+                split = subset(_split(_load(path), labels, part, shape, path, len(context.class_names)), self.samples)
+                size = len(split)
+                for number, subject in enumerate(subjects):
+                    found = predict(subject.model, split, context.hardware, context.batch_size, examples=0)
+                    correct[number, column, layer] = (found.pred == split.labels.numpy()).sum()
+                    bar.update(1)
+        return correct, size
 
-    def _draw(self, subjects: Sequence[Any], accuracy: np.ndarray) -> Any:
+    def _draw(self, subjects: Sequence[Subject], accuracy: np.ndarray) -> Any:
         """accuracy (models, corruptions, severities) in %."""
         figure, axes = figures.subplots(1, 2, figsize=(5 + 0.5 * len(self.chosen), 4.2), width_ratios=[1, 1.6])
         left, right = axes[0]
@@ -140,7 +144,7 @@ def mce(errors: np.ndarray, baseline: np.ndarray | None = None) -> float:
         return float((errors.sum(1) / baseline.sum(1)).mean())
 
 
-def _load(path: Path, dimensions: int | None) -> np.ndarray:
+def _load(path: Path, dimensions: int | None = None) -> np.ndarray:
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

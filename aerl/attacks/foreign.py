@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +33,7 @@ def as_attack(attack: Callable[..., Any], norm: Norm, eps: float) -> Callable[..
     if "foolbox.attacks.base.Attack" in bases:
         found = attack() if of_class else attack
         order = getattr(getattr(found, "distance", None), "p", None)
-        own = "L2" if order == 2 else "Linf" if order == math.inf else norm
+        own = next((name for name, p in ORDERS.items() if p == order), norm)
 
         def attack_of_foolbox(model: nn.Module, x: Tensor, y: Tensor) -> Any:
             from foolbox import PyTorchModel  # type: ignore[import-not-found]

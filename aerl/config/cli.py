@@ -65,9 +65,8 @@ def prepare_words(words: Sequence[str]) -> list[str]:
     for word in words:
         _check(word)
     quoted = [re.sub(r"(?<=[=,\[])~[\w./@+:-]*(?=[,\]]|$)", r"'\g<0>'", word) for word in words]
-    if "trainer=none" not in words:
-        quoted = [re.sub(r"^trainer\.optimizer\.\w+=", r"++\g<0>", word) for word in quoted]
-    quoted = [re.sub(r"^model\.net\.\w+=", r"++\g<0>", word) for word in quoted]
+    sections = r"model\.net" if "trainer=none" in words else r"model\.net|trainer\.optimizer"
+    quoted = [re.sub(rf"^({sections})\.\w+=", r"++\g<0>", word) for word in quoted]
     return sorted(quoted, key=lambda word: word not in ("-m", "--multirun"))
 
 

@@ -16,16 +16,19 @@ class Average(nn.Module):
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.model, self.decay, self.steps = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        # Both keep their tensors, so that a step need not look for them: load_state_dict copies into them, too.
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, trained: nn.Module) -> None:
+    def update(self) -> None:
+        """After a step of the model that is trained."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        own, new = self.model.state_dict(), trained.state_dict()
-        floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], 1 - decay)
-        for name in own.keys() - set(floats):
-            own[name].copy_(new[name])
+        torch._foreach_lerp_([own for own, _ in self._floats], [new for _, new in self._floats], 1 - decay)
+        for own, new in self._counters:
+            own.copy_(new)
 
     def get_extra_state(self) -> int:
         return self.steps

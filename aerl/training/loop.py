@@ -100,6 +100,7 @@ def fit(
     if isinstance(recipe.objective, nn.Module):
         recipe.objective.to(device)
     average = None if recipe.ema is None else Average(model, recipe.ema)
+    selected = model if average is None else average.model  # is validated, and kept in best.pt
     checkpoints = _Checkpoints(folder, model, average, optimizer, recipe.objective, results)
     train_step = ddp.data_parallel(TrainStep(model, recipe.objective, hardware))
     parts = {"model.net": getattr(model, "net", model), "trainer.objective": recipe.objective}
@@ -136,7 +137,7 @@ def fit(
                     with foreign_code("trainer.optimizer", optimizer):
                         optimizer.step()
                     if average is not None:
-                        average.update(model)
+                        average.update()
                     epoch.append(metrics | {"loss": loss.detach(), "grad_norm": grad_norm})
                     shown = {"acc": metrics["accuracy"]} if "accuracy" in metrics else {}
                     bar.update(batch_size, **shown, loss=loss.detach(), epoch=f"{number + 1}/{recipe.epochs}")
@@ -157,16 +158,14 @@ def fit(
                 epoch.check_finite({})
                 try:
                     with signals.stop_immediately(), foreign_parts():
-                        scores = validate(
-                            average.model if average else model, val, hardware, adversary if attack else None, seed
-                        )
+                        scores = validate(selected, val, hardware, adversary if attack else None, seed)
                 except signals.Stopped:
                     checkpoints.save(number, step=len(train), processes=processes)
                     raise
                 epoch.check_finite(scores)
                 results.log(means, n=len(data.train), split="train", step=number + 1)
                 results.log(scores, n=len(data.val), split="val", step=number + 1)
-                checkpoints.consider(number + 1, _score(recipe.select, scores, number))
+                checkpoints.consider(selected, number + 1, _score(recipe.select, scores, number))
                 ended = _early_end(recipe, number + 1, scores, checkpoints.improved)
                 if checkpoints.due() or number + 1 == recipe.epochs or ended or signals.stop_requested():
                     checkpoints.save(recipe.epochs if ended else number + 1)  # ended: nothing is left to do
@@ -300,13 +299,13 @@ class _Checkpoints:
             step = f" and step {self.step} of the next" if self.step else ""
             log.info("resuming after epoch %d%s, from %s", self.epoch, step, self.last)
 
-    def consider(self, epoch: int, score: float | None) -> None:
+    def consider(self, model: nn.Module, epoch: int, score: float | None) -> None:
         """Of equal scores the later wins. Copied off the device, whose memory training may need."""
         if score is not None and score > self.best_score:
             self.improved = epoch
         if score is not None and score >= self.best_score:
             self.best_epoch, self.best_score = epoch, score
-            weights = (self.average.model if self.average else self.model).state_dict().items()
+            weights = model.state_dict().items()
             self._best_weights = {name: value.detach().to("cpu", copy=True) for name, value in weights}
 
     def due(self) -> bool:

@@ -5,8 +5,8 @@
 `x` (B, C, H, W) in [0, 1], labels `y` int64 (B,), or with CutMix and MixUp their shares float32 (B, K); `x_adv` are
 adversarial examples of x, None if trainer.adversary is null or has not started. The metrics are averaged over an epoch
 and logged. Keywords named `act`, `weight` or `probability_floor` are set from trainer.act, trainer.adversary.weight and
-trainer.probability_floor. An act that has
-a method `at` is replaced in each step by `act.at(progress)`, where `progress` is the share of all steps that is done.
+trainer.probability_floor. An act that has a method `at` is replaced in each step by `act.at(progress)`, where
+`progress` is the share of all steps that is done.
 
 A classifier is a policy: its action is a class, its reward is 1 if the class is right. In supervised learning the
 action is the label, and `policy_loss` is cross-entropy. It also takes the distribution of the actions in place of a

@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from aerl.attacks.losses import kl
 from aerl.training import objectives
 from aerl.training.objectives import Act, Loss
 from aerl.types import NonNegative
@@ -24,12 +25,12 @@ def mart(
     metrics = {"accuracy": (clean.detach().argmax(1) == y).float().mean()}
     if x_adv is None:
         return F.cross_entropy(clean, y), metrics
-    log_p, log_q = model(x_adv).log_softmax(1), clean.log_softmax(1)
+    attacked = model(x_adv)
+    log_p = attacked.log_softmax(1)
     other = log_p.scatter(1, y[:, None], -torch.inf).amax(1)
     boosted = F.nll_loss(log_p, y) - torch.log1p(-other.exp().clamp_max(1 - 1e-6)).mean()  # p_k is 1 in float32
-    divergence = (log_q.exp() * (log_q - log_p)).sum(1)
-    missed = 1 - log_q.gather(1, y[:, None]).squeeze(1).exp()
-    adversarial_loss = (divergence * missed).mean()
+    missed = 1 - clean.softmax(1).gather(1, y[:, None]).squeeze(1)
+    adversarial_loss = (kl(attacked, clean) * missed).mean()
     return boosted + weight * adversarial_loss, metrics | {"adversarial_loss": adversarial_loss}
 
 

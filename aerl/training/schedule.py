@@ -20,7 +20,7 @@ class Schedule:
     restarts: cosine starts again at 1 so many times, at equal distances (SGDR, Loshchilov & Hutter 2017).
 
     one_cycle with warmup=0.3, start=0.04, floor=4e-6 is torch's OneCycleLR. The triangle of fast adversarial training
-    is linear with warmup=0.4.
+    is linear with warmup=0.5.
     """
 
     kind: Kind = "constant"
