@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import launch as _launch  # registers the resolvers and AERL_ROOT that conf/ needs, for tests that compose in-process
 
@@ -25,6 +26,12 @@ def environment(data_dir: Path, home: Path, **extra: str) -> dict[str, str]:
     if "PYTHONPATH" in extra and "PYTHONPATH" in kept:  # some machines find their packages through it
         extra["PYTHONPATH"] += os.pathsep + kept["PYTHONPATH"]
     return {**kept, **ours, "COLUMNS": "100", **extra}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A network that a test builds is the same each time: one of random weights may classify no sample correctly."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

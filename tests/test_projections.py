@@ -54,7 +54,8 @@ def test_project(delta, norm, eps):
     assert (reference(projected, norm) <= eps * (1 + 1e-6)).all()
     inside = (reference(delta, norm) <= eps * (1 - 1e-6)).flatten()
     assert torch.equal(projected[inside], delta[inside])
-    torch.testing.assert_close(project(projected, norm, eps), projected, rtol=1e-6, atol=0)
+    # In L1 every pixel moves by what rounding leaves of the norm, also the smallest.
+    torch.testing.assert_close(project(projected, norm, eps), projected, rtol=1e-6, atol=1e-6 * eps)
     # Nearest: the residual makes an obtuse angle with the way to any other point of the ball.
     other = project(delta.flip(3) * 0.7, norm, eps)
     angle = ((delta - projected).double() * (other - projected).double()).sum((1, 2, 3))
