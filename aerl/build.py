@@ -26,6 +26,7 @@ from aerl.models.probe import drawn, probe
 from aerl.runtime import ddp, device
 from aerl.runtime.device import Hardware
 from aerl.runtime.paths import local
+from aerl.tracking import loggers
 from aerl.training import checkpoint
 from aerl.training.loop import Adversary, Recipe, check_recipe
 from aerl.training.objectives import takes_mixed_labels
@@ -63,6 +64,7 @@ def check(config: Config) -> Recipe | None:
     for name, spec in config.analysis.items():
         bind(spec, f"analysis.{name}", given=_UNSET, later=["context"])
     build_metrics(config)
+    loggers.check(config)
     bind(config.model.net, "model.net", given=dict.fromkeys(SIZES))
     recipe = build_recipe(config)
     if recipe is None and config.checkpoint is None:

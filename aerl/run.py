@@ -20,8 +20,8 @@ from aerl.runtime import ddp, gpus, signals
 from aerl.runtime.files import locked, sha256
 from aerl.runtime.paths import local
 from aerl.tracking import inputs
+from aerl.tracking.loggers import log_accuracies
 from aerl.tracking.run_folder import Record, load_previous, recorded, verify
-from aerl.tracking.wandb import log_accuracies
 
 if TYPE_CHECKING:
     from aerl.build import Parts
@@ -94,8 +94,8 @@ def _run(config: Config) -> dict[str, Any]:
             if ddp.is_main():
                 with ddp.main_process_only():
                     run_analyses(parts, config, record, outcomes, split)
-                    if record.tracker is not None:
-                        log_accuracies(record.tracker, record.summary)
+                    if record.results.logger is not None:
+                        log_accuracies(record.results.logger, record.summary)
     if ddp.is_main():
         table.show(record.summary)
     return record.summary

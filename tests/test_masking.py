@@ -327,19 +327,19 @@ def test_out_of_memory_is_raised_and_nothing_is_recorded(place, error, plain, co
     assert summary == {} and not given.log.path.exists()
 
 
-def test_numbers_go_to_the_results_the_table_and_the_tracker(plain, context, tmp_path):
+def test_numbers_go_to_the_results_the_table_and_the_logger(plain, context, tmp_path):
     given, summary = context(plain)
-    given.log.tracker = tracker = Mock()
+    given.log.logger = logger = Mock()
     results = masking(given, samples=20, steps=5, queries=5)
     assert results == read_results(tmp_path / "results.jsonl")
     report = summary["masking"]
     measured = {check["name"]: check["value"] for check in report["checks"] if check["value"] is not None}
     assert {result.metric: result.value for result in results} == measured
     assert {(r.attack, r.norm, r.eps, r.split, r.n) for r in results} == {("masking", "L2", 0.5, "test", report["n"])}
-    name, columns, rows = tracker.table.call_args.args
+    name, columns, rows = logger.table.call_args.args
     assert name == "tables/masking"
     assert [dict(zip(columns, row, strict=True)) for row in rows] == report["checks"]
-    assert tracker.summary.call_args_list[0].args[0]["masking/verdict"] == report["verdict"]
+    assert logger.summary.call_args_list[0].args[0]["masking/verdict"] == report["verdict"]
     for check in report["checks"]:
         assert {*check} == {"name", "value", "threshold", "flag", "role", "says", "source", "seconds", "passes"}
         assert check["role"] in ("effect", "symptom", "formula") and check["source"] and check["says"]

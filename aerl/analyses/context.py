@@ -75,18 +75,18 @@ class AnalysisContext:
         return right(self.outcomes, [name for name in before if self.attacks[name].get("counts", True)])
 
     def draw(self, name: str, figure: Any, caption: str) -> None:
-        """Write a matplotlib Figure as figures/`name`.png and .pdf, and show it in W&B."""
+        """Write a matplotlib Figure as figures/`name`.png and .pdf, and show it in the loggers."""
         path = figures.save(figure, self.figures, name, caption)
-        if self.log.tracker is not None:
-            self.log.tracker.pictures(f"figures/{name}", [(caption, path)])
+        if self.log.logger is not None:
+            self.log.logger.pictures(f"figures/{name}", [(caption, path)])
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write tables/`name`.csv into the run folder, and show the table in W&B."""
+        """Write tables/`name`.csv into the run folder, and show the table in the loggers."""
         folder = self.log.path.with_name("tables")
         folder.mkdir(exist_ok=True)
         write_csv(folder / f"{name}.csv", columns, rows)
-        if self.log.tracker is not None:
-            self.log.tracker.table(f"tables/{name}", columns, rows)
+        if self.log.logger is not None:
+            self.log.logger.table(f"tables/{name}", columns, rows)
 
 
 def class_name(names: Sequence[str], predicted: int) -> str:

@@ -20,7 +20,7 @@ from aerl.runtime.terminal import full_error, memory_line, override_word, print_
 if TYPE_CHECKING:
     from pydantic import ValidationError  # --help does without it
 
-LISTS = ("attack", "metric", "analysis")  # groups that take several options
+LISTS = ("attack", "metric", "analysis", "logger")  # groups that take several options
 _EXTRAS = {"joblib": ("gpus", "joblib"), "submitit_slurm": ("slurm", "slurm")}  # what conf/hydra/launcher builds on
 
 

@@ -134,6 +134,8 @@ class Logger(Section):
     group: str | None
     tags: list[str]
     artifacts: bool
+    tensorboard: bool = False
+    csv: bool = False
 
 
 class Config(Section):

@@ -15,7 +15,7 @@ from aerl.runtime.ddp import is_main
 from aerl.runtime.files import CHANGED, atomic_write, inside, plain, read_json, read_yaml, sha256, write_json, writing
 
 if TYPE_CHECKING:
-    from aerl.tracking.wandb import Tracker
+    from aerl.tracking.loggers import Logger
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ def _parse(line: bytes) -> Result:
 
 
 class ResultLog:
-    """The results of one run folder: every number goes to results.jsonl, then to W&B.
+    """The results of one run folder: every number goes to results.jsonl, then to the `logger`, if any.
 
     `identity` has the `run_id`, `seed`, `dataset`, `model` and `trainer` of each line.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], tracker: "Tracker | None" = None) -> None:
-        self.path, self.identity, self.tracker = Path(folder) / "results.jsonl", dict(identity), tracker
+    def __init__(self, folder: Path, identity: Mapping[str, Any], logger: "Logger | None" = None) -> None:
+        self.path, self.identity, self.logger = Path(folder) / "results.jsonl", dict(identity), logger
 
     def log(
         self,
@@ -152,7 +152,7 @@ class ResultLog:
     ) -> list[Result]:
         """Store one Result per metric; they are on the disk on return. UserError for a failure of the disk.
 
-        In W&B they are history (`split/metric`) with a `step`, else summary values (`split/attack/metric`).
+        For the logger they are history (`split/metric`) with a `step`, else summary values (`split/attack/metric`).
         """
         rest = {**self.identity, "attack": attack, "norm": norm, "eps": float(eps), "source": source, "step": step}
         results = [Result(metric, float(value), n, split, **rest) for metric, value in metrics.items()]
@@ -161,10 +161,10 @@ class ResultLog:
                 file.write(json.dumps(plain(asdict(result)), ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        if self.tracker is not None:
+        if self.logger is not None:
             prefix = split if attack == "none" else f"{split}/{attack}"
             named = {f"{prefix}/{result.metric}": result.value for result in results}
-            self.tracker.summary(named) if step is None else self.tracker.history(step, named)
+            self.logger.summary(named) if step is None else self.logger.history(step, named)
         return results
 
     def seal(self) -> dict[str, Any]:

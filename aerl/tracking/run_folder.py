@@ -26,6 +26,7 @@ from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, sha256, writing
 from aerl.runtime.signals import Stopped
 from aerl.runtime.terminal import eps_text
+from aerl.tracking.loggers import open_loggers
 from aerl.tracking.results import ResultLog, changed_files, read_summary, write_summary
 from aerl.tracking.wandb import Tracker, open_tracker
 
@@ -34,7 +35,8 @@ log = logging.getLogger("aerl")
 _SEALED = ("config.yaml", "results.jsonl", "outcomes.npz", "examples.npz", "evidence.npz")
 _SEALED_FOLDERS = ("checkpoints", "figures", "tables")
 # What overwrite=true deletes.
-_OWN = ("summary.json", *_SEALED, "progress.npz", "progress.npy", "report.html", "run.log", *_SEALED_FOLDERS, "wandb")
+_FILES = ("summary.json", *_SEALED, "progress.npz", "progress.npy", "report.html", "run.log")
+_OWN = (*_FILES, *_SEALED_FOLDERS, "wandb", "tensorboard", "csv")
 _IDENTITY = ("run_id", "seed", "dataset", "model", "trainer")  # of each line of results.jsonl
 _DISCARDED = "discarded"  # the status of a folder that overwrite=true empties
 
@@ -46,7 +48,7 @@ class Record:
     folder: Path
     summary: dict[str, Any]
     results: ResultLog
-    tracker: Tracker | None
+    wandb: Tracker | None
     artifacts: bool = False
 
     def save(self, **news: Any) -> None:
@@ -60,12 +62,15 @@ class Record:
     def close(self, status: str, error: str | None = None, **news: Any) -> None:
         """Record how the run ended; again after W&B, whose files the summary names."""
         self.save(status=status, error=error, **news)
-        if self.tracker is not None:
-            self.tracker.summary({"status": status, "error": error})
-            if self.artifacts and status == "finished":
-                log_artifacts(self.tracker, self.folder, self.summary)
-            self.tracker.finish(0 if status == "finished" else 1)
-            self.save(wandb=self.tracker.where())
+        logger = self.results.logger
+        if logger is not None:
+            logger.summary({"status": status, "error": error})
+        if self.wandb is not None and self.artifacts and status == "finished":
+            log_artifacts(self.wandb, self.folder, self.summary)
+        if logger is not None:
+            logger.finish(0 if status == "finished" else 1)
+        if self.wandb is not None:
+            self.save(wandb=self.wandb.where())
 
 
 def load_previous(folder: Path, config: Config, request: str | None = None) -> dict[str, Any]:
@@ -144,14 +149,15 @@ def unattacked() -> dict[str, Any]:
 def recorded(
     folder: Path, config: Config, previous: Mapping[str, Any], *, request: str | None = None, **facts: Any
 ) -> Iterator[Record]:
-    """Open the run folder and W&B; on the way out, record how the run ended.
+    """Open the run folder and the loggers; on the way out, record how the run ended.
 
     `previous` and `request` are as in `load_previous`. `facts` are entries of summary.json: `overrides`, `environment`,
     `inputs`, `choices` (of dataset and model, for runs that evaluate this one's model), and `data`, its `facts`.
     """
     summary = _start(folder, config, previous, request, facts)
     tracker = _track(folder, config, summary) if is_main() else None
-    results = ResultLog(folder, {key: summary[key] for key in _IDENTITY}, tracker)
+    logger = open_loggers(folder, config, tracker) if is_main() else None
+    results = ResultLog(folder, {key: summary[key] for key in _IDENTITY}, logger)
     record = Record(folder, summary, results, tracker, artifacts=config.logger.artifacts)
     began = time.monotonic()
     try:

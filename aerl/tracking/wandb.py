@@ -226,18 +226,3 @@ def logged_in() -> bool:
 
     wandb.setup(wandb.Settings(silent=True, mode="online"))
     return bool(wandb.login(prompt=False, verify=False))
-
-
-def log_accuracies(tracker: Tracker, summary: Mapping[str, Any]) -> None:
-    """The closing table of a run, and the numbers by which W&B sorts and plots runs."""
-    attacks = summary["attacks"]
-    accuracies = {"clean": summary["clean_accuracy"]}
-    accuracies |= {name: info["robust_accuracy"] for name, info in attacks.items()}
-    if summary["worst_case_accuracy"] is not None:
-        accuracies["worst case"] = summary["worst_case_accuracy"]
-    tracker.summary({f"accuracy/{name.replace(' ', '_')}": value["value"] for name, value in accuracies.items()})
-    rows = []
-    for name, accuracy in accuracies.items():
-        settings = [attacks.get(name, {}).get(key) for key in ("norm", "eps", "seconds")]
-        rows.append([name, *settings, *(accuracy[key] for key in ("value", "low", "high", "n"))])
-    tracker.table("tables/attacks", ["attack", "norm", "eps", "seconds", "accuracy", "low", "high", "n"], rows)

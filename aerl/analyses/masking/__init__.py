@@ -84,8 +84,8 @@ def masking(
     totals = {"n": audit.n, "seconds": time.monotonic() - began, "passes": sum(row["passes"] for row in rows)}
     context.save(masking={**report, **totals, "checks": rows})
     context.table("masking", list(rows[0]), [list(row.values()) for row in rows])
-    if context.log.tracker is not None:
-        context.log.tracker.summary({f"masking/{key}": text for key, text in report.items()})
+    if context.log.logger is not None:
+        context.log.logger.summary({f"masking/{key}": text for key, text in report.items()})
     values = {row["name"]: row["value"] for row in rows if row["value"] is not None}
     return context.log.log(values, n=audit.n, split="test", attack="masking", norm=context.norm, eps=context.eps)
 
