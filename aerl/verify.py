@@ -207,6 +207,10 @@ def _accuracies(summary: Mapping[str, Any], outcomes: Mapping[str, Any], counted
     found = {"clean": accuracy(outcomes, [], policy), "worst case": accuracy(outcomes, counted, policy)}
     if not counted:
         del stated["worst case"], found["worst case"]
+    for row in summary.get("worst_case_by_eps") or ():
+        within = [name for name in counted if summary["attacks"][name]["eps"] <= row["eps"] * (1 + 1e-6)]
+        name = f"worst case at eps {row['eps']:g}"
+        stated[name], found[name] = row, accuracy(outcomes, within, policy)
     for name, info in summary["attacks"].items():
         stated[name], found[name] = info["robust_accuracy"], accuracy(outcomes, [name], policy)
     faults = [
@@ -223,6 +227,8 @@ def _results(run: Path, summary: Mapping[str, Any]) -> Check:
     stated = {("clean_accuracy", "none"): summary["clean_accuracy"]["value"]}
     if worst := summary["worst_case_accuracy"]:
         stated["worst_case_accuracy", "none"] = worst["value"]
+    for row in summary.get("worst_case_by_eps") or ():
+        stated["worst_case_accuracy", f"worst_eps{row['eps']:.6g}"] = row["value"]
     for name, info in summary["attacks"].items():
         stated["robust_accuracy", name] = info["robust_accuracy"]["value"]
     found = {}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aerl.analyses import AnalysisContext
-from aerl.analyses.curvature import curvature
-from aerl.analyses.curve import curve
+from aerl.analyses.curvature import Curvature
+from aerl.analyses.curve import Curve
 from aerl.analyses.gradients import Dynamics, Gradients
 from aerl.analyses.landscape import Landscape, plane
 from aerl.analyses.masking import masking
@@ -114,8 +114,8 @@ def _everything(hardware: Hardware, scratch: Path, samples: int) -> tuple[str, s
     began = time.perf_counter()
     for analysis in (pictures, masking, entropy, confusion, norms):
         analysis(context)
-    curve(context, samples=samples)
-    curvature(context, samples=samples)
+    Curve(load=lambda runs, key: {}, samples=samples)(context)
+    Curvature(load=lambda runs, key: {}, samples=samples)(context)
     Gradients(samples=samples, load=lambda runs, key: {})(context)
     Landscape(load=lambda runs, key: {})(context)
     seconds = time.perf_counter() - began

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from aerl.analyses import AnalysisContext, NotMade
-from aerl.analyses.curvature import curvature
+from aerl.analyses.curvature import Curvature
 from aerl.analyses.gradients import Dynamics, Gradients, gradient_dynamics
 from aerl.analyses.landscape import Landscape, evaluate_grid, filter_normalised, plane, weight_landscape
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
-from aerl.analyses.training import training
+from aerl.analyses.training import Training
 from aerl.attacks import SampleGenerator
 from aerl.attacks.projections import clip, random_in_ball
 from aerl.data import Split, subset, to_unit
@@ -193,7 +193,11 @@ def test_nothing_to_show_is_reported(context):
     given, _, _ = context
     wrong = replace(given, outcomes={**given.outcomes, "clean_pred": (given.outcomes["label"] + 1) % 4})
     none = replace(given, attacks={})
-    for call in (Landscape(load=lambda runs, key: {}), Gradients(load=lambda runs, key: {}), curvature):
+    for call in (
+        Landscape(load=lambda runs, key: {}),
+        Gradients(load=lambda runs, key: {}),
+        Curvature(load=lambda runs, key: {}),
+    ):
         with pytest.raises(NotMade, match="no sample is classified correctly"):
             call(wrong)
     with pytest.raises(NotMade, match="no attack fooled a sample"):
@@ -219,7 +223,7 @@ def test_curvature_of_a_quadratic_is_its_second_derivative(context):
         given, model=Bowl(), labels=torch.zeros(len(zeros), dtype=torch.long),
         outcomes={"label": zeros, "clean_pred": zeros},
     )  # fmt: skip
-    curvature(bowl, loss="margin", samples=20)
+    Curvature(load=lambda runs, key: {}, loss="margin", samples=20)(bowl)
     assert saved["curvature"]["curvature_median"] == pytest.approx(3.0, rel=1e-2)
     assert saved["curvature"]["gradient_zero"] == 0
     length = (3 * (to_unit(bowl.images) - 2.0)).flatten(1).norm(dim=1)
@@ -308,12 +312,12 @@ def test_the_curves_of_a_training(context):
     made, _, folder = context
     with pytest.raises(NotMade, match="did not train"):
         made.log.log({"clean_accuracy": 0.5}, n=4, split="test")
-        training(made)
+        Training()(made)
     for epoch in (1, 2, 3):
         made.log.log({"loss": 1 / epoch, "accuracy": 0.2 * epoch, "grad_norm": 2.0}, n=9, split="train", step=epoch)
         adversarial = {"adversarial_accuracy": 0.1} if epoch == 3 else {}
         made.log.log({"accuracy": 0.1 * epoch, "loss": 2.0} | adversarial, n=4, split="val", step=epoch)
-    training(made)
+    Training()(made)
     rows = list(csv.DictReader((folder / "tables/training.csv").open()))
     assert [float(row["train_accuracy"]) for row in rows] == pytest.approx([0.2, 0.4, 0.6])
     assert [row["val_adversarial_accuracy"] for row in rows] == ["", "", "0.1"] and rows[2]["epoch"] == "3"

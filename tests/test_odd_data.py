@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from aerl.analyses import AnalysisContext, NotMade
-from aerl.analyses.curvature import curvature
-from aerl.analyses.curve import curve
+from aerl.analyses.curvature import Curvature
+from aerl.analyses.curve import Curve
 from aerl.analyses.gradients import Gradients
 from aerl.analyses.landscape import Landscape, weight_landscape
 from aerl.analyses.masking import masking
@@ -31,9 +31,9 @@ OTHERS = {
     "entropy": entropy,
     "confusion": confusion,
     "norms": norms,
-    "curvature": curvature,
+    "curvature": Curvature(load=lambda runs, key: {}),
     "gradients": Gradients(steps=3, **ALONE),
-    "curve": partial(curve, samples=5, steps=3),
+    "curve": Curve(load=lambda runs, key: {}, samples=5, steps=3),
     "landscape": Landscape(samples=2, resolution=9, steps=3, **ALONE),
     "weight_landscape": partial(weight_landscape, resolution=3),
 }

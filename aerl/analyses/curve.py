@@ -1,5 +1,6 @@
 """Security curves: robust accuracy against eps, up to where nothing is left, and against the steps of PGD."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aerl.analyses import AnalysisContext
+from aerl.analyses import AnalysisContext, Beside, Subject
 from aerl.attacks import SampleGenerator, pgd, predictions
 from aerl.data import Split, subset
 from aerl.evaluation import evaluate
@@ -22,27 +23,40 @@ from aerl.types import Count, box_width
 Points = list[dict[str, float]]
 
 
-def curve(context: AnalysisContext, *, samples: Count = 200, steps: Count = 30, restarts: Count = 1) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Curve(Beside):
     """Robust accuracy under PGD (log-odds loss) on `samples` test images: against eps, and against the steps.
 
     eps doubles from an eighth of the run's until nothing is left or the ball holds the box: an accuracy left there
     means that the attack fails (Athalye et al. 2018, section 3.1). Each eps is tried on the survivors of the smaller
     ones, whose examples are in the larger ball, too. The steps are those of one PGD at the run's eps, each eps / 10.
-    Writes tables/curve.csv, tables/curve_steps.csv, figures/curve.png, `curve` in summary.json, and a Result for each
-    eps.
+    `runs` are other runs to show beside this one, on the same images. Writes tables/curve.csv, tables/curve_steps.csv,
+    figures/curve.png and, of this run, `curve` in summary.json and a Result for each eps.
     """
-    chosen = subset(Split(context.images, context.labels), samples)
-    clean = evaluate.predict(context.model, chosen, context.hardware, context.batch_size)
-    points = _against_eps(context, chosen, clean, steps, restarts)
-    stepwise = _against_steps(context, chosen, clean, steps) if context.eps > 0 else []
-    for name, key, rows in (("curve", "eps", points), ("curve_steps", "step", stepwise)):
-        columns = (key, "value", "low", "high", "n")
-        context.table(name, columns, [[row[column] for column in columns] for row in rows])
-    figure = _draw(points, stepwise, context.norm, context.eps, trainer_colour(context.trainer))
-    context.draw("curve", figure, f"robust accuracy against {context.norm} eps and against steps of PGD")
-    context.save(curve=points)
-    log = partial(context.log.log, n=len(chosen), split="test", attack="curve", norm=context.norm)
-    return [result for point in points for result in log({"curve_accuracy": point["value"]}, eps=point["eps"])]
+
+    samples: Count = 200
+    steps: Count = 30
+    restarts: Count = 1
+
+    def __call__(self, context: AnalysisContext) -> list[Result]:
+        chosen = subset(Split(context.images, context.labels), self.samples)
+        found: list[tuple[Subject, Points, Points]] = []
+        for subject in self.subjects(context):
+            its = replace(context, model=subject.model)
+            clean = evaluate.predict(its.model, chosen, its.hardware, its.batch_size)
+            points = _against_eps(its, chosen, clean, self.steps, self.restarts)
+            stepwise = _against_steps(its, chosen, clean, self.steps) if its.eps > 0 else []
+            found.append((subject, points, stepwise))
+        for name, key, number in (("curve", "eps", 0), ("curve_steps", "step", 1)):
+            columns = (key, "value", "low", "high", "n")
+            rows = [[s.name, *(row[column] for column in columns)] for s, *both in found for row in both[number]]
+            context.table(name, ["model", *columns], rows)
+        figure = _draw(found, context.norm, context.eps)
+        context.draw("curve", figure, f"robust accuracy against {context.norm} eps and against steps of PGD")
+        points = found[0][1]
+        context.save(curve=points)
+        log = partial(context.log.log, n=len(chosen), split="test", attack="curve", norm=context.norm)
+        return [result for point in points for result in log({"curve_accuracy": point["value"]}, eps=point["eps"])]
 
 
 def _against_eps(context: AnalysisContext, chosen: Split, state: Attacked, steps: int, restarts: int) -> Points:
@@ -85,24 +99,27 @@ def _against_steps(context: AnalysisContext, chosen: Split, clean: Attacked, ste
     return [{"step": float(step)} | proportion(int(count), len(chosen)) for step, count in enumerate(left)]
 
 
-def _draw(points: Points, stepwise: Points, norm: str, marked: float, colour: str) -> Any:
+def _draw(found: list[tuple[Subject, Points, Points]], norm: str, marked: float) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with others
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     # Logarithmic in eps, with a linear piece that holds the clean accuracy at eps = 0.
-    eps = [point["eps"] for point in points]
+    eps = max(([point["eps"] for point in points] for _, points, _ in found), key=len)
     left.set_xscale("symlog", linthresh=eps[1] if len(eps) > 1 else 1.0)
     left.axvline(marked, color=BLACK, linestyle=":", label=f"the run's eps, {eps_text(marked)}")
     left.set_xlabel(f"{norm} eps, for pixels in [0, 1]")
     left.set_xticks(eps, [eps_text(tick) for tick in eps])
     left.minorticks_off()
     right.set_xlabel(f"steps of PGD, each eps / 10, at {norm} eps {eps_text(marked)}")
-    for axis, key, rows, style in ((left, "eps", points, "o-"), (right, "step", stepwise, "-")):
-        x, value, low, high = (np.array([row[name] for row in rows]) for name in (key, "value", "low", "high"))
-        axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.2, linewidth=0, label="95 % interval")
-        axis.plot(x, 100 * value, style, color=colour, label="PGD, log-odds loss")
-        axis.set(xlim=(0, None), ylim=(0, 100), ylabel=f"accuracy, % of {points[0]['n']:.0f} samples")
+    for number, (subject, points, stepwise) in enumerate(found):
+        colour, line = trainer_colour(subject.trainer), ("-", "--", ":", "-.")[number % 4]
+        for axis, key, rows, marker in ((left, "eps", points, "o"), (right, "step", stepwise, None)):
+            x, value, low, high = (np.array([row[name] for row in rows]) for name in (key, "value", "low", "high"))
+            axis.fill_between(x, 100 * low, 100 * high, color=colour, alpha=0.2, linewidth=0)
+            axis.plot(x, 100 * value, line, marker=marker, color=colour, label=subject.name)
+    for axis in (left, right):
+        axis.set(xlim=(0, None), ylim=(0, 100), ylabel=f"accuracy, % of {found[0][1][0]['n']:.0f} samples")
         axis.grid(alpha=0.3)
-    left.legend(frameon=False)
+    left.legend(frameon=False, title="PGD, log-odds loss; 95 % interval", fontsize=9)
     return figure

@@ -1,23 +1,42 @@
 """How far the nearest adversarial example of each image is: accuracy at every eps from one attack."""
 
+import csv
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 
 from aerl.analyses.context import AnalysisContext, NotMade
 from aerl.attacks import SampleGenerator, fmn, predictions
 from aerl.attacks.modes import attacking
+from aerl.config.compose import run_names
 from aerl.data import Split, subset
+from aerl.errors import UserError
 from aerl.evaluation import evaluate
 from aerl.evaluation.statistics import right
 from aerl.report import figures
 from aerl.runtime.progress import progress
+from aerl.tracking.results import read_config, read_summary
 from aerl.types import ORDERS, Count
 
 
-def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 100) -> None:
+def _measured(run: str) -> str:
+    """Checks a run when the configuration is read."""
+    if not (Path(run).expanduser() / "tables/distance.csv").is_file():
+        raise ValueError("must be a run with analysis=distance; it has no tables/distance.csv")
+    return run
+
+
+Measured = Annotated[str, AfterValidator(_measured)]
+
+
+def distance(
+    context: AnalysisContext, *, runs: Sequence[Measured] = (), samples: Count = 500, steps: Count = 100
+) -> None:
     """Find the smallest adversarial perturbation of `samples` test images, always the same ones.
 
     FMN (Pintor et al. 2021) with straight-through gradients searches it. What it finds is an upper bound, and so is the
@@ -25,6 +44,8 @@ def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 1
     Images that are wrong when clean have distance 0. An image broken at some distance is broken at every larger eps, so
     the accuracy at every eps is read from the distances: one curve, with a band that holds for all eps together with
     95 % confidence (Dvoretzky-Kiefer-Wolfowitz, with the constant of Massart 1990).
+
+    `runs` are other runs to show beside this one, from their own tables.
 
     Writes figures/distance.png, tables/distance.csv (`row` in outcomes.npz, `distance`, and the `attack` that found it)
     and `distance` in summary.json: n, `median` and `mean` distance (the area under the curve; images without any
@@ -66,9 +87,20 @@ def distance(context: AnalysisContext, *, samples: Count = 500, steps: Count = 1
     }  # fmt: skip
     context.save(distance=report)
     context.table("distance", ["row", "distance", "attack"], list(zip(rows.tolist(), found.tolist(), by, strict=True)))
-    context.draw("distance", _draw(context, found, band), f"accuracy at every {norm} eps, n = {n}, with a 95 % band")
+    others = {name: _read(Path(run).expanduser(), norm) for name, run in zip(run_names(runs), runs, strict=True)}
+    context.draw("distance", _draw(context, found, others), f"accuracy at every {norm} eps, n = {n}, with a 95 % band")
     values = {"median_distance": report["median"], "mean_distance": report["mean"]}
     context.log.log(values, n=n, split="test", attack="distance", norm=norm, eps=context.eps)
+
+
+def _read(folder: Path, norm: str) -> tuple[str, np.ndarray]:
+    """The trainer of a run and its distances."""
+    if (theirs := read_config(folder)["norm"]) != norm:
+        raise UserError(f"runs={folder}: was judged under {theirs}, this run under {norm}")
+    summary = read_summary(folder) or {}
+    with (folder / "tables/distance.csv").open(newline="") as file:
+        found = np.array([float(row["distance"]) for row in csv.DictReader(file)])
+    return str((summary.get("origin") or summary)["trainer"]), found
 
 
 def half_width(n: int, confidence: float = 0.95) -> float:
@@ -81,15 +113,17 @@ def curve(distances: np.ndarray, eps: float) -> float:
     return float((distances > eps).mean())
 
 
-def _draw(context: AnalysisContext, found: np.ndarray, band: float) -> Any:
+def _draw(context: AnalysisContext, found: np.ndarray, others: Mapping[str, tuple[str, np.ndarray]]) -> Any:
     figure, ((axes,),) = figures.subplots(figsize=(6.4, 4.2))
     top = max(2 * context.eps, float(np.quantile(found[np.isfinite(found)], 0.98)))
-    eps = np.concatenate([[0.0], np.sort(found[np.isfinite(found) & (found > 0)]), [top]])
-    accuracy = np.array([curve(found, each) for each in eps])
-    colour = figures.trainer_colour(context.trainer)
-    axes.fill_between(eps, np.clip(accuracy - band, 0, 1), np.clip(accuracy + band, 0, 1), step="post", alpha=0.2,
-                      color=colour, linewidth=0)  # fmt: skip
-    axes.step(eps, accuracy, where="post", color=colour, label="smallest perturbation found")
+    own = f"{context.trainer} (this run)" if others else "smallest perturbation found"
+    for number, (name, (trainer, distances)) in enumerate({own: (context.trainer, found), **others}.items()):
+        eps = np.concatenate([[0.0], np.sort(distances[np.isfinite(distances) & (distances > 0)]), [top]])
+        accuracy, band = np.array([curve(distances, each) for each in eps]), half_width(len(distances))
+        colour, line = figures.trainer_colour(trainer), ("-", "--", ":", "-.")[number % 4]
+        axes.fill_between(eps, np.clip(accuracy - band, 0, 1), np.clip(accuracy + band, 0, 1), step="post", alpha=0.2,
+                          color=colour, linewidth=0)  # fmt: skip
+        axes.step(eps, accuracy, line, where="post", color=colour, label=name)
     within = [info for info in context.attacks.values() if info["counts"] and info["norm"] == context.norm]
     points = [(info["eps"], info["robust_accuracy"]["value"]) for info in within]
     if points:

@@ -1,5 +1,6 @@
 """The composed YAML as a checked Config, with dataset and model of the run whose checkpoint is evaluated."""
 
+import copy
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from aerl.config.errors import omegaconf_line, pydantic_line
 from aerl.config.names import leaves
@@ -15,18 +16,51 @@ from aerl.config.schema import Config
 from aerl.errors import UserError, first_line, short
 from aerl.runtime.paths import local
 from aerl.tracking.results import read_config, read_summary
+from aerl.types import NonNegative
 
 
 def read(cfg: DictConfig) -> Config:
     """The composed YAML as a checked Config; UserError names the first key that is wrong."""
+    if "radii" in cfg:
+        raise UserError("radii: no such key; eps=[0.25,0.5] takes several")
     try:
-        config = Config.model_validate(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        config = Config.model_validate(_at_several_eps(cfg) if OmegaConf.is_list(cfg.get("eps")) else _resolved(cfg))
     except OmegaConfBaseException as error:
         raise UserError(omegaconf_line(error)) from error
     except ValidationError as error:
         raise UserError(pydantic_line(error)) from error
     config.check_threat()
     return config
+
+
+def _resolved(cfg: DictConfig, **news: Any) -> dict[str, Any]:
+    copied = copy.deepcopy(cfg)
+    for key, value in news.items():
+        OmegaConf.update(copied, key, value)
+    resolved: dict[str, Any] = OmegaConf.to_container(copied, resolve=True, throw_on_missing=True)  # type: ignore
+    return resolved
+
+
+def _at_several_eps(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration at the largest eps, after the attacks that differ at each smaller one, named NAME_eps0.25.
+
+    The smallest come first: what they fool is fooled at every larger eps, too.
+    """
+    try:
+        radii = sorted(set(TypeAdapter(list[NonNegative]).validate_python(OmegaConf.to_container(cfg.eps))))
+    except ValidationError as error:
+        raise UserError(pydantic_line(error, "eps")) from error
+    if not radii:
+        raise UserError("eps=[]: expected a number, or a list of them")
+    whole = _resolved(cfg, eps=radii[-1])
+    smaller = {
+        f"{name}_eps{eps:.6g}": spec
+        for eps in radii[:-1]
+        for name, spec in _resolved(cfg, eps=eps)["attack"].items()
+        if spec != whole["attack"][name]
+    }
+    analyses = {"worst_case": {"_target_": "aerl.analyses.worst_case.WorstCase"}, **whole["analysis"]}
+    return {**whole, "radii": radii, "attack": {**smaller, **whole["attack"]}, "analysis": analyses}
 
 
 def inherit_from_checkpoint(cfg: DictConfig, overrides: Collection[str]) -> DictConfig:

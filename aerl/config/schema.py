@@ -142,6 +142,7 @@ class Config(Section):
     seed: Index
     norm: Norm
     eps: NonNegative
+    radii: list[NonNegative] = []  # several eps, ascending, the last being `eps`: aerl.config.compose.read sets them
     checkpoint: str | None
     runs_dir: Folder
     data_dir: Folder

@@ -97,7 +97,16 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
         evidence.finish(folder, outcomes, counted)
     if worst is not None:
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
+    by_eps = []
+    for eps in config.radii:
+        weaker = [part for part in counted if attacks[part]["eps"] <= eps * (1 + 1e-6)]
+        by_eps.append({"eps": eps, **accuracy(outcomes, weaker, policy)})
+        record.results.log(
+            {"worst_case_accuracy": by_eps[-1]["value"]}, n=len(split), split="test", attack=f"worst_eps{eps:.6g}",
+            norm=config.norm, eps=eps,
+        )  # fmt: skip
     record.advance(
+        worst_case_by_eps=by_eps,
         robust_accuracy={part: info["robust_accuracy"]["value"] for part, info in attacks.items()},
         worst_case_accuracy=worst,
         seconds=record.summary["seconds"] | {"attack": sum(info["seconds"] for info in attacks.values())},

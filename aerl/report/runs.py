@@ -135,6 +135,7 @@ def _read(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     attacks = {same_seed.sub(r"\1_same_seed", name): attack for name, attack in summary["attacks"].items()}
     accuracy = {"clean": summary["clean_accuracy"]}
     accuracy |= {name: attack["robust_accuracy"] for name, attack in attacks.items()}
+    accuracy |= {f"worst case at {eps_text(row['eps'])}": row for row in (summary.get("worst_case_by_eps") or ())[:-1]}
     accuracy |= {"worst case": summary["worst_case_accuracy"]}
     about = {
         "dataset": str(summary["dataset"]),
@@ -201,7 +202,7 @@ def _table(runs: pd.DataFrame, settings: pd.DataFrame, accuracy: pd.DataFrame) -
     varied = runs[columns].join(settings[_varied(runs, settings)]).fillna("")
     again = varied.assign(seed=runs["seed"]).duplicated()
     notes = [f"not counted: {shown(run)}: same settings and seed as another run" for run in runs.loc[again, "folder"]]
-    names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name == "worst case")
+    names = sorted(accuracy.columns[accuracy.notna().any()], key=lambda name: name.startswith("worst case"))
     outside = [name for name in names if any(name in attacks for attacks in runs["outside"])]
     if outside:
         notes.append(f"{' *, '.join(outside)} *: outside the threat model, not in the worst case")

@@ -44,7 +44,11 @@ def attack_grid(summary: Mapping[str, Any]) -> Grid:
     rows = [_attack_row("clean", {"robust_accuracy": summary.get("clean_accuracy")})]
     for name, attack in (summary.get("attacks") or {}).items():
         rows.append(_attack_row(name if attack.get("counts", True) else f"{name} *", attack))
-    if worst := summary.get("worst_case_accuracy"):
+    counted = [info for info in (summary.get("attacks") or {}).values() if info.get("counts", True)]
+    for row in summary.get("worst_case_by_eps") or ():
+        threat = {"norm": counted[0]["norm"] if counted else None, "eps": row["eps"]}
+        rows.append(_attack_row("worst case", {"robust_accuracy": row, **threat}))
+    if (worst := summary.get("worst_case_accuracy")) and not summary.get("worst_case_by_eps"):
         rows.append(_attack_row("worst case", {"robust_accuracy": worst}))
     return Grid(("attack", "norm", "eps", "accuracy", "95 % interval", "n", "time"), rows, ("attack", "norm"))
 

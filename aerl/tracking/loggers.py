@@ -186,6 +186,8 @@ def log_accuracies(logger: Logger, summary: Mapping[str, Any]) -> None:
     attacks = summary["attacks"]
     accuracies = {"clean": summary["clean_accuracy"]}
     accuracies |= {name: info["robust_accuracy"] for name, info in attacks.items()}
+    for row in (summary.get("worst_case_by_eps") or ())[:-1]:
+        accuracies[f"worst case eps {row['eps']:g}"] = row
     if summary["worst_case_accuracy"] is not None:
         accuracies["worst case"] = summary["worst_case_accuracy"]
     logger.summary({f"accuracy/{name.replace(' ', '_')}": value["value"] for name, value in accuracies.items()})
