@@ -151,6 +151,29 @@ def test_the_batch_size_changes_no_number_and_another_configuration_is_refused(l
     assert summary_of(tmp_path / "runs/a") == before
 
 
+def test_a_finished_training_goes_on_where_its_rates_allow_it(launch, tmp_path):
+    """Twice 2 epochs are the 4 of one command, bit for bit, in the weights and in every number."""
+    words = (*QUICK, "trainer=rl", "recipe=none", "trainer.schedule.warmup=0", "trainer.schedule.kind=constant")
+    for name, epochs in (("whole", 4), ("parts", 2), ("parts", 4)):
+        done = launch(*words, f"name={name}", f"trainer.epochs={epochs}")
+        assert done.returncode == 0, done.stderr
+    assert "trained for 2 epochs; going on to 4" in done.stderr
+    whole, parts = (tmp_path / "runs" / name for name in ("whole", "parts"))
+    weights = [torch.load(run / "checkpoints/last.pt")["model"] for run in (whole, parts)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    numbers = [
+        [(r.metric, r.attack, r.step, r.value) for r in read_results(run / "results.jsonl") if "second" not in r.metric]
+        for run in (whole, parts)
+    ]
+    assert numbers[0] == numbers[1] and summary_of(parts)["epochs"] == 4
+    before = summary_of(parts)
+    for more in (["trainer.epochs=3"], ["trainer.epochs=5", "trainer.batch_size=16"]):
+        assert launch(*words, "name=parts", *more).returncode == 1
+    done = launch(*words, "name=parts", "trainer.epochs=5", "trainer.schedule.kind=linear")
+    assert done.returncode == 1 and "name=NAME checkpoint=runs/parts to train on" in done.stderr
+    assert summary_of(parts) == before
+
+
 def test_survivors_and_threat_model(launch, tmp_path):
     """Accuracies fall from one attack to the next down to the worst case; a larger eps is reported, but not counted."""
     words = ("trainer.epochs=2", "evaluation.samples=40", "eps=0.3", "logger=none", "analysis=none", "name=s")

@@ -31,11 +31,17 @@ def config_hash(config: "Config") -> str:
 
 
 def difference(config: "Config", folder: Path) -> str:
-    """The first two keys in which the configuration of a run folder differs from this one."""
+    """The first two keys in which the configuration of a run folder differs from this one, as text."""
+    differing = list(differences(config, folder).items())
+    shown = [f"{key} is {short(there)} there, {short(here)} here" for key, (there, here) in differing[:2]]
+    return "; ".join([*shown, f"{len(differing) - 2} more"] if len(differing) > 2 else shown)
+
+
+def differences(config: "Config", folder: Path) -> dict[str, tuple[Any, Any]]:
+    """The keys in which the configuration of a run folder differs from this one, with both values: there, here."""
     there, here = (dict(leaves(_identity(settings))) for settings in (read_config(folder), config.model_dump()))
-    keys = [key for key in here | there if here.get(key) != there.get(key)]
-    shown = [f"{key} is {short(there.get(key))} there, {short(here.get(key))} here" for key in keys[:2]]
-    return "; ".join([*shown, f"{len(keys) - 2} more"] if len(keys) > 2 else shown)
+    keys = (key for key in here | there if here.get(key) != there.get(key))
+    return {key: (there.get(key), here.get(key)) for key in keys}
 
 
 def leaves(node: Any, key: str = "", *, lists: bool = False) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ summary.json for all others. summary.json is written first: only a folder that h
 
 import hashlib
 import logging
+import math
 import secrets
 import shutil
 import time
@@ -19,8 +20,8 @@ import yaml
 
 from aerl.config.compose import origin
 from aerl.config.errors import explain
-from aerl.config.names import config_hash, difference, distinguishing_overrides, group_name
-from aerl.config.schema import Config
+from aerl.config.names import config_hash, difference, differences, distinguishing_overrides, group_name
+from aerl.config.schema import Config, Trainer
 from aerl.errors import UserError
 from aerl.runtime.ddp import is_main
 from aerl.runtime.files import atomic_write, sha256, writing
@@ -103,11 +104,28 @@ def load_previous(folder: Path, config: Config, request: str | None = None) -> d
             return {"status": _DISCARDED}
         log.info("already started by overwrite=true; resuming")
     elif not same:
+        differing = differences(config, folder)
+        epochs = config.trainer.epochs if config.trainer else 0
+        longer = "trainer.epochs" in differing and (summary.get("epochs") or math.inf) < epochs
+        if longer and differing.keys() <= {"trainer.epochs", "dataset.epochs"} and _can_go_on(config.trainer):
+            log.info("trained for %d epochs; going on to %d", summary["epochs"], epochs)
+            seconds = {key: value for key, value in summary["seconds"].items() if key != "train"}
+            news = {"config_hash": config_hash(config), "status": "running", "seconds": seconds}
+            return {**summary, **unattacked(), **news}
         raise UserError(
             f"run folder {folder}: holds another configuration ({difference(config, folder)}); "
             "use name=NAME to keep both, overwrite=true to start again"
+            + f", or name=NAME checkpoint={folder} to train on from its weights"
+            * longer
         )
     return summary
+
+
+def _can_go_on(trainer: Trainer | None) -> bool:
+    """Whether more epochs would have been preceded by the same training: its rates do not depend on their number."""
+    if trainer is None or trainer.until is not None or trainer.patience is not None:
+        return False
+    return trainer.schedule.kind in ("constant", "step") and trainer.schedule.warmup == 0
 
 
 def _has_content(path: Path) -> bool:
