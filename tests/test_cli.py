@@ -67,6 +67,11 @@ WRONG = [
     ("trainer.adversary.weight=2", "trainer.adversary.weight: no such key"),
     ("model.net.depth=1", "model.net.depth=1: no such key; known: hidden"),
     ("trainer.optimizer.momentum=0.9", "trainer.optimizer.momentum=0.9: no such key; known: amsgrad, betas"),
+    (
+        "trainer=pgd_at dataset=cifar10 trainer.optimizer._target_=torch.optim.AdamW",
+        "trainer.optimizer.momentum=0.9: no such key; known: amsgrad, betas, capturable, differentiable, eps, foreach, "
+        "fused, lr, maximize, weight_decay; '~trainer.optimizer.momentum' leaves it out",
+    ),
     ("trainer.schedule.milestones=[30]", "trainer.schedule.milestones=[30]: belong to trainer.schedule.kind=step"),
     ("epochs=3", "epochs: no such key; did you mean trainer.epochs="),
     ("trainer.lr=0.1", "trainer.lr: no such key; did you mean trainer.optimizer.lr="),

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, get_type_hints
 
@@ -37,7 +39,10 @@ def bind(
     for name, value in settings.items():
         if name in given or name in later or not (name in names or any_keyword):
             known = [n for n in names if n not in (*given, *later)]
-            raise UserError(f"{key}.{name}={short(value)}: no such key; {suggest(name, known)}")
+            line = f"{key}.{name}={short(value)}: no such key; {suggest(name, known)}"
+            given_here = any(re.match(rf"\+*{re.escape(f'{key}.{name}')}=", word) for word in sys.argv)
+            # Of a YAML file, for another _target_.
+            raise UserError(line if given_here else f"{line}; '~{key}.{name}' leaves it out")
         settings[name] = _checked(value, hints.get(name, Any), f"{key}.{name}")
     settings |= {n: v for n, v in given.items() if n in names or (any_keyword and n == "num_classes")}
     for p in parameters:
