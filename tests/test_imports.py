@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "attacks", "data", "models", "tracking"},
     {"training", "evaluation", "build", "hub"},
     {"analyses", "report"},
-    {"run", "verify", "python"},
+    {"run", "verify", "python", "tune"},
     {"launch"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

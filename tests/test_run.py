@@ -291,8 +291,15 @@ def test_an_analysis_with_nothing_to_show_is_skipped(launch, tmp_path):
     assert (folder / "figures/confusion.png").exists()
 
 
-@pytest.mark.parametrize("moment", ["training", "evaluation"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "training"),
+        (signal.SIGKILL, "evaluation"),
+        pytest.param(signal.SIGKILL, "training", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "evaluation", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_or_killed_and_repeated(tmp_path, data_dir, launch, moment, number):
     words = ("trainer=rl", "evaluation.samples=40", "analysis=none", "logger=none", "eps=0.3")
     if moment == "training":
