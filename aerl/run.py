@@ -43,11 +43,13 @@ def run(cfg: DictConfig) -> float | None:
         if config.prepare_data_only:
             _prepare_data(config)
             return None
-        accuracy = _run(config)["worst_case_accuracy"]
+        hydra = HydraConfig.get()
+        choices = compose.options(cfg, hydra.runtime.choices, hydra.overrides.task)
+        accuracy = _run(config, choices)["worst_case_accuracy"]
     return None if accuracy is None else float(accuracy["value"])
 
 
-def _run(config: Config) -> dict[str, Any]:
+def _run(config: Config, choices: Mapping[str, str]) -> dict[str, Any]:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     folder = run_folder(local(config.runs_dir, "runs_dir"), config, overrides)
@@ -77,7 +79,7 @@ def _run(config: Config) -> dict[str, Any]:
             return _show_again(folder, previous)
         opened = recorded(
             place, config, previous, overrides=overrides, environment=describe(parts.hardware), inputs=digests,
-            choices={group: hydra.runtime.choices[group] for group in ("dataset", "model")}, request=overwrite_id(),
+            choices=choices, request=overwrite_id(),
             data=parts.data.facts,
         )  # fmt: skip
         with page.written(place), opened as record:

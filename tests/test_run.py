@@ -1,5 +1,6 @@
 """Whole runs through the real command line: the folder they leave, resuming, refusing, evaluating, sweeping."""
 
+import contextlib
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from aerl.tracking.results import read_results
+from aerl.verify import verify
 from tests.conftest import ROOT, environment
 from tests.runs import BARE, FREQUENT, finish, forge, same_end, summary_of, wait_for
 from tests.test_wandb import history, read_back
@@ -209,6 +211,11 @@ def test_evaluating_a_run_takes_its_dataset_and_model_but_no_target(launch, tmp_
     assert folder.parts[-5:-2] == ("grey", "cnn", "none")
     assert summary_of(folder)["clean_accuracy"] == summary_of(tmp_path / "runs/trained")["clean_accuracy"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"] is None
+    assert summary_of(folder)["choices"] == {"dataset": "npz", "model": "cnn"}
+    with contextlib.chdir(tmp_path):
+        assert not [fault for check in verify(folder) for fault in check.faults]
+    again = launch(*words, f"checkpoint={folder}", "attack=none", "name=again")  # the model that this one evaluated
+    assert again.returncode == 0, again.stderr
     wrong = launch(*words, "model=alicnn", "attack=none")
     assert wrong.returncode == 1
     assert wrong.stderr.splitlines()[-1].startswith("error: checkpoint=runs/trained/checkpoints/best.pt: is of another")

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from aerl.errors import UserError, first_line, short
 from aerl.runtime.paths import local
 from aerl.tracking.results import read_config, read_summary
 from aerl.types import NonNegative
+
+_GROUPS = ("dataset", "model")  # that an evaluation takes from the run that it evaluates
 
 
 def read(cfg: DictConfig) -> Config:
@@ -68,6 +70,15 @@ def inherit_from_checkpoint(cfg: DictConfig, overrides: Collection[str]) -> Dict
     evaluated = cfg.checkpoint if cfg.trainer is None else None
     folder = None if evaluated in (None, "own") else _run_folder(str(evaluated))
     return cfg if folder is None else _like_run(folder, overrides)
+
+
+def options(cfg: DictConfig, chosen: Mapping[str, Any], overrides: Collection[str]) -> dict[str, str]:
+    """The options of the groups dataset and model: the `chosen` ones of Hydra, or those of an evaluated run."""
+    evaluated = cfg.checkpoint if cfg.trainer is None else None
+    folder = None if evaluated in (None, "own") else _run_folder(str(evaluated))
+    theirs = {} if folder is None else (read_summary(folder) or {}).get("choices") or {}
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    return {group: chosen[group] if group in given else theirs.get(group, chosen[group]) for group in _GROUPS}
 
 
 def of_run(run: str, key: str) -> Config:
@@ -122,10 +133,10 @@ def _like_run(folder: Path, overrides: Collection[str]) -> DictConfig:
     The folder may come from somebody else: options of our groups and plain values are taken, but no other `_target_`.
     """
     chosen = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    groups = [group for group in ("dataset", "model") if group not in chosen]
+    groups = [group for group in _GROUPS if group not in chosen]
     try:
-        options = (read_summary(folder) or {})["choices"]
-        words = [f"{group}={options[group]}" for group in groups]
+        theirs = (read_summary(folder) or {})["choices"]
+        words = [f"{group}={theirs[group]}" for group in groups]
         saved = read_config(folder)
         values = dict(leaves({group: dict(saved[group]) for group in groups}))
         if not all(re.fullmatch(r"\w+=[\w-]+", word) for word in words):
