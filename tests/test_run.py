@@ -235,6 +235,10 @@ def test_multirun_folders_groups_and_failing_jobs(launch, tmp_path):
     assert "error: dataset.train_samples=9999: the training split has 1293 images" in failing.stderr
     assert "Traceback" not in failing.stderr
     assert len(list((tmp_path / "others").glob("*/*/*/*/seed0/summary.json"))) == 1
+    stop = ("hydra.callbacks.manifest.stop_at_failure=true", "runs_dir=stopped")
+    stopped = launch("-m", "dataset.train_samples=9999,64", *BARE, *stop)
+    assert stopped.returncode == 1 and "2 jobs: 0 done, 1 failed, 1 left" in stopped.stdout
+    assert not list((tmp_path / "stopped").rglob("summary.json"))
 
 
 def test_full_disk(tmp_path, data_dir, launch):

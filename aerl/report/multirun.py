@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,11 +56,13 @@ def overwrite_id() -> str | None:
 class Manifest:
     """The Hydra callback. Workers in other processes, also those of a requeued job, get it pickled."""
 
-    def __init__(self, then: Sequence[str] = ()) -> None:
-        """`then`: the overrides of a run that follows when all jobs are done. In them {runs} stands for the run
+    def __init__(self, then: Sequence[str] = (), stop_at_failure: bool = False) -> None:
+        """`stop_at_failure`: no job starts after one has failed, and running ones are saved.
+
+        `then`: the overrides of a run that follows when all jobs are done. In them {runs} stands for the run
         folders of the jobs, {first} for the one with the weights of the first, and {folder} for the multirun's under
         runs_dir."""
-        self.then = list(then)
+        self.then, self.stop_at_failure, self.process = list(then), stop_at_failure, os.getpid()
         self.folder: Path | None = None
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
@@ -111,6 +114,11 @@ class Manifest:
             failed = job_return.status.name == "FAILED"
             error = str(job_return._return_value) if failed else ""  # in one line: aerl.config.cli.run_job raised it
             note_job(config.hydra.job.num, status="failed" if failed else "finished", error=error)
+            if failed and self.stop_at_failure and not signals.received():
+                print(f"job {config.hydra.job.num} failed, and stop_at_failure is set", file=sys.stderr, flush=True)
+                if self.process == os.getpid():
+                    sys.exit(1)
+                os.kill(self.process, signal.SIGTERM)  # which it forwards to the workers
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
