@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from aerl.runtime.files import load_arrays
+from aerl.tracking.results import read_results
 from aerl.verify import verify
 from tests.runs import finish, summary_of
 
@@ -39,6 +40,16 @@ def test_the_worst_case_at_each_eps_is_over_the_attacks_within_it(runs):
     assert [row["value"] for row in found] == pytest.approx(expected) and expected[0] > expected[2]
     assert found[-1]["value"] == summary["worst_case_accuracy"]["value"]
     assert not [fault for check in verify(run) for fault in check.faults]
+
+
+def test_without_an_attack_there_is_no_worst_case_and_transfer_names_its_source(runs, data_dir):
+    words = ("trainer=none", "checkpoint=runs/one", "eps=[0.5,1]", "analysis=none", "logger=none")
+    finish(runs, data_dir, *words, "attack=none", "name=none")
+    assert summary_of(runs / "runs/none")["worst_case_by_eps"] == []
+    transfer = ("attack=transfer", "attack.transfer.sources=[runs/several]", "attack.transfer.steps=3")
+    finish(runs, data_dir, *words, *transfer, "evaluation.samples=20", "name=transferred")
+    results = read_results(runs / "runs/transferred/results.jsonl")
+    assert {r.source for r in results if r.metric == "robust_accuracy"} == {"sl_seed0"}
 
 
 def test_the_attacks_at_the_largest_eps_are_those_of_a_run_at_it_alone(runs):

@@ -86,7 +86,8 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
             if info["of"] == name:
                 means = {f"mean_{key}": outcomes[f"{part}_{key}"].mean() for key in (*DISTANCES, *parts.metrics)}
                 values = {"robust_accuracy": info["robust_accuracy"]["value"], **means, "seconds": info["seconds"]}
-                source = part.removeprefix("transfer_").removesuffix("_refined") if name == "transfer" else ""
+                transferred = name.partition("_eps")[0] == "transfer"
+                source = part.removeprefix(f"{name}_").removesuffix("_refined") if transferred else ""
                 threat = {"norm": info["norm"], "eps": info["eps"]}
                 record.results.log(values, n=len(split), split="test", attack=part, source=source, **threat)
 
@@ -98,7 +99,7 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
     if worst is not None:
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
     by_eps = []
-    for eps in config.radii:
+    for eps in config.radii if counted else ():
         weaker = [part for part in counted if attacks[part]["eps"] <= eps * (1 + 1e-6)]
         by_eps.append({"eps": eps, **accuracy(outcomes, weaker, policy)})
         record.results.log(
