@@ -201,16 +201,15 @@ def _evidence(
 
 
 def _accuracies(summary: Mapping[str, Any], outcomes: Mapping[str, Any], counted: Sequence[str], policy: Any) -> Check:
-    from aerl.evaluation.outcomes import accuracy
+    from aerl.evaluation.outcomes import accuracy, within_eps
 
     stated = {"clean": summary["clean_accuracy"], "worst case": summary["worst_case_accuracy"]}
     found = {"clean": accuracy(outcomes, [], policy), "worst case": accuracy(outcomes, counted, policy)}
     if not counted:
         del stated["worst case"], found["worst case"]
     for row in summary.get("worst_case_by_eps") or ():
-        within = [name for name in counted if summary["attacks"][name]["eps"] <= row["eps"] * (1 + 1e-6)]
-        name = f"worst case at eps {row['eps']:g}"
-        stated[name], found[name] = row, accuracy(outcomes, within, policy)
+        name, weaker = f"worst case at eps {row['eps']:g}", within_eps(summary["attacks"], counted, row["eps"])
+        stated[name], found[name] = row, accuracy(outcomes, weaker, policy)
     for name, info in summary["attacks"].items():
         stated[name], found[name] = info["robust_accuracy"], accuracy(outcomes, [name], policy)
     faults = [

@@ -20,7 +20,7 @@ from aerl.evaluation import evidence
 from aerl.evaluation.evidence import Evidence
 from aerl.evaluation.memory import within_memory
 from aerl.evaluation.metrics import BUILT_IN, Metric, measure
-from aerl.evaluation.outcomes import DISTANCES, Attacked, Batch, Outcomes, accuracy, check_within, so_far
+from aerl.evaluation.outcomes import DISTANCES, Attacked, Batch, Outcomes, accuracy, check_within, so_far, within_eps
 from aerl.evaluation.resume import Saver, Stage, finished, interrupted
 from aerl.evaluation.statistics import Policy, right
 from aerl.runtime import ddp, signals
@@ -100,8 +100,7 @@ def evaluate(parts: "Parts", config: "Config", record: Record) -> tuple[Outcomes
         record.results.log({"worst_case_accuracy": worst["value"]}, n=len(split), split="test")
     by_eps = []
     for eps in config.radii if counted else ():
-        weaker = [part for part in counted if attacks[part]["eps"] <= eps * (1 + 1e-6)]
-        by_eps.append({"eps": eps, **accuracy(outcomes, weaker, policy)})
+        by_eps.append({"eps": eps, **accuracy(outcomes, within_eps(attacks, counted, eps), policy)})
         record.results.log(
             {"worst_case_accuracy": by_eps[-1]["value"]}, n=len(split), split="test", attack=f"worst_eps{eps:.6g}",
             norm=config.norm, eps=eps,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,11 @@ def accuracy(
     """Mean reward clean and under the worst, per sample, of `attacks`, with its 95 % interval."""
     rewards = reward(outcomes, attacks, policy)
     return proportion(float(rewards.sum()), len(rewards))
+
+
+def within_eps(attacks: Mapping[str, Mapping[str, Any]], names: Iterable[str], eps: float) -> list[str]:
+    """The `names` of the attacks whose eps is not larger: what they fool is fooled at `eps`, too."""
+    return [name for name in names if attacks[name]["eps"] <= eps * (1 + 1e-6)]
 
 
 def so_far(outcomes: Mapping[str, np.ndarray], clean: Attacked, attacks: Sequence[str]) -> Attacked:

@@ -118,7 +118,8 @@ class Manifest:
                 print(f"job {config.hydra.job.num} failed, and stop_at_failure is set", file=sys.stderr, flush=True)
                 if self.process == os.getpid():
                     sys.exit(1)
-                os.kill(self.process, signal.SIGTERM)  # which it forwards to the workers
+                if signals.is_worker():  # of joblib; on Slurm the number may be another process of this machine
+                    os.kill(self.process, signal.SIGTERM)  # which it forwards to the workers
 
     def on_run_end(self, config: Any, **kwargs: Any) -> None:
         """Hydra calls every method of a callback."""
