@@ -11,11 +11,23 @@ from rich.console import Console
 from rich.table import Table
 
 from aerl.runtime import device
-from benchmarks import analyses, attacks, evaluation, memory, python, referee, scaling, startup, training
+from benchmarks import (
+    analyses,
+    attacks,
+    evaluation,
+    memory,
+    python,
+    recipes,
+    referee,
+    scaling,
+    startup,
+    training,
+)
 from benchmarks.victim import images_32, trained
 
 PARTS = (
-    "startup", "python", "training", "attacks", "autoattack", "referee", "memory", "scaling", "analyses", "evaluation",
+    "startup", "python", "training", "recipes", "attacks", "autoattack", "referee", "memory", "scaling", "analyses",
+    "evaluation",
 )  # fmt: skip
 Rows = list[tuple[str, str, str]]
 
@@ -55,6 +67,8 @@ def measure(args: argparse.Namespace, machine: device.Hardware, rounds: int, scr
         rows += python.measure(rounds, scratch / "python", smoke)
     if "training" in parts:
         rows += training.measure(tuple(args.net or training.NETS), machine, rounds, scratch / "training", smoke)
+    if "recipes" in parts:
+        rows += recipes.measure(machine, rounds, scratch / "recipes", smoke)
     if {"attacks", "autoattack", "referee", "analyses"} & set(parts):
         data = images_32(args.cifar10, scratch)
         images = {"undefended": 64, "pgd_at": 64} if smoke else {"undefended": 8_000, "pgd_at": 4_000}

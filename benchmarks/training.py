@@ -229,15 +229,21 @@ def recipe(work: Work) -> Recipe:
 
 
 def aerls_loop(work: Work, hardware: Hardware, folder: Path, steps: int) -> Callable[[], Timed]:
+    """`fit` on `work`."""
+    return timed_fit(classifier(work, hardware), recipe(work), hardware, folder, steps, work.size)
+
+
+def timed_fit(
+    model: nn.Module, recipe: Recipe, hardware: Hardware, folder: Path, steps: int, size: int
+) -> Callable[[], Timed]:  # fmt: skip
     """`aerl.training.loop.fit` itself; seconds per step, of `steps` after the first few.
 
     Every step begins with the augmentation, which is given to `fit` and here looks at the clock. When it has
     seen enough it ends the training, before there is a validation or a checkpoint.
     """
-    model, plain = classifier(work, hardware), recipe(work)
-    data = random_data((_WARM + steps + 1) * work.batch_size, work.size)
+    data = random_data((_WARM + steps + 1) * recipe.batch_size, size)
     folder.mkdir(parents=True)
-    log = ResultLog(folder, {"run_id": "", "seed": 0, "dataset": "", "model": "", "trainer": work.trainer})
+    log = ResultLog(folder, {"run_id": "", "seed": 0, "dataset": "", "model": "", "trainer": ""})
 
     def run() -> Timed:
         count, began = 0, 0.0
@@ -251,11 +257,11 @@ def aerls_loop(work: Work, hardware: Hardware, folder: Path, steps: int) -> Call
                     raise _Enough
                 began = time.perf_counter()
             count += 1
-            return plain.augment(*args, **words)
+            return recipe.augment(*args, **words)
 
         model.train()
         with suppress(_Enough), redirect_stderr(io.StringIO()):
-            fit(model, data, replace(plain, augment=watched), hardware, seed=0, folder=folder, results=log)
+            fit(model, data, replace(recipe, augment=watched), hardware, seed=0, folder=folder, results=log)
         return Timed(began / steps)
 
     return run
