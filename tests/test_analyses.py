@@ -13,7 +13,7 @@ from torch import nn
 from aerl.analyses import AnalysisContext, NotMade
 from aerl.analyses.curvature import Curvature
 from aerl.analyses.gradients import Dynamics, Gradients, gradient_dynamics
-from aerl.analyses.landscape import Landscape, evaluate_grid, filter_normalised, plane, weight_landscape
+from aerl.analyses.landscape import Landscape, WeightLandscape, evaluate_grid, filter_normalised, plane
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
 from aerl.analyses.training import Training
@@ -239,7 +239,7 @@ def test_weight_directions_have_the_filters_lengths_and_the_centre_is_the_traine
         else:
             assert not direction[name].any()
     before = {name: weight.clone() for name, weight in given.model.state_dict().items()}
-    weight_landscape(given, samples=20, resolution=3)
+    WeightLandscape(load=lambda runs, key: {}, samples=20, resolution=3)(given)
     with np.load(folder / "figures/weight_landscape.npz") as file:
         loss = file["loss"]
     chosen = subset(Split(given.images, given.labels), 20)

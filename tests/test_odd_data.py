@@ -13,7 +13,7 @@ from aerl.analyses import AnalysisContext, NotMade
 from aerl.analyses.curvature import Curvature
 from aerl.analyses.curve import Curve
 from aerl.analyses.gradients import Gradients
-from aerl.analyses.landscape import Landscape, weight_landscape
+from aerl.analyses.landscape import Landscape, WeightLandscape
 from aerl.analyses.masking import masking
 from aerl.analyses.outcomes import confusion, entropy, norms
 from aerl.analyses.pictures import pictures
@@ -35,7 +35,7 @@ OTHERS = {
     "gradients": Gradients(steps=3, **ALONE),
     "curve": Curve(load=lambda runs, key: {}, samples=5, steps=3),
     "landscape": Landscape(samples=2, resolution=9, steps=3, **ALONE),
-    "weight_landscape": partial(weight_landscape, resolution=3),
+    "weight_landscape": WeightLandscape(resolution=3, **ALONE),
 }
 
 

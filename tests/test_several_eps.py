@@ -12,14 +12,19 @@ from aerl.verify import verify
 from tests.runs import finish, summary_of
 
 SHORT = ("trainer.epochs=2", "attack=[fgsm,pgd]", "attack.pgd.steps=10", "evaluation.samples=80", "logger=none")
+SAVED = ("distance", "entropy", "confusion", "norms", "pictures", "masking", "planted")  # read from another run's files
+SIZES = ("analysis.distance.samples=20", "analysis.distance.steps=10", "analysis.masking.samples=10",
+         "analysis.masking.steps=5", "analysis.masking.queries=5", "analysis.planted.samples=10",
+         "analysis.pictures.samples=2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data_dir):
     """One run at three eps, and one at the largest alone."""
     place = tmp_path_factory.mktemp("eps")
-    finish(place, data_dir, *SHORT, "eps=[0.5,0.25,1]", "name=several", "analysis=[training,distance]",
-           "analysis.distance.samples=20", "analysis.distance.steps=10")  # fmt: skip
+    finish(
+        place, data_dir, *SHORT, "eps=[0.5,0.25,1]", "name=several", f"analysis=[training,{','.join(SAVED)}]", *SIZES
+    )
     finish(place, data_dir, *SHORT, "eps=1", "name=one", "analysis=none")
     return place
 
@@ -59,10 +64,10 @@ def test_the_attacks_at_the_largest_eps_are_those_of_a_run_at_it_alone(runs):
 
 
 def test_other_runs_beside_this_one(runs, data_dir):
-    several = runs / "runs/several"
-    names = ("worst_case", "training", "distance", "curve", "curvature")
+    several, models = runs / "runs/several", ("curve", "curvature", "weight_landscape")
+    names = ("worst_case", "training", *SAVED, *models)
     beside = [f"analysis.{name}.runs=[{several}]" for name in names]
-    sizes = ("analysis.distance.samples=20", "analysis.distance.steps=10", "analysis.curve.samples=20")
+    sizes = (*SIZES, "analysis.curve.samples=20", "analysis.weight_landscape.resolution=3")
     finish(runs, data_dir, *SHORT, f"analysis=[{','.join(names)}]", *beside, *sizes, "seed=1", "name=beside")
     for name in names:
         assert (runs / f"runs/beside/figures/{name}.png").is_file()
@@ -71,10 +76,21 @@ def test_other_runs_beside_this_one(runs, data_dir):
         with Path(runs / f"runs/{run}/tables/{name}.csv").open() as file:
             return list(csv.DictReader(file))
 
-    theirs = [row["value"] for row in rows("beside", "worst_case") if row["run"] == "sl_seed0"]
-    assert theirs == [row["value"] for row in rows("several", "worst_case")]
-    for name in ("curve", "curvature"):
+    for name in ("worst_case", "entropy", "confusion", "norms", "masking"):
+        theirs = [row for row in rows("beside", name) if row.pop("run") == "sl_seed0"]
+        own = [{key: value for key, value in row.items() if key != "run"} for row in rows("several", name)]
+        assert theirs == own and own
+    for name in models[:2]:
         assert {row["model"] for row in rows("beside", name)} == {"sl (this run)", "sl_seed0"}
+
+
+def test_runs_beside_this_one_must_fit(runs, data_dir):
+    """Other samples, and an analysis that the other run lacks: said, and the run goes on."""
+    beside = ("analysis.entropy.runs=[runs/several]", "analysis.planted.runs=[runs/one]")
+    done = finish(runs, data_dir, *SHORT[:-2], "evaluation.samples=40", "logger=none", "analysis=[entropy,planted]",
+                  *beside, "name=other")  # fmt: skip
+    assert "runs=runs/several: has 80 samples, this run 40; use the same evaluation.samples" in done.stderr
+    assert "runs=runs/one: has no analysis=planted" in done.stderr
 
 
 def test_a_run_that_cannot_be_shown_is_refused_before_anything_is_written(runs, launch):

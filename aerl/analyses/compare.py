@@ -5,38 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator
 
 from aerl.analyses.context import AnalysisContext
-from aerl.errors import UserError
+from aerl.analyses.others import FinishedRun, Samples, check_same_samples, samples
 from aerl.evaluation.statistics import mcnemar, paired_difference, right
-from aerl.runtime.files import inside, load_arrays
 from aerl.runtime.terminal import eps_text
-from aerl.tracking.results import Result, changed_files, read_config, read_summary
+from aerl.tracking.results import Result, read_config, read_summary
 
 log = logging.getLogger("aerl")
-
-
-def _finished(run: str) -> str:
-    """Checks a run when the configuration is read: a comparison comes last."""
-    folder = Path(run).expanduser()
-    summary = read_summary(folder)
-    if summary is None:
-        raise ValueError("must be a run folder; it has no summary.json")
-    if summary.get("status") != "finished":
-        raise ValueError(f"must be finished; it is {summary.get('status')}")
-    if not (folder / "outcomes.npz").is_file():
-        raise ValueError("must have an outcomes.npz, which a run that attacks writes")
-    if changed_files(folder, summary, ["outcomes.npz"]):
-        raise ValueError("its outcomes.npz was changed or damaged since the run finished")
-    return run
-
-
-Samples = tuple[str, Mapping[str, np.ndarray]]  # the dataset, and `label` and `index` of the samples
-FinishedRun = Annotated[str, AfterValidator(_finished)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +52,6 @@ class Compare:
         return [result for row in table for result in _log(context, row)]
 
 
-def samples(folder: Path) -> "Samples":
-    outcomes = load_arrays(inside(folder, folder / "outcomes.npz"), sealed=False)
-    return str((read_summary(folder) or {}).get("dataset")), outcomes
-
-
 def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
     folder, here = Path(run).expanduser(), context.log.path.parent
     summary, ours = read_summary(folder) or {}, context.outcomes
@@ -109,20 +83,6 @@ def _comparison(context: AnalysisContext, run: str) -> dict[str, Any]:
         groups["worst_case"] = counted
     rows = {name: _row(right(ours, group), right(theirs, group)) for name, group in groups.items()}
     return {"rows": rows, "warnings": warnings}
-
-
-def check_same_samples(run: str, here: "Samples", there: "Samples") -> None:
-    """Older runs have no `index` (place in the test set)."""
-    key = f"analysis.compare.runs={run}"
-    (dataset, ours), (other_dataset, theirs) = here, there
-    if dataset != other_dataset:
-        raise UserError(f"{key}: is of dataset {other_dataset}, this run of {dataset}")
-    if len(ours["label"]) != len(theirs["label"]):
-        n, others = len(ours["label"]), len(theirs["label"])
-        raise UserError(f"{key}: has {others} samples, this run {n}; use the same evaluation.samples")
-    for name, what in (("label", "labels"), ("index", "places in the test set")):
-        if name in ours and name in theirs and not np.array_equal(ours[name], theirs[name]):
-            raise UserError(f"{key}: has other samples than this run (their {what} differ)")
 
 
 def _threat(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from aerl.analyses.compare import FinishedRun, Samples, check_same_samples, samples
 from aerl.analyses.context import AnalysisContext
+from aerl.analyses.others import FinishedRun, Samples, check_same_samples, samples
 from aerl.errors import UserError
 from aerl.evaluation.statistics import crossed_interval, mean_difference, reward
 from aerl.report import figures

@@ -175,37 +175,51 @@ def filter_normalised(model: nn.Module, generator: torch.Generator) -> dict[str,
     return direction
 
 
-def weight_landscape(
-    context: AnalysisContext, *, samples: Count = 256, resolution: Count = 25, span: Positive = 1.0
-) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class WeightLandscape(Beside):
     """Mean cross-entropy of `samples` test images at weights + a * first + b * second, a and b from -span to span.
 
     The images are always the same ones; the statistics of BatchNorm stay as trained. Each of resolution**2 points is a
-    pass over the images. Writes figures/weight_landscape.png and weight_landscape.npz (`axis`, `loss` with b along the
-    first dimension).
+    pass over the images. `runs` are other runs to show beside this one, on one colour scale.
     """
-    model, images = context.model, subset(Split(context.images, context.labels), samples)
+
+    samples: Count = 256
+    resolution: Count = 25
+    span: Positive = 1.0
+
+    def __call__(self, context: AnalysisContext) -> list[Result]:
+        """Write figures/weight_landscape.png and, of this run, weight_landscape.npz (`axis`, `loss` with b along the
+        first dimension)."""
+        images = subset(Split(context.images, context.labels), self.samples)
+        axis = torch.from_numpy(np.linspace(-self.span, self.span, self.resolution))
+        subjects = self.subjects(context)
+        with progress("weight_landscape", len(subjects) * len(axis) ** 2, "points") as bar:
+            losses = [_around_weights(context, subject.model, images, axis, bar) for subject in subjects]
+        caption = f"mean cross-entropy around the weights, n = {len(images)}"
+        figure = _draw_weights(axis.numpy(), losses, [subject.name for subject in subjects], caption)
+        context.draw("weight_landscape", figure, caption)
+        save_arrays(context.figures / "weight_landscape.npz", {"axis": axis.numpy(), "loss": losses[0]})
+        return []
+
+
+def _around_weights(context: AnalysisContext, model: nn.Module, images: Split, axis: Tensor, bar: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed_from(context.seed, "weight_landscape"))
     first, second = (filter_normalised(model, generator) for _ in range(2))
     trained = {name: weight.detach() for name, weight in model.named_parameters()}
-    axis = torch.from_numpy(np.linspace(-span, span, resolution))
-    with attacking(model), torch.no_grad(), progress("weight_landscape", resolution**2, "points") as bar:
 
-        def mean_loss(points: Tensor) -> Tensor:
-            a, b = points[0].tolist()
-            moved = {name: w + a * first[name] + b * second[name] for name, w in trained.items()}
-            total = 0.0
-            for rows in torch.split(torch.arange(len(images)), context.batch_size):
-                x, y = evaluate.batch(images, rows, context.hardware)
-                total += float(F.cross_entropy(functional_call(model, moved, (x,)).float(), y, reduction="sum"))
-            bar.update(1)
-            return torch.tensor([total / len(images)], dtype=torch.float64)
+    def mean_loss(points: Tensor) -> Tensor:
+        a, b = points[0].tolist()
+        moved = {name: w + a * first[name] + b * second[name] for name, w in trained.items()}
+        total = 0.0
+        for rows in torch.split(torch.arange(len(images)), context.batch_size):
+            x, y = evaluate.batch(images, rows, context.hardware)
+            total += float(F.cross_entropy(functional_call(model, moved, (x,)).float(), y, reduction="sum"))
+        bar.update(1)
+        return torch.tensor([total / len(images)], dtype=torch.float64)
 
-        loss = evaluate_grid(mean_loss, axis, batch_size=1).numpy()
-    caption = f"mean cross-entropy around the weights, n = {len(images)}"
-    context.draw("weight_landscape", _draw_weights(axis.numpy(), loss, caption), caption)
-    save_arrays(context.figures / "weight_landscape.npz", {"axis": axis.numpy(), "loss": loss})
-    return []
+    with attacking(model), torch.no_grad():
+        loss: np.ndarray = evaluate_grid(mean_loss, axis, batch_size=1).numpy()
+    return loss
 
 
 def _draw_map(axes: Any, axis: np.ndarray, values: np.ndarray, ink: str, **options: Any) -> Any:
@@ -273,18 +287,21 @@ def _class_colours(planes: list[list[Plane]], labels: list[int], k: int) -> np.n
     return colours
 
 
-def _draw_weights(axis: np.ndarray, loss: np.ndarray, title: str) -> Any:
+def _draw_weights(axis: np.ndarray, losses: list[np.ndarray], names: list[str], title: str) -> Any:
     from matplotlib.colors import LogNorm
 
-    figure, ((axes,),) = figures.subplots(figsize=(6.4, 5))
-    top = np.max(loss[np.isfinite(loss)], initial=1e-6)
-    drawn = np.maximum(np.nan_to_num(loss, nan=top, posinf=top), 1e-6)  # a logarithmic scale has no zero
-    low, high = drawn.min(), drawn.max()
-    image = _draw_map(axes, axis, drawn, "white", norm=LogNorm(low, max(high, low * 1.01)))
-    if len(axis) > 1 and high > low:
-        axes.contour(axis, axis, drawn, np.geomspace(low, high, 12)[1:-1], colors="white", linewidths=0.5)
-    axes.set_xlabel("first direction, filter norms")
-    axes.set_ylabel("second direction, filter norms")
-    axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="cross-entropy, nats", shrink=0.8)
+    figure, (row,) = figures.subplots(1, len(losses), figsize=(1.4 + 5 * len(losses), 5))
+    top = max(np.max(loss[np.isfinite(loss)], initial=1e-6) for loss in losses)
+    # A logarithmic scale has no zero.
+    drawn = [np.maximum(np.nan_to_num(loss, nan=top, posinf=top), 1e-6) for loss in losses]
+    low, high = min(each.min() for each in drawn), max(each.max() for each in drawn)
+    for axes, each, name in zip(row, drawn, names, strict=True):
+        image = _draw_map(axes, axis, each, "white", norm=LogNorm(low, max(high, low * 1.01)))
+        if len(axis) > 1 and each.max() > each.min():
+            levels = np.geomspace(each.min(), each.max(), 12)[1:-1]
+            axes.contour(axis, axis, each, levels, colors="white", linewidths=0.5)
+        axes.set_xlabel("first direction, filter norms")
+        axes.set_ylabel("second direction, filter norms")
+        axes.set_title(title if len(losses) == 1 else name, fontsize=11)
+    figure.colorbar(image, ax=row, label="cross-entropy, nats", shrink=0.8)
     return figure

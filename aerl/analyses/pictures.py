@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from aerl.analyses.context import AnalysisContext, class_name
+from aerl.analyses.others import FinishedRun, beside
 from aerl.data import to_unit
+from aerl.report import figures
 from aerl.report.figures import RIGHT, WRONG
 from aerl.runtime.terminal import eps_text
 from aerl.tracking.results import Result
@@ -18,26 +20,28 @@ from aerl.types import Count
 log = logging.getLogger("aerl")
 
 
-def pictures(context: AnalysisContext, *, samples: Count = 8) -> list[Result]:
+def pictures(context: AnalysisContext, *, samples: Count = 8, runs: Sequence[FinishedRun] = ()) -> list[Result]:
     """Draw figures/pictures.png: for each attack the original, perturbed and adversarial images, up to `samples`.
 
     Fooled images come first, then robust ones, then those that were wrong when clean. An attack on the survivors of
-    others shows only images that it got. Returns no Results. Without examples it warns and draws nothing.
+    others shows only images that it got. `runs` are other finished runs on the same samples to show beside this one.
+    Returns no Results. Without examples it warns and draws nothing.
     """
-    from matplotlib.figure import Figure
-
-    chosen = {attack: rows for attack in context.adversarial if (rows := _chosen(context, attack, samples))}
-    if not chosen:
+    shown = [
+        (f"{run}: {_title(its, attack)}" if runs else _title(its, attack), its, attack, rows)
+        for run, its in beside(context, runs).items()
+        for attack in its.adversarial
+        if (rows := _chosen(its, attack, samples))
+    ]
+    if not shown:
         log.warning("pictures: no attack has examples to show, nothing to draw")
         return []
-    columns = max(map(len, chosen.values()))
-    figure = Figure(figsize=(1.3 + 1.45 * columns, 6.1 * len(chosen)), layout="constrained")
-    parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
-    titles = [_title(context, attack) for attack in chosen]
-    for part, title, (attack, rows) in zip(parts, titles, chosen.items(), strict=True):
+    columns = max(len(rows) for *_, rows in shown)
+    figure, parts = figures.panels([title for title, *_ in shown], [(1.3 + 1.45 * columns, 6.1)] * len(shown))
+    for part, (title, its, attack, rows) in zip(parts, shown, strict=True):
         part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        _draw_attack(part.subplots(3, columns, squeeze=False), context, attack, rows)
-    context.draw("pictures", figure, "; ".join(titles))
+        _draw_attack(part.subplots(3, columns, squeeze=False), its, attack, rows)
+    context.draw("pictures", figure, "; ".join(title for title, *_ in shown))
     return []
 
 

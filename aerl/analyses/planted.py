@@ -1,7 +1,7 @@
 """Planted adversarial examples: does the run's own attack find what is known to be there?"""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aerl.analyses import AnalysisContext, NotMade
+from aerl.analyses.others import FinishedRun, saved
 from aerl.attacks import Noise, SampleGenerator, attacking, collect_warnings, noise, predictions
 from aerl.attacks.losses import margin
 from aerl.attacks.projections import clip, random_extreme, random_in_ball
@@ -17,6 +18,7 @@ from aerl.errors import UserError
 from aerl.evaluation.evaluate import predict, run_attack
 from aerl.evaluation.outcomes import so_far
 from aerl.evaluation.statistics import proportion
+from aerl.report import figures
 from aerl.types import ORDERS, Count, Norm, Probability
 
 log = logging.getLogger("aerl")
@@ -34,6 +36,7 @@ def planted(
     draws: Count = 300,
     trusted: Probability = 0.95,
     layer: str | None = None,
+    runs: Sequence[FinishedRun] = (),
 ) -> None:
     """Plant an adversarial example near each of `samples` images, and count those that the run's attack finds.
 
@@ -49,8 +52,10 @@ def planted(
     trusted: share of the planted examples, from which on the attack can be trusted on this model.
 
     Writes `planted` into summary.json: `found`, `random` (shares with intervals), `trusted` (true or false) and a
-    sentence. NotMade if the run has no attack, if no layer is found, or if nothing can be planted.
+    sentence. With `runs`, other finished runs with this analysis, also figures/planted.png, with the shares of all.
+    NotMade if the run has no attack, if no layer is found, or if nothing can be planted.
     """
+    others = saved(runs, "planted")
     if not context.specs:
         raise NotMade("the run has no attack")
     if context.eps == 0:
@@ -79,10 +84,28 @@ def planted(
     )
     report = {"found": share, "random": chance, "trusted": share["value"] >= trusted, "layer": name, "says": text}
     context.save(planted=report)
+    if runs:
+        shown = {f"{context.trainer} (this run)": report, **others}
+        context.draw("planted", _draw(shown, trusted), "planted adversarial examples that were found, 95 % intervals")
     context.log.log(
         {"planted_found": share["value"], "planted_random": chance["value"]},
         n=n, split="test", attack="planted", norm=context.norm, eps=context.eps,
     )  # fmt: skip
+
+
+def _draw(shown: Mapping[str, Mapping[str, Any]], trusted: float) -> Any:
+    figure, ((axis,),) = figures.subplots(figsize=(6.4, 1.4 + 0.5 * len(shown)))
+    for height, (key, label) in zip((-0.1, 0.1), (("found", "attack"), ("random", "random points")), strict=True):
+        rows = [report[key] for report in shown.values()]
+        value = [100 * row["value"] for row in rows]
+        spread = [[100 * abs(row[end] - row["value"]) for row in rows] for end in ("low", "high")]
+        places = [number + height for number in range(len(rows))]
+        axis.errorbar(value, places, xerr=spread, fmt="o" if key == "found" else "x", capsize=3, label=label)
+    axis.axvline(100 * trusted, color="grey", linestyle=":", label="trusted from here")
+    axis.set_yticks(range(len(shown)), list(shown))
+    axis.set(xlim=(-2, 102), ylim=(len(shown) - 0.5, -0.5), xlabel="% of the planted examples found")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def _attack(context: AnalysisContext, model: nn.Module, split: Split, attacks: Mapping[str, Any]) -> int:

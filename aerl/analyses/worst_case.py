@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aerl.analyses.compare import FinishedRun
 from aerl.analyses.context import AnalysisContext, NotMade
+from aerl.analyses.others import FinishedRun
 from aerl.config.compose import run_names
 from aerl.errors import UserError
 from aerl.report import figures

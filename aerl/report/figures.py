@@ -45,6 +45,18 @@ def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], *
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def panels(titles: Sequence[str], sizes: Sequence[tuple[float, float]]) -> tuple[Any, list[Any]]:
+    """A Figure, and in it one part for each of `sizes` (width, height), from top to bottom; titled if several."""
+    from matplotlib.figure import Figure
+
+    heights = [height for _, height in sizes]
+    figure = Figure(figsize=(max(width for width, _ in sizes), sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, title in zip(parts, titles, strict=True) if len(titles) > 1 else ():
+        part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure, list(parts)
+
+
 def heatmap(
     axis: Any, percent: Any, rows: Sequence[str], columns: Sequence[str], text: Callable[[int, int], str], rotation: int
 ) -> Any:

@@ -32,6 +32,10 @@ log = logging.getLogger("aerl")
 FORMAT = 2  # of the prepared data; raise it when the same settings would give other files
 MISSING = "missing"  # the digest of what no longer exists
 DATA_KEY = "the files of the dataset"  # other files may give the same data, whose own digest decides
+# What analyses read of other runs, where it is not their weights
+_FROM_OUTCOMES = ("compare", "conditions", "worst_case", "entropy", "confusion", "norms", "pictures", "planted")
+_READ = {f"analysis.{name}.runs": "outcomes.npz" for name in _FROM_OUTCOMES}
+_READ |= {f"analysis.{name}.runs": f"tables/{name}.csv" for name in ("distance", "masking")}
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -86,8 +90,8 @@ def now(recorded: Mapping[str, str], config: "Config") -> dict[str, str]:
 
 
 def files(config: "Config") -> dict[str, str]:
-    """The digest of every run and file that the configuration names, by key. Of a run that is its weights, or, in a
-    comparison, its outcomes."""
+    """The digest of every run and file that the configuration names, by key. Of a run that is its weights, or what an
+    analysis reads of it instead."""
     from aerl.config.names import leaves
 
     parts = config.model_dump(include={"checkpoint", "attack", "metric", "analysis", "trainer"})
@@ -108,7 +112,7 @@ def _digest(key: str, value: str) -> str | None:
     except UserError:
         return MISSING
     if path.is_dir():
-        names = ["outcomes.npz"] if key == "analysis.compare.runs" else ["checkpoints/best.pt", "model.safetensors"]
+        names = [_READ[key]] if key in _READ else ["checkpoints/best.pt", "model.safetensors"]
         path = next((path / name for name in names if (path / name).is_file()), path)
     if path.is_file():
         return sha256(path)

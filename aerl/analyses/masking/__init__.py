@@ -1,5 +1,6 @@
 """The gradient-masking audit: whether gradients mislead attacks, by what mechanism, and which attack to trust."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,8 +12,10 @@ from aerl.analyses import AnalysisContext
 from aerl.analyses.masking import effects, symptoms
 from aerl.analyses.masking.audit import Audit, Finding, NotMeasured
 from aerl.analyses.masking.effects import EFFECTS
+from aerl.analyses.others import FinishedRun, saved
 from aerl.attacks import attacking, collect_warnings
 from aerl.errors import first_line
+from aerl.report import figures
 from aerl.runtime.device import is_out_of_memory, seed_from
 from aerl.runtime.progress import progress
 from aerl.tracking.results import Result
@@ -50,6 +53,7 @@ def masking(
     paper_formula: Probability = 0.05,
     consistency: Probability = 0.5,
     slope: Probability = 0.15,
+    runs: Sequence[FinishedRun] = (),
 ) -> list[Result]:
     """Audit the run's model in the run's threat model; the report is `masking` in summary.json.
 
@@ -63,7 +67,11 @@ def masking(
     `passes` are forward and backward passes per sample (a forward pass alone counts 1/3): below 600, and below 2,000 if
     finite differences are needed. The
     result does not depend on `context.batch_size`. Returns the values as Results with attack="masking".
+
+    `runs` are other finished runs with this analysis: tables/masking.csv has their checks, too, and figures/masking.png
+    shows the values of all.
     """
+    others = saved(runs, "masking")
     table = [
         (symptoms.deterministic, deterministic, _ATHALYE),
         (symptoms.probabilities, probabilities, _CARLINI),
@@ -83,11 +91,32 @@ def masking(
     report = _verdict(rows, obstacle, audit.n)
     totals = {"n": audit.n, "seconds": time.monotonic() - began, "passes": sum(row["passes"] for row in rows)}
     context.save(masking={**report, **totals, "checks": rows})
-    context.table("masking", list(rows[0]), [list(row.values()) for row in rows])
+    shown = {f"{context.trainer} (this run)": rows, **{name: each["checks"] for name, each in others.items()}}
+    lines = [[*[name][: len(runs)], *(row[key] for key in rows[0])] for name, each in shown.items() for row in each]
+    context.table("masking", [*["run"][: len(runs)], *rows[0]], lines)
+    if runs:
+        context.draw("masking", _draw(shown), "value of each check, in %; ! marks those beyond their thresholds")
     if context.log.logger is not None:
         context.log.logger.summary({f"masking/{key}": text for key, text in report.items()})
     values = {row["name"]: row["value"] for row in rows if row["value"] is not None}
     return context.log.log(values, n=audit.n, split="test", attack="masking", norm=context.norm, eps=context.eps)
+
+
+def _draw(shown: Mapping[str, Sequence[Row]]) -> Any:
+    """A row for each run, a column for each check; white where it was not measured."""
+    names = list(dict.fromkeys(row["name"] for rows in shown.values() for row in rows))
+    found = [{row["name"]: row for row in rows} for rows in shown.values()]
+    values = [[(row.get(name) or {}).get("value") for name in names] for row in found]
+    percent = [[math.nan if value is None else 100 * value for value in row] for row in values]
+
+    def text(row: int, column: int) -> str:
+        flag = (found[row].get(names[column]) or {}).get("flag")
+        return "" if values[row][column] is None else f"{percent[row][column]:.0f}{'!' * bool(flag)}"
+
+    figure, ((axis,),) = figures.subplots(figsize=(2.5 + 0.7 * len(names), 1.8 + 0.4 * len(shown)))
+    image = figures.heatmap(axis, percent, list(shown), names, text, rotation=40)
+    figure.colorbar(image, ax=axis, label="%")
+    return figure
 
 
 def _run(audit: Audit, checks: Sequence[Check], significance: float) -> tuple[list[dict[str, Any]], str]:
