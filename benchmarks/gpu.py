@@ -37,7 +37,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
     for net in NETS:
         found[f"training-{net}"] = [*bench, "--only", "training", "--net", net]
         found[f"training-{net}-bf16"] = [*bench, "--only", "training", "--net", net, *fast]
-    for part in ("attacks", "autoattack", "memory", "scaling", "startup", "analyses"):
+    for part in ("recipes", "attacks", "autoattack", "memory", "scaling", "startup", "analyses"):
         found[part] = [*bench, "--only", part]
     found["autoattack"] += ["--rounds", str(min(args.rounds, 3))]
     if args.imagenet100:

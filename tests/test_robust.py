@@ -1,5 +1,6 @@
 """MART against its formula, weight perturbation against its closed form, and one-step training judged by PGD."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -84,6 +85,19 @@ def test_weight_perturbation_leaves_the_weights_and_counts_a_batch_once(batch):
     loss.backward()
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
     assert model[1].num_batches_tracked == 1 and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_weight_perturbation_moves_the_weights_of_a_compiled_model(batch):
+    """hardware.compile must not have taken the unmoved weights as constants."""
+    x, x_adv, y = batch
+    model, perturbation = linear(), WeightPerturbation(**SETTINGS, gamma=0.5)
+    plain, compiled = (
+        perturbation(each, x, y, x_adv=x_adv, generator=torch.Generator())[0] for each in (model, torch.compile(model))
+    )
+    unmoved, _ = WeightPerturbation(**SETTINGS, gamma=0.0)(model, x, y, x_adv=x_adv, generator=torch.Generator())
+    torch.testing.assert_close(compiled, plain)
+    assert plain > unmoved + 0.1
 
 
 def test_validation_uses_the_judge(hardware):
