@@ -116,6 +116,7 @@ def test_a_multirun_continues_after_a_job_that_fails_in_all_processes(start, pla
     assert (place / "swept/multirun").is_dir()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_alone_ends_the_others(start, place):
     words = ("trainer.epochs=1", *QUICK, "model.net._target_=tests.test_distributed.OnlyTheSecondFails", "name=alone")
     done = ended(start(TORCHRUN, *words))

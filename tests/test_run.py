@@ -303,8 +303,8 @@ def test_an_analysis_with_nothing_to_show_is_skipped(launch, tmp_path):
 @pytest.mark.parametrize(
     ("number", "moment"),
     [
-        (signal.SIGTERM, "training"),
         (signal.SIGKILL, "evaluation"),
+        pytest.param(signal.SIGTERM, "training", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "training", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "evaluation", marks=pytest.mark.slow),
     ],
