@@ -18,19 +18,6 @@ for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
     os.environ.pop(name, None)
 
 
-# The modules with the longest runs of launch.py
-_LONG = (
-    "test_run", "test_run_folder", "test_distributed", "test_several_eps", "test_examples", "test_wandb", "test_sweeps",
-    "test_faults", "test_conditions", "test_kills", "test_interrupt", "test_loggers", "test_tune", "test_gpus",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long modules first: a process takes a module at a time, and none should be left alone with a long one."""
-    order = {name: place for place, name in enumerate(_LONG)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-
-
 def environment(data_dir: Path, home: Path, **extra: str) -> dict[str, str]:
     """Of a run without a key, a network or anything else of the tester's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "AERL"))}
