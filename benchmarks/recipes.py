@@ -72,8 +72,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
     x_adv = perturbed(model, x, divergence, steps=10, size=0.007)
     clean, attacked = model(x), model(x_adv)
-    divergence_ = F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="batchmean")
-    return F.cross_entropy(clean, y) + 6 * divergence_
+    return F.cross_entropy(clean, y) + 6 * F.kl_div(attacked.log_softmax(1), clean.softmax(1), reduction="batchmean")
 
 
 def mart(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -87,8 +87,8 @@ def test_other_runs_beside_this_one(runs, data_dir):
 def test_runs_beside_this_one_must_fit(runs, data_dir):
     """Other samples, and an analysis that the other run lacks: said, and the run goes on."""
     beside = ("analysis.entropy.runs=[runs/several]", "analysis.planted.runs=[runs/one]")
-    done = finish(runs, data_dir, *SHORT[:-2], "evaluation.samples=40", "logger=none", "analysis=[entropy,planted]",
-                  *beside, "name=other")  # fmt: skip
+    words = (*SHORT, "evaluation.samples=40", "analysis=[entropy,planted]", *beside, "name=other")
+    done = finish(runs, data_dir, *words)
     assert "runs=runs/several: has 80 samples, this run 40; use the same evaluation.samples" in done.stderr
     assert "runs=runs/one: has no analysis=planted" in done.stderr
 

@@ -62,6 +62,11 @@ class AnalysisContext:
     save: Callable[..., None]
     specs: Mapping[str, AttackSpec] = field(default_factory=dict)
 
+    @property
+    def this_run(self) -> str:
+        """Its name next to other runs."""
+        return f"{self.trainer} (this run)"
+
     def right(self, samples: int) -> Split:
         """Up to `samples` correctly classified images, always the same ones; NotMade if there are none."""
         rows = torch.from_numpy(right(self.outcomes)).nonzero().squeeze(1)
@@ -125,5 +130,5 @@ class Beside:
 
     def subjects(self, context: AnalysisContext) -> list[Subject]:
         """This run's model, then the others."""
-        own = f"{context.trainer} (this run)" if self.runs else context.trainer
+        own = context.this_run if self.runs else context.trainer
         return [Subject(own, context.trainer, context.model), *self.others]

@@ -20,7 +20,7 @@ from aerl.evaluation import evaluate
 from aerl.evaluation.statistics import right
 from aerl.report import figures
 from aerl.runtime.progress import progress
-from aerl.tracking.results import read_config, read_summary
+from aerl.tracking.results import read_config, read_summary, trainer_of
 from aerl.types import ORDERS, Count
 
 
@@ -100,7 +100,7 @@ def _read(folder: Path, norm: str) -> tuple[str, np.ndarray]:
     summary = read_summary(folder) or {}
     with (folder / "tables/distance.csv").open(newline="") as file:
         found = np.array([float(row["distance"]) for row in csv.DictReader(file)])
-    return str((summary.get("origin") or summary)["trainer"]), found
+    return trainer_of(summary), found
 
 
 def half_width(n: int, confidence: float = 0.95) -> float:
@@ -116,7 +116,7 @@ def curve(distances: np.ndarray, eps: float) -> float:
 def _draw(context: AnalysisContext, found: np.ndarray, others: Mapping[str, tuple[str, np.ndarray]]) -> Any:
     figure, ((axes,),) = figures.subplots(figsize=(6.4, 4.2))
     top = max(2 * context.eps, float(np.quantile(found[np.isfinite(found)], 0.98)))
-    own = f"{context.trainer} (this run)" if others else "smallest perturbation found"
+    own = context.this_run if others else "smallest perturbation found"
     for number, (name, (trainer, distances)) in enumerate({own: (context.trainer, found), **others}.items()):
         eps = np.concatenate([[0.0], np.sort(distances[np.isfinite(distances) & (distances > 0)]), [top]])
         accuracy, band = np.array([curve(distances, each) for each in eps]), half_width(len(distances))

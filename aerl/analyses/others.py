@@ -13,7 +13,7 @@ from aerl.analyses.context import AnalysisContext
 from aerl.config.compose import run_names
 from aerl.errors import UserError
 from aerl.runtime.files import inside, load_arrays
-from aerl.tracking.results import changed_files, read_config, read_summary
+from aerl.tracking.results import changed_files, read_config, read_summary, trainer_of
 
 
 def _finished(run: str) -> str:
@@ -56,9 +56,9 @@ def check_same_samples(run: str, here: Samples, there: Samples) -> None:
 
 def beside(context: AnalysisContext, runs: Sequence[str]) -> dict[str, AnalysisContext]:
     """This run's context and, for each of the finished `runs`, the same with what that run saved: outcomes, attacks,
-    examples, norm, eps and trainer, but this run's model. By name; UserError if one has other samples."""
-    own = f"{context.trainer} (this run)" if runs else context.trainer
-    shown = {own: context}
+    examples, norm, eps and trainer, but this run's model. By name, "" for a run alone; UserError if one has other
+    samples."""
+    shown = {context.this_run if runs else "": context}
     dataset = str((read_summary(context.log.path.parent) or {}).get("dataset"))
     for name, run in zip(run_names(runs), runs, strict=True):
         folder = Path(run).expanduser()
@@ -69,10 +69,20 @@ def beside(context: AnalysisContext, runs: Sequence[str]) -> dict[str, AnalysisC
         adversarial = load_arrays(inside(folder, examples), sealed=False) if examples.is_file() else {}
         shown[name] = replace(
             context, outcomes=there[1], attacks=summary["attacks"], norm=config["norm"], eps=config["eps"],
-            trainer=str((summary.get("origin") or summary)["trainer"]),
+            trainer=trainer_of(summary),
             adversarial={attack: torch.from_numpy(images) for attack, images in adversarial.items()},
         )  # fmt: skip
     return shown
+
+
+def tabulate(
+    context: AnalysisContext, name: str, columns: Sequence[str], rows: Mapping[str, Sequence[Sequence[Any]]]
+) -> None:  # fmt: skip
+    """tables/`name`.csv of the rows of each run, with a column `run` if they are of several."""
+    if len(rows) == 1:
+        context.table(name, columns, *rows.values())
+    else:
+        context.table(name, ["run", *columns], [[run, *row] for run, each in rows.items() for row in each])
 
 
 def saved(runs: Sequence[str], key: str) -> dict[str, Any]:

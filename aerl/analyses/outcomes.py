@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aerl.analyses.context import AnalysisContext, NotMade, class_name
-from aerl.analyses.others import FinishedRun, beside
+from aerl.analyses.others import FinishedRun, beside, tabulate
 from aerl.report import figures
 from aerl.report.figures import BLUE, GREEN, ORANGE, PURPLE, RIGHT, SKY, VERMILION, WRONG
 from aerl.runtime.terminal import eps_text
@@ -37,13 +37,13 @@ def entropy(context: AnalysisContext, *, runs: Sequence[FinishedRun] = ()) -> li
         if n := len(values["entropy"]):
             means = {f"{key}_{answer}": float(value.mean()) for key, value in values.items()}
             results += context.log.log(means, n=n, split="test", attack="none" if images == "clean" else images)
-    rows = [
-        [*[name][: len(runs)], images, answer, len(values["entropy"]), *_moments(values["entropy"]),
-         *_moments(values["confidence"])]
-        for name, groups in shown.items() for (images, answer), values in groups.items()
-    ]  # fmt: skip
+    rows = {
+        run: [[*key, len(values["entropy"]), *_moments(values["entropy"]), *_moments(values["confidence"])]
+              for key, values in groups.items()]
+        for run, groups in shown.items()
+    }  # fmt: skip
     columns = ("images", "answer", "n", "entropy_mean", "entropy_sd", "confidence_mean", "confidence_sd")
-    context.table("entropy", [*["run"][: len(runs)], *columns], rows)
+    tabulate(context, "entropy", columns, rows)
     context.draw("entropy", _draw_entropy(shown), "and confidence of the predictions, right and wrong answers")
     return results
 
@@ -70,16 +70,11 @@ def _moments(values: np.ndarray) -> tuple[float, float]:
 
 def _draw_entropy(shown: Mapping[str, Groups]) -> Any:
     """A row for each attack, but for those that changed nothing: an attack may get the survivors of others only."""
-    images: dict[str, list[str]] = {}
-    for run, groups in shown.items():
-        kept = images.setdefault(run, [])
-        for name in dict.fromkeys(name for name, _ in groups):
-            if not kept or not all(_equal(groups[name, key], groups[kept[-1], key]) for key in ("right", "wrong")):
-                kept.append(name)
-    figure, parts = figures.panels(list(shown), [(9, 1.2 + 1.5 * len(kept)) for kept in images.values()])
+    images = [_changed(groups) for groups in shown.values()]
+    figure, parts = figures.panels(list(shown), [(9, 1.2 + 1.5 * len(kept)) for kept in images])
     every = [values["entropy"] for groups in shown.values() for values in groups.values()]
     highest = max(values.max(initial=0) for values in every) or 1.0
-    for part, groups, kept in zip(parts, shown.values(), images.values(), strict=True):
+    for part, groups, kept in zip(parts, shown.values(), images, strict=True):
         axes = part.subplots(len(kept), 2, squeeze=False)
         for row, name in enumerate(kept):
             n = max(sum(len(groups[name, answer]["entropy"]) for answer in ("right", "wrong")), 1)
@@ -98,6 +93,15 @@ def _draw_entropy(shown: Mapping[str, Groups]) -> Any:
     return figure
 
 
+def _changed(groups: Groups) -> list[str]:
+    """The clean images, and those attacks that changed an answer since the one before."""
+    kept: list[str] = []
+    for name in dict.fromkeys(name for name, _ in groups):
+        if not kept or not all(_equal(groups[name, key], groups[kept[-1], key]) for key in ("right", "wrong")):
+            kept.append(name)
+    return kept
+
+
 def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
     return all(np.array_equal(values, other[key]) for key, values in one.items())
 
@@ -111,13 +115,15 @@ def confusion(context: AnalysisContext, *, runs: Sequence[FinishedRun] = ()) -> 
     """
     label, names = context.outcomes["label"], context.class_names
     shown = {name: _predicted(its) for name, its in beside(context, runs).items()}
-    rows = [
-        [*[name][: len(runs)], images, class_name(names, true), class_name(names, guess), count]
-        for name, predicted in shown.items()
-        for images, pred in predicted.items()
-        for (true, guess), count in sorted(Counter(zip(label.tolist(), pred.tolist(), strict=True)).items())
-    ]
-    context.table("confusion", [*["run"][: len(runs)], "images", "true", "predicted", "n"], rows)
+    rows = {
+        run: [
+            [images, class_name(names, true), class_name(names, guess), count]
+            for images, pred in predicted.items()
+            for (true, guess), count in sorted(Counter(zip(label.tolist(), pred.tolist(), strict=True)).items())
+        ]
+        for run, predicted in shown.items()
+    }
+    tabulate(context, "confusion", ("images", "true", "predicted", "n"), rows)
     counted = [name for name, info in context.attacks.items() if info.get("counts", True)]
     caption = f"which class becomes which, clean and under {', '.join(counted) or 'no attack'}"
     context.draw("confusion", _draw_confusion(label, shown, names), caption)
@@ -171,14 +177,16 @@ def norms(context: AnalysisContext, *, runs: Sequence[FinishedRun] = ()) -> list
     for name, both in next(iter(shown.values())).items():
         medians = {f"median_{key}": float(np.median(values)) for key, values in both.items()}
         results += context.log.log(medians, n=len(both["l2"]), split="test", attack=name)
-    rows = [
-        [*[run][: len(runs)], name, key, len(values), *np.quantile(values, (0.25, 0.5, 0.75)).tolist()]
+    rows = {
+        run: [
+            [name, key, len(values), *np.quantile(values, (0.25, 0.5, 0.75)).tolist()]
+            for name, both in sizes.items()
+            for key, values in both.items()
+        ]
         for run, sizes in shown.items()
-        for name, both in sizes.items()
-        for key, values in both.items()
-    ]
+    }
     columns = ("attack", "norm", "n", "quartile_1", "median", "quartile_3")
-    context.table("norms", [*["run"][: len(runs)], *columns], rows)
+    tabulate(context, "norms", columns, rows)
     drawn = {
         run: {name: both for name, both in sizes.items() if len(both["l2"]) >= _FEWEST} for run, sizes in shown.items()
     }

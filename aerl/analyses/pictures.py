@@ -28,7 +28,7 @@ def pictures(context: AnalysisContext, *, samples: Count = 8, runs: Sequence[Fin
     Returns no Results. Without examples it warns and draws nothing.
     """
     shown = [
-        (f"{run}: {_title(its, attack)}" if runs else _title(its, attack), its, attack, rows)
+        (f"{run}: {_title(its, attack)}" if run else _title(its, attack), its, attack, rows)
         for run, its in beside(context, runs).items()
         for attack in its.adversarial
         if (rows := _chosen(its, attack, samples))
@@ -38,8 +38,7 @@ def pictures(context: AnalysisContext, *, samples: Count = 8, runs: Sequence[Fin
         return []
     columns = max(len(rows) for *_, rows in shown)
     figure, parts = figures.panels([title for title, *_ in shown], [(1.3 + 1.45 * columns, 6.1)] * len(shown))
-    for part, (title, its, attack, rows) in zip(parts, shown, strict=True):
-        part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for part, (_, its, attack, rows) in zip(parts, shown, strict=True):
         _draw_attack(part.subplots(3, columns, squeeze=False), its, attack, rows)
     context.draw("pictures", figure, "; ".join(title for title, *_ in shown))
     return []

@@ -85,7 +85,7 @@ def planted(
     report = {"found": share, "random": chance, "trusted": share["value"] >= trusted, "layer": name, "says": text}
     context.save(planted=report)
     if runs:
-        shown = {f"{context.trainer} (this run)": report, **others}
+        shown = {context.this_run: report, **others}
         context.draw("planted", _draw(shown, trusted), "planted adversarial examples that were found, 95 % intervals")
     context.log.log(
         {"planted_found": share["value"], "planted_random": chance["value"]},

@@ -19,6 +19,7 @@ from aerl.evaluation.outcomes import Outcomes
 from aerl.runtime import ddp, signals
 from aerl.runtime.device import is_out_of_memory
 from aerl.runtime.files import load_arrays
+from aerl.tracking.results import trainer_of
 from aerl.tracking.run_folder import Record
 
 log = logging.getLogger("aerl")
@@ -32,7 +33,7 @@ def run_analyses(parts: Parts, config: Config, record: Record, outcomes: Outcome
         outcomes=outcomes, adversarial={name: torch.from_numpy(images) for name, images in examples.items()},
         attacks=record.summary["attacks"], figures=record.folder / "figures", log=record.results, save=record.save,
         norm=config.norm, eps=config.eps, seed=config.seed, hardware=parts.hardware,
-        trainer=(record.summary["origin"] or record.summary)["trainer"], batch_size=batch_size(parts, config),
+        trainer=trainer_of(record.summary), batch_size=batch_size(parts, config),
         specs=parts.attacks,
     )  # fmt: skip
     for name, analysis in parts.analyses.items():

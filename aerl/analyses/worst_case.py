@@ -10,7 +10,7 @@ from aerl.config.compose import run_names
 from aerl.errors import UserError
 from aerl.report import figures
 from aerl.runtime.terminal import eps_text
-from aerl.tracking.results import read_config, read_summary
+from aerl.tracking.results import read_config, read_summary, trainer_of
 
 _COLUMNS = ("run", "eps", "value", "low", "high", "n")
 
@@ -28,7 +28,7 @@ class WorstCase:
     def __call__(self, context: AnalysisContext) -> None:
         here = context.log.path.parent
         summary = read_summary(here) or {}
-        names = [f"{context.trainer} (this run)" if self.runs else context.trainer, *run_names(self.runs)]
+        names = [context.this_run if self.runs else context.trainer, *run_names(self.runs)]
         shown = {names[0]: (context.trainer, _points(summary, context.eps))}
         if len(shown[names[0]][1]) < 2:
             raise NotMade("no attack counts")
@@ -38,7 +38,7 @@ class WorstCase:
             theirs, ours = (config["norm"], other["dataset"]), (context.norm, summary["dataset"])
             if theirs != ours:
                 raise UserError(f"runs={run}: is of {theirs[0]} on {theirs[1]}, this run of {ours[0]} on {ours[1]}")
-            shown[name] = str((other.get("origin") or other)["trainer"]), _points(other, config["eps"])
+            shown[name] = trainer_of(other), _points(other, config["eps"])
         rows = [
             [name, *(point[key] for key in _COLUMNS[1:])] for name, (_, points) in shown.items() for point in points
         ]

@@ -46,14 +46,15 @@ def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], *
 
 
 def panels(titles: Sequence[str], sizes: Sequence[tuple[float, float]]) -> tuple[Any, list[Any]]:
-    """A Figure, and in it one part for each of `sizes` (width, height), from top to bottom; titled if several."""
+    """A Figure, and in it one part for each of `sizes` (width, height), from top to bottom, with its title."""
     from matplotlib.figure import Figure
 
     heights = [height for _, height in sizes]
     figure = Figure(figsize=(max(width for width, _ in sizes), sum(heights)), layout="constrained")
     parts = figure.subfigures(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, title in zip(parts, titles, strict=True) if len(titles) > 1 else ():
-        part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for part, title in zip(parts, titles, strict=True):
+        if title:
+            part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure, list(parts)
 
 

@@ -66,6 +66,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
+def trainer_of(summary: Mapping[str, Any]) -> str:
+    """The trainer of a run's model, which is that of another run if it evaluates one."""
+    return str((summary.get("origin") or summary)["trainer"])
+
+
 def find_runs(folder: Path) -> list[Path]:
     """Every run folder in a folder, itself included, sorted by name."""
     found = (path.parent for path in folder.rglob("summary.json"))

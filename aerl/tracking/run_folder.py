@@ -28,7 +28,7 @@ from aerl.runtime.files import atomic_write, sha256, writing
 from aerl.runtime.signals import Stopped
 from aerl.runtime.terminal import eps_text
 from aerl.tracking.loggers import open_loggers
-from aerl.tracking.results import ResultLog, changed_files, read_summary, write_summary
+from aerl.tracking.results import ResultLog, changed_files, read_summary, trainer_of, write_summary
 from aerl.tracking.wandb import Tracker, open_tracker
 
 log = logging.getLogger("aerl")
@@ -231,7 +231,7 @@ def _start(
 def _track(folder: Path, config: Config, summary: Mapping[str, Any]) -> Tracker | None:
     overrides, logger = summary["overrides"], config.logger
     threat_model = f"{config.norm} eps {eps_text(config.eps)}"
-    trainer = str((summary["origin"] or summary)["trainer"])
+    trainer = trainer_of(summary)
     return open_tracker(
         logger.mode,
         folder,

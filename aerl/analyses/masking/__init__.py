@@ -12,7 +12,7 @@ from aerl.analyses import AnalysisContext
 from aerl.analyses.masking import effects, symptoms
 from aerl.analyses.masking.audit import Audit, Finding, NotMeasured
 from aerl.analyses.masking.effects import EFFECTS
-from aerl.analyses.others import FinishedRun, saved
+from aerl.analyses.others import FinishedRun, saved, tabulate
 from aerl.attacks import attacking, collect_warnings
 from aerl.errors import first_line
 from aerl.report import figures
@@ -91,9 +91,9 @@ def masking(
     report = _verdict(rows, obstacle, audit.n)
     totals = {"n": audit.n, "seconds": time.monotonic() - began, "passes": sum(row["passes"] for row in rows)}
     context.save(masking={**report, **totals, "checks": rows})
-    shown = {f"{context.trainer} (this run)": rows, **{name: each["checks"] for name, each in others.items()}}
-    lines = [[*[name][: len(runs)], *(row[key] for key in rows[0])] for name, each in shown.items() for row in each]
-    context.table("masking", [*["run"][: len(runs)], *rows[0]], lines)
+    shown = {context.this_run: rows, **{name: each["checks"] for name, each in others.items()}}
+    lines = {run: [[row[key] for key in rows[0]] for row in each] for run, each in shown.items()}
+    tabulate(context, "masking", list(rows[0]), lines)
     if runs:
         context.draw("masking", _draw(shown), "value of each check, in %; ! marks those beyond their thresholds")
     if context.log.logger is not None:
@@ -105,13 +105,13 @@ def masking(
 def _draw(shown: Mapping[str, Sequence[Row]]) -> Any:
     """A row for each run, a column for each check; white where it was not measured."""
     names = list(dict.fromkeys(row["name"] for rows in shown.values() for row in rows))
-    found = [{row["name"]: row for row in rows} for rows in shown.values()]
-    values = [[(row.get(name) or {}).get("value") for name in names] for row in found]
-    percent = [[math.nan if value is None else 100 * value for value in row] for row in values]
+    values = [dict.fromkeys(names) | {row["name"]: row["value"] for row in rows} for rows in shown.values()]
+    percent = [[math.nan if value is None else 100 * value for value in each.values()] for each in values]
+    flagged = [{row["name"] for row in rows if row["flag"]} for rows in shown.values()]
 
     def text(row: int, column: int) -> str:
-        flag = (found[row].get(names[column]) or {}).get("flag")
-        return "" if values[row][column] is None else f"{percent[row][column]:.0f}{'!' * bool(flag)}"
+        value = percent[row][column]
+        return "" if math.isnan(value) else f"{value:.0f}{'!' * (names[column] in flagged[row])}"
 
     figure, ((axis,),) = figures.subplots(figsize=(2.5 + 0.7 * len(names), 1.8 + 0.4 * len(shown)))
     image = figures.heatmap(axis, percent, list(shown), names, text, rotation=40)
